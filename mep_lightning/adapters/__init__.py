@@ -1,0 +1,6 @@
+"""What is trained: each adapter says how it is perturbed, saved and exported."""
+
+from mep_lightning.adapters.adapter import Adapter
+from mep_lightning.adapters.token import TokenEmbedding
+
+__all__ = ["Adapter", "TokenEmbedding"]

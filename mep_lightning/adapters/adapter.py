@@ -1,0 +1,56 @@
+"""What every adapter answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep_lightning.bases import Base
+
+
+class Adapter(nn.Module, ABC):
+    """The trained part. Its parameters stay fp32 whatever precision a Trainer asks for.
+
+    (In half precision an update of lr 5e-3 to a token is mostly rounded away, and Adam's second moment underflows.)
+    """
+
+    theta: nn.Parameter
+
+    @abstractmethod
+    def attach(self, base: Base, class_word: str | None = None) -> None:
+        """Create `theta` for this base, or check that what was loaded fits it."""
+
+    @abstractmethod
+    def phrase(self, class_word: str | None) -> str:
+        """How prompts name the subject: "<sks> ball"."""
+
+    def tokens(self, members: Tensor | None = None) -> dict[str, Tensor]:
+        """What `encode_prompts` must know: name -> vectors, those of `members` [V, *theta.shape] where given."""
+        return {}
+
+    @abstractmethod
+    def export(self, directory: Path) -> list[Path]:
+        """Write the files that other programs load; returns their paths."""
+
+    @abstractmethod
+    def load_export(self, directory: Path) -> None:
+        """Read back what `export` wrote."""
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of what is trained, in fp32."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow moves to a device, refuse casts."""
+        super()._apply(lambda tensor: fn(tensor).float() if tensor.is_floating_point() else fn(tensor), recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        theta = getattr(self, "theta", None)
+        return "not attached" if theta is None or isinstance(theta, torch.nn.UninitializedParameter) else str(tuple(theta.shape))

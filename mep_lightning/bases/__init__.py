@@ -1,0 +1,26 @@
+"""The frozen base models: loading, text conditioning, the walk through the U-Net."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mep_lightning.bases.families import Family, identify
+
+if TYPE_CHECKING:
+    from mep_lightning.bases.base import Base
+    from mep_lightning.bases.conditioning import encode_prompts
+    from mep_lightning.bases.load import load_base
+    from mep_lightning.bases.walk import predict_noise
+
+__all__ = ["Base", "Family", "encode_prompts", "identify", "load_base", "predict_noise"]
+
+_HOMES = {"Base": "base", "encode_prompts": "conditioning", "load_base": "load", "predict_noise": "walk"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something that needs it is asked for: `identify` answers from JSON alone."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,101 @@
+"""A loaded, frozen base model and its parts. Deliberately no nn.Module: Lightning must not move, cast or checkpoint it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from mep_lightning.bases.families import Family
+
+
+@dataclass(eq=False)
+class Base:
+    """The frozen model that an adapter personalises.
+
+    Attributes:
+        name: as the user gave it ("tiny", a folder, a hub id).
+        folder: where its files lie.
+        info: family, native resolution, prediction type.
+        precision: "fp32", "bf16", "fp16" or "int8" (what the weights are kept in).
+        dtype: what activations are computed in.
+        device: where it lives.
+        unet: the U-Net.
+        text_encoders: one for SD1 and SD2, two for SDXL.
+        tokenizers: one a text encoder.
+        vae: the autoencoder, None once released.
+        scheduler: the training noise schedule.
+    """
+
+    name: str
+    folder: Path
+    info: Family
+    precision: str
+    dtype: torch.dtype
+    device: torch.device
+    unet: UNet2DConditionModel
+    text_encoders: list[nn.Module]
+    tokenizers: list[Any]
+    vae: AutoencoderKL | None
+    scheduler: DDPMScheduler
+
+    @property
+    def family(self) -> str:
+        return self.info.family
+
+    @property
+    def resolution(self) -> int:
+        return self.info.resolution
+
+    @property
+    def vae_factor(self) -> int:
+        return self.info.vae_factor
+
+    @property
+    def scaling_factor(self) -> float:
+        """What scales the autoencoder's latents to unit variance."""
+        return self._scaling_factor
+
+    def __post_init__(self) -> None:
+        assert self.vae is not None
+        self._scaling_factor = float(self.vae.config.scaling_factor)
+
+    def modules(self) -> list[nn.Module]:
+        """All parts that hold weights now."""
+        return [m for m in (self.unet, *self.text_encoders, self.vae) if m is not None]
+
+    def release_vae(self) -> None:
+        """Free the autoencoder: after the photos are encoded, training never needs it."""
+        self.vae = None
+
+    @contextmanager
+    def borrowed_vae(self) -> Iterator[AutoencoderKL]:
+        """The autoencoder for the length of a `with`; read from disk again, and freed, where it had been released."""
+        from mep_lightning.bases.load import load_vae
+
+        kept = self.vae
+        try:
+            yield kept if kept is not None else load_vae(self.folder, self.device, self.dtype)
+        finally:
+            self.vae = kept
+
+    def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
+        """A diffusers pipeline over these very parts (no copies), without safety checker."""
+        pipe = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoders[0],
+            tokenizer=self.tokenizers[0],
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe

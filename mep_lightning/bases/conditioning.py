@@ -1,0 +1,112 @@
+"""Prompts to embeddings, with trained vectors in the place of their tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep_lightning.bases.base import Base
+from mep_lightning.errors import UserError
+
+Tokens = Mapping[str, Tensor]
+
+
+def with_tokens(tokenizer: Any, counts: Mapping[str, int]) -> Any:
+    """A copy of a CLIP tokenizer that also knows new tokens; a token of n vectors is `<sks> <sks>_1 … <sks>_{n-1}`.
+
+    Args:
+        tokenizer: the base's own, left as it is.
+        counts: vectors a token.
+
+    Raises:
+        UserError: the tokenizer already knows one of them.
+    """
+    known = tokenizer.get_vocab()
+    names = [name for token, count in counts.items() for name in vector_names(token, count)]
+    for name in names:
+        if name in known:
+            raise UserError(f"the token {name!r} is already a word of the base: choose another, such as <sks>")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(names)
+    return tokenizer
+
+
+def vector_names(token: str, count: int) -> list[str]:
+    return [token] + [f"{token}_{i}" for i in range(1, count)]
+
+
+def expand(prompt: str, counts: Mapping[str, int]) -> str:
+    """Write a token of several vectors out as that many words."""
+    for token, count in counts.items():
+        prompt = prompt.replace(token, " ".join(vector_names(token, count)))
+    return prompt
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Ids [N, T], padded to the text encoder's full length and truncated there."""
+    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+@contextmanager
+def injected(text_encoder: nn.Module, vectors: Tensor, members: int) -> Iterator[None]:
+    """Let ids from the vocabulary's end on mean `vectors`, while the embedding table stays untouched.
+
+    Args:
+        text_encoder: a CLIP text encoder; its batch is member-major, [V * N, T].
+        vectors: [V, n, D] (or [n, D] with one member).
+        members: V.
+    """
+    table = text_encoder.get_input_embeddings()
+    first = table.num_embeddings
+    vectors = vectors if vectors.dim() == 3 else vectors[None]
+    seen: list[Tensor] = []
+
+    def hide(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0])
+        return (args[0].clamp_max(first - 1), *args[1:])
+
+    def reveal(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        ids = seen.pop()  # [V * N, T]
+        new = ids >= first
+        member = torch.arange(members, device=ids.device).repeat_interleave(len(ids) // members)
+        values = vectors[member[:, None], (ids - first).clamp_min(0)]  # [V * N, T, D]
+        return torch.where(new[..., None], values.to(output.dtype), output)
+
+    handles = [table.register_forward_pre_hook(hide), table.register_forward_hook(reveal)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def encode_prompts(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
+    """Embed prompts, once for every member.
+
+    Args:
+        base: whose text encoder.
+        prompts: N texts; they may hold the names in `tokens`.
+        tokens: name -> vectors [n, D], or [V, n, D] for V members at once.
+
+    Returns:
+        [N, T, D], or [V * N, T, D], member-major, in the base's dtype.
+    """
+    tokens = tokens or {}
+    counts = {name: values.shape[-2] for name, values in tokens.items()}
+    tokenizer, encoder = base.tokenizers[0], base.text_encoders[0]
+    ids = token_ids(with_tokens(tokenizer, counts) if counts else tokenizer, [expand(p, counts) for p in prompts])
+    ids = ids.to(base.device)
+    if not tokens:
+        return encoder(ids).last_hidden_state
+    members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
+    if len(members) > 1:
+        raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
+    count = members.pop()
+    stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
+    with injected(encoder, stacked, count):
+        return encoder(ids.repeat(count, 1)).last_hidden_state

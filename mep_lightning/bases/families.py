@@ -1,0 +1,95 @@
+"""Which family a base belongs to, told from its few JSON files: no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mep_lightning.errors import UserError
+
+TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What must be known of a base before it is loaded.
+
+    Attributes:
+        family: "tiny", "sd1", "sd2" or "sdxl".
+        resolution: its native side in pixels.
+        vae_factor: pixels a latent.
+        prediction: "epsilon" or "v_prediction".
+    """
+
+    family: str
+    resolution: int
+    vae_factor: int
+    prediction: str
+
+
+def locate(name: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a base: `tiny`, a local folder in diffusers' layout, or a hub id (fetched into the hub's cache).
+
+    Args:
+        name: what the user calls the base.
+        weights: False fetches only the JSON files of a hub id.
+
+    Raises:
+        UserError: nothing is there, or the folder lacks a part.
+    """
+    if str(name) == "tiny":
+        folder = TINY_FOLDER
+        hint = "reinstall mep-lightning, its weights did not come along"
+    elif Path(name).is_dir():
+        folder, hint = Path(name), "give a folder that diffusers' save_pretrained wrote"
+    elif Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise UserError(f"base {str(name)!r} is no folder: give an existing one, a hub id such as owner/name, or tiny")
+    else:
+        folder, hint = _download(str(name), weights=weights), "choose a repository in diffusers' layout"
+    missing = [p for p in ("model_index.json", *PARTS) if not (folder / p).exists()]
+    if missing:
+        raise UserError(f"base {str(name)!r} lacks {', '.join(missing)} in {folder}: {hint}")
+    return folder
+
+
+def _download(name: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt"] + (["*/*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
+        raise UserError(
+            f"base {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): "
+            "check the name and the network, or give a local folder in diffusers' layout"
+        ) from error
+
+
+def identify(name: str | Path) -> Family:
+    """Read a base's family, resolution and prediction type from its configuration files."""
+    folder = locate(name, weights=False)
+    index, unet, vae, scheduler = (
+        _read(folder / part)
+        for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    )
+    width = unet.get("cross_attention_dim")
+    if "XL" in index.get("_class_name", ""):
+        family = "sdxl"
+    else:
+        family = {128: "tiny", 768: "sd1", 1024: "sd2"}.get(width, "")
+    if not family:
+        raise UserError(f"base {str(name)!r} is of no known family (cross_attention_dim {width} in unet/config.json)")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    return Family(family, unet["sample_size"] * factor, factor, prediction)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"the base lacks {path}: give a complete folder in diffusers' layout") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch the base again") from None

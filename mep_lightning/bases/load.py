@@ -1,0 +1,92 @@
+"""Loading a base in the precision asked for, frozen and ready."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mep_lightning.bases.base import Base
+from mep_lightning.bases.families import identify, locate
+from mep_lightning.errors import UserError
+from mep_lightning.phases import phase
+from mep_lightning.quantization import quantize_module_
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def activation_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a precision computes in.
+
+    int8 weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu drowns in bf16's
+    rounding, so bf16 is never chosen silently.
+    """
+    if precision == "int8":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return DTYPES[precision]
+
+
+def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu") -> Base:
+    """Load a base and freeze it.
+
+    Args:
+        name: `tiny`, a folder in diffusers' layout, or a hub id.
+        precision: "fp32", "bf16", "fp16" or "int8" (U-Net and text encoder; the autoencoder stays in floats).
+        device: where to.
+
+    Raises:
+        UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    device = torch.device(device)
+    folder, info = locate(name), identify(name)
+    if info.family == "sdxl":
+        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
+    dtype = activation_dtype(precision, device)
+    with phase("load"):
+        unet = _load(UNet2DConditionModel, folder / "unet", dtype)
+        text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype)
+        for module in (unet, text_encoder):
+            if precision == "int8":
+                quantize_module_(module)
+            module.to(device)
+        return Base(
+            name=str(name),
+            folder=folder,
+            info=info,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            unet=unet,
+            text_encoders=[text_encoder],
+            tokenizers=[_load_tokenizer(folder / "tokenizer")],
+            vae=load_vae(folder, device, dtype),
+            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        )
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The autoencoder; in fp32 on a CPU unless bf16 was asked for."""
+    return _load(AutoencoderKL, folder / "vae", dtype).to(device)
+
+
+def _load(kind: type, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        module: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever a broken folder makes the loaders raise, the mend is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights") from error
+    return module.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed") from error

@@ -1,0 +1,129 @@
+"""The walk through the U-Net: what no text has touched yet is computed once and shared by all members.
+
+Everything before the first cross-attention (the first convolution, the resnets ahead of it, the first transformer's own
+self-attention) sees latents and timestep alone. Members that differ only in their text share it; after the fork each
+member has its own rows. The result is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+
+class _Fork:
+    """Rows that are shared until `now()` and one set a member from then on."""
+
+    def __init__(self, members: int, x: Tensor, temb: Tensor):
+        self.members, self.x, self.temb = members, x, temb
+        self.skips = [x]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor.repeat(self.members, *(1,) * (tensor.dim() - 1))
+
+    def now(self) -> None:
+        """Give each member its own rows of everything that later layers read."""
+        self.temb, self.skips = self.rows(self.temb), [self.rows(s) for s in self.skips]
+
+
+def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+    """What the U-Net predicts for V members over the same latents and timesteps.
+
+    Args:
+        unet: an SD1 or SD2 U-Net.
+        latents: [B, C, H, W], shared by the members.
+        timestep: [B].
+        embeds: [V * B, T, D], member-major.
+
+    Returns:
+        [V * B, C, H, W], member-major.
+    """
+    members = embeds.shape[0] // latents.shape[0]
+    if members == 1:
+        return unet(latents, timestep, embeds).sample
+    if not _forkable(unet):
+        rows = (members, 1, 1, 1)
+        return unet(latents.repeat(*rows), timestep.repeat(members), embeds).sample
+
+    temb = unet.time_embedding(unet.time_proj(timestep).to(latents.dtype))
+    walk = _Fork(members, unet.conv_in(latents), temb)
+    forked = False
+    for block in unet.down_blocks:
+        attentions = getattr(block, "attentions", [None] * len(block.resnets))
+        for resnet, attention in zip(block.resnets, attentions, strict=True):
+            walk.x = resnet(walk.x, walk.temb)
+            if attention is not None:
+                walk.x = attention(walk.x, embeds).sample if forked else _forking_transformer(attention, walk, embeds)
+                forked = True
+            walk.skips.append(walk.x)
+        for downsample in block.downsamplers or []:
+            walk.x = downsample(walk.x)
+            walk.skips.append(walk.x)
+    return _second_half(unet, walk, embeds)
+
+
+def _forkable(unet: UNet2DConditionModel) -> bool:
+    """Whether text enters only through cross-attention, the first of it in a plain transformer of a down block."""
+    config = unet.config
+    plain = config.addition_embed_type is None and config.class_embed_type is None and not config.center_input_sample
+    transformers = [a for block in unet.down_blocks for a in getattr(block, "attentions", [])]
+    return plain and bool(transformers) and isinstance(transformers[0], Transformer2DModel) and not unet.training
+
+
+def _forking_transformer(transformer: Transformer2DModel, walk: _Fork, embeds: Tensor) -> Tensor:
+    """The first transformer: shared up to its first cross-attention, one row a member from there."""
+    x = walk.x
+    batch, _, height, width = x.shape
+    first, *rest = transformer.transformer_blocks
+    hidden, inner = transformer._operate_on_continuous_inputs(x)  # [B, HW, C]
+    hidden = hidden + first.attn1(first.norm1(hidden))
+    walk.now()
+    hidden, x = walk.rows(hidden), walk.rows(x)
+    hidden = _after_self_attention(first, hidden, embeds)
+    for block in rest:
+        hidden = block(hidden, encoder_hidden_states=embeds)
+    return transformer._get_output_for_continuous_inputs(
+        hidden_states=hidden, residual=x, batch_size=len(x), height=height, width=width, inner_dim=inner
+    )
+
+
+def _after_self_attention(block: BasicTransformerBlock, hidden: Tensor, embeds: Tensor) -> Tensor:
+    hidden = hidden + block.attn2(block.norm2(hidden), encoder_hidden_states=embeds)
+    return hidden + block.ff(block.norm3(hidden))
+
+
+def _second_half(unet: UNet2DConditionModel, walk: _Fork, embeds: Tensor) -> Tensor:
+    """Middle and up path; by now every member has its own rows."""
+    x, temb, skips = walk.x, walk.temb, walk.skips
+    x = unet.mid_block(x, temb, encoder_hidden_states=embeds)
+    for block in unet.up_blocks:
+        taken, skips = tuple(skips[-len(block.resnets) :]), skips[: -len(block.resnets)]
+        size = skips[-1].shape[2:] if skips else None
+        if getattr(block, "has_cross_attention", False):
+            x = block(
+                hidden_states=x,
+                res_hidden_states_tuple=taken,
+                temb=temb,
+                encoder_hidden_states=embeds,
+                upsample_size=size,
+            )
+        else:
+            x = block(hidden_states=x, res_hidden_states_tuple=taken, temb=temb, upsample_size=size)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)) if unet.conv_norm_out else x)
+
+
+def shared_share(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, embeds: Tensor) -> float:
+    """The share of one member's FLOPs that all members share, measured (0 where nothing is)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(members: int) -> int:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            predict_noise(unet, latents, timestep, embeds.repeat(members, 1, 1))
+        return counter.get_total_flops()
+
+    one, two, three = flops(1), flops(2), flops(3)
+    return 1 - (three - two) / one

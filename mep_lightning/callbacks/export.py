@@ -1,0 +1,75 @@
+"""The trained adapter in other tools' formats, written when training ends, however it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mep_lightning.errors import UserError
+from mep_lightning.phases import phase
+from mep_lightning.run_folder import RunFolder
+
+
+class Export(Callback):
+    """Write `adapter/` in the run's folder when training ends, fails, or is stopped with Ctrl-C.
+
+    The module needs an `adapter` with `export(directory) -> paths`. Files are written aside and moved into place one by
+    one, so that a crash never leaves half a file. A run that fails before its first step writes nothing: an earlier
+    export stays as it was.
+    """
+
+    def __init__(self) -> None:
+        self._training = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that has nothing to export before it trains for hours."""
+        if stage == "fit" and not hasattr(getattr(pl_module, "adapter", None), "export"):
+            raise UserError(
+                f"Export needs a module whose `adapter` has an `export` method; {type(pl_module).__name__} has none:"
+                " leave the callback out."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on (a resumed state is restored by now) there is something worth keeping."""
+        self._training = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training reached its end."""
+        self._training = False
+        if trainer.is_global_zero:
+            export(pl_module, RunFolder(Path(trainer.default_root_dir)).adapter)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Training failed or was stopped; Lightning calls this for Ctrl-C too, and ignores further ones meanwhile."""
+        if not self._training:
+            return
+        self._training = False
+        if not trainer.is_global_zero:
+            return
+        try:
+            export(pl_module, RunFolder(Path(trainer.default_root_dir)).adapter)
+        except Exception as error:  # the exception on its way is the one that the user must see
+            rank_zero_warn(f"The adapter could not be exported ({error}); the last checkpoint holds it.")
+
+
+def export(module: LightningModule, directory: Path) -> list[Path]:
+    """Export a module's adapter into a folder, each file whole or not at all.
+
+    Returns:
+        The files written.
+    """
+    aside = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    with phase("save"):
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            written = [Path(path).relative_to(aside) for path in module.adapter.export(aside)]  # type: ignore[union-attr]
+            for path in written:
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(aside / path, directory / path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return [directory / path for path in written]

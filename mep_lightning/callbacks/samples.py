@@ -1,0 +1,162 @@
+"""Sample pictures while training: the same prompts and seeds before, during and after, in grids to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+
+from mep_lightning.errors import UserError
+from mep_lightning.evaluation import grid
+from mep_lightning.evaluation.generate import evaluating, generate
+from mep_lightning.evaluation.prompts import fill, prompts_for
+from mep_lightning.run_folder import RunFolder
+
+
+class Samples(Callback):
+    """Write `samples/` in the run's folder: photos, before, step-000500 …, after, and before_after beside the photos.
+
+    Training is not disturbed: random state and module modes are as before when a grid is done, so the run is bitwise
+    the same with and without samples. Grids also go to every logger that takes pictures.
+
+    Args:
+        every: steps between the grids in training; 0 for before and after alone.
+        prompts: one picture each; `{}` (or `{0} {1}`) is where the subject goes. By default `count` of the evaluation
+            prompts, evenly spread.
+        count: pictures in a grid when `prompts` is None.
+        seed: picture i starts from the noise of seed + i.
+        steps: denoising steps.
+        guidance: the guidance scale.
+        batch_size: pictures denoised at once.
+    """
+
+    def __init__(
+        self,
+        every: int = 500,
+        prompts: Sequence[str] | None = None,
+        count: int = 4,
+        seed: int = 0,
+        steps: int = 25,
+        guidance: float = 7.5,
+        batch_size: int = 4,
+    ) -> None:
+        if every < 0:
+            raise UserError(f"Samples every is {every}: set it to 0 (before and after only) or more.")
+        if prompts is not None and not prompts:
+            raise UserError("Samples prompts is empty: give at least one prompt or leave it out.")
+        if prompts is None and count < 1:
+            raise UserError(f"Samples count is {count}: set it to 1 or more, or leave the callback out.")
+        self.every, self.prompts, self.count, self.seed = every, prompts, count, seed
+        self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
+        self._shown_at = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The photos, and what the untrained adapter makes of the prompts; a resumed run keeps its first pictures."""
+        self._shown_at = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        photos = self._photos(trainer)
+        if photos:
+            rows = [grid.Row("", photos[start : start + 6]) for start in range(0, len(photos), 6)]
+            grid.save(grid.draw(rows), self._folder(trainer) / "photos.png")
+        if trainer.global_step == 0:
+            self._show(trainer, pl_module, "before")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A grid every so many steps; the last one is left to `after`."""
+        step = trainer.global_step
+        if not self.every or step % self.every or step == self._shown_at or step == trainer.max_steps:
+            return
+        self._shown_at = step
+        if trainer.is_global_zero:
+            self._show_if_it_fits(trainer, pl_module, f"step-{step:06d}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was learned, beside what was there before."""
+        if trainer.is_global_zero and self._show_if_it_fits(trainer, pl_module, "after"):
+            self._compare(trainer)
+
+    def texts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """The prompts of this run with the subject filled in."""
+        class_word = _class_word(trainer, pl_module)
+        templates: Sequence[str]
+        if self.prompts is not None:
+            templates = self.prompts
+        else:
+            known = prompts_for(class_word, getattr(getattr(pl_module, "base", None), "family", None))
+            last = max(self.count - 1, 1)
+            templates = [known[round(i * (len(known) - 1) / last)] for i in range(min(self.count, len(known)))]
+        adapter: Any = pl_module.adapter
+        return [fill(template, adapter.phrase(class_word), class_word) for template in templates]
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        prompts = self.texts(trainer, pl_module)
+        seeds = [self.seed + number for number in range(len(prompts))]
+        with isolate_rng(), evaluating(pl_module):
+            images = generate(
+                pl_module,
+                prompts,
+                seeds,
+                steps=self.steps,
+                guidance=self.guidance,
+                batch_size=self.batch_size,
+            )
+        step = trainer.global_step
+        heading = f"{name} (step {step})" if name in ("before", "after") else f"step {step}"
+        drawn = grid.draw([grid.Row(heading, images, prompts)], step=step, prompts=prompts, seeds=seeds)
+        grid.save(drawn, self._folder(trainer) / f"{name}.png")
+        _log(trainer, drawn.image, step)
+
+    def _show_if_it_fits(self, trainer: Trainer, pl_module: LightningModule, name: str) -> bool:
+        """Pictures are no reason to lose a training run: out of memory is a warning here."""
+        try:
+            self._show(trainer, pl_module, name)
+        except torch.OutOfMemoryError:
+            rank_zero_warn(f"No memory was left for the samples {name}.png; set the callback's batch_size lower.")
+            return False
+        return True
+
+    def _compare(self, trainer: Trainer) -> None:
+        """before_after.png: photos, before and after under one another, a column a prompt."""
+        folder = self._folder(trainer)
+        before, after = grid.load(folder / "before.png"), grid.load(folder / "after.png")
+        if before is None or after is None or before.info.get("prompts") != after.info.get("prompts"):
+            return
+        columns = len(after.cells())
+        photos = self._photos(trainer)[:columns]
+        rows = [grid.Row("photos", photos)] if photos else []
+        rows.append(grid.Row(f"before (step {before.info['step']})", before.cells()))
+        rows.append(grid.Row(f"after (step {after.info['step']})", after.cells(), after.info["prompts"]))
+        grid.save(grid.draw(rows, prompts=after.info["prompts"]), folder / "before_after.png")
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return RunFolder(Path(trainer.default_root_dir)).samples
+
+    @staticmethod
+    def _photos(trainer: Trainer) -> list[Image.Image]:
+        data = getattr(trainer, "datamodule", None)
+        return list(getattr(data, "photos", None) or [])
+
+
+def _class_word(trainer: Trainer, pl_module: LightningModule) -> str:
+    data = getattr(trainer, "datamodule", None)
+    return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None) or ""
+
+
+def _log(trainer: Trainer, image: Image.Image, step: int) -> None:
+    """Hand a grid to the loggers that take pictures: TensorBoard's way or W&B's."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key="samples", images=[image], step=step)
+        elif hasattr(experiment := getattr(logger, "experiment", None), "add_image"):
+            experiment.add_image("samples", np.asarray(image), step, dataformats="HWC")  # type: ignore[union-attr]

@@ -1,0 +1,87 @@
+"""The `mep` command: finds the verb and runs it. Imports no torch, so that help answers at once."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+
+from mep_lightning.commands.chatter import debugging, quiet_before_imports
+from mep_lightning.commands.recipes import nearest
+from mep_lightning.errors import UserError
+
+COMMANDS = {
+    "fit": "learn a subject from a folder of photos",
+    "test": "generate the evaluation prompts and score them",
+    "predict": "generate pictures of the learned subject",
+    "doctor": "show versions, devices and which kernels are active",
+}
+
+HELP = f"""usage: mep COMMAND [options]
+
+Teaches a text-to-image diffusion model a new subject or style from a few photos, in very little memory.
+
+commands:
+{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
+
+first steps:
+  mep fit --config quickstart                    embedded model and photos, a few minutes on a laptop
+  mep fit --config zoodip --model.base ID_OR_DIR --data.path photos/ --data.class_word dog
+  mep predict --run runs/zoodip-1 --prompts "a photo of a <sks> dog on a beach"
+
+`mep COMMAND --help` explains a command. MEP_DEBUG=1 shows tracebacks and what libraries say.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"mep-lightning {version('mep-lightning')}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    quiet_before_imports()
+    try:
+        if command not in COMMANDS:
+            guess = nearest(command, COMMANDS)
+            hint = f"did you mean {guess}?" if guess else f"there are {', '.join(COMMANDS)}."
+            raise UserError(f"there is no command {command!r}; {hint}")
+        return importlib.import_module(f"mep_lightning.commands.{command}").run(rest)
+    except KeyboardInterrupt:
+        return _say(command, "stopped.", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `mep ... | head` does
+        return 141
+    except Exception as error:
+        if debugging() or (told := sentence_about(error)) is None:
+            raise
+        return _say(command, *told)
+
+
+def sentence_about(error: Exception) -> tuple[str, int] | None:
+    """What to tell a user about an error, and the exit status; None where only a traceback helps."""
+    kind = type(error).__name__
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the run folder'}: the disk is full; make room and carry on with --resume.", 1
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: no permission; change its rights or give another folder.", 2
+    if kind == "OutOfMemoryError":
+        return "out of GPU memory; try --model.precision int8, a lower --data.resolution or --data.batch_size 1.", 1
+    if kind == "MisconfigurationException":  # Lightning's own word for wrong Trainer settings
+        return f"wrong trainer setting: {error}", 2
+    return None
+
+
+def _say(command: str, message: str, status: int) -> int:
+    print(f"mep {command}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

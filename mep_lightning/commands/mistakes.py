@@ -1,0 +1,140 @@
+"""Condenses jsonargparse's errors, a page each, to the one sentence that names the key and the mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mep_lightning.commands.options import unknown_arguments
+from mep_lightning.commands.recipes import mentions, nearest
+
+PART = re.compile(r"given class_path '([\w.]+)'")
+KEY = re.compile(r'[Pp]arser key "([^"]+)":?\s*(.*)', re.DOTALL)
+NOT_ACCEPTED = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?")
+TYPE_NAMES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+
+
+def sentence(message: str, parser: Any, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """What to tell the user about a parsing error.
+
+    Args:
+        message: jsonargparse's own.
+        parser: the parser, asked for what it would have taken.
+        recipes: the files read, with their settings: the one that holds the mistake is named.
+    """
+    known = sorted(parser._option_string_actions)
+    if unknown := re.match(r"[Uu]nrecognized arguments: (.*)", message):
+        return unknown_arguments(unknown[1].split(), known)
+    key_match = KEY.search(message)
+    refused = NOT_ACCEPTED.search(message)
+    if refused and not key_match:
+        key = ".".join(part for part in refused.groups() if part)
+        return _unknown_key(key, known, recipes)
+    if key_match is None:
+        return f"{_first_line(message)}; see `mep fit --help`."
+    key, rest = key_match[1], key_match[2]
+    inner = list(KEY.finditer(rest))
+    part = PART.search(rest)
+    if refused:
+        return _unknown_argument(key, refused[2], part[1] if part else None, recipes)
+    if inner:  # a part's own argument, such as n of model.estimator
+        key, rest = f"{key}.{inner[-1][1]}", inner[-1][2]
+    elif missing := re.search(r"dot import path string: (\S+)", rest):
+        return _unknown_part(key, missing[1], parser, recipes)
+    return _wrong_value(key, rest, recipes)
+
+
+def _unknown_key(key: str, known: list[str], recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    guess = nearest(key, {name.removeprefix("--").rstrip("+") for name in known})
+    hint = f"did you mean {guess}?" if guess else "take it out."
+    return f"{_where(key, recipes)}there is no setting {key}; {hint}"
+
+
+def _unknown_argument(
+    key: str, argument: str, class_path: str | None, recipes: Sequence[tuple[Path, dict[str, Any]]]
+) -> str:
+    taken = _arguments_of(class_path)
+    name = class_path.rpartition(".")[2] if class_path else "it"
+    guess = nearest(argument, taken)
+    mend = f"did you mean {guess}?" if guess else f"it takes {', '.join(taken)}." if taken else "it takes none."
+    return f"{_where(f'{key}.{argument}', recipes)}{key}: {name} takes no {argument!r}; {mend}"
+
+
+def _unknown_part(key: str, name: str, parser: Any, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    names = part_names(parser, key)
+    guess = nearest(name, names)
+    if guess:
+        mend = f"did you mean {guess}?"
+    elif 0 < len(names) <= 8:
+        mend = f"choose one of {', '.join(names)}."
+    else:
+        mend = "give a class's name or its full path, such as lightning.pytorch.callbacks.Timer."
+    return f"{_where(key, recipes)}{key}: there is no part named {name!r}; {mend}"
+
+
+def _wrong_value(key: str, rest: str, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    value = re.search(r"(?:Given value|Got value): (.*)", rest)
+    expected = re.search(r"Subtypes: \[(.*)\]", rest) or re.search(r"Expected an? (.*?)\. Got value", rest)
+    if value is None or expected is None:
+        return f"{_where(key, recipes)}{key}: {_first_line(rest)}."
+    return f"{_where(key, recipes)}{key} is {value[1].strip()!r}; it takes {readable_types(expected[1])}."
+
+
+def readable_types(types: str) -> str:
+    """Python's spelling of types, for people: "<class 'int'>, typing.Literal['auto']" -> "a whole number or auto"."""
+    found = re.findall(r"<class '([\w.]+)'>|Literal\[([^\]]*)\]|(list|tuple|dict)\[", types)
+    words: list[str] = []
+    for name, literals, container in found:
+        if name and (container_names := {"list", "tuple", "dict"} & {name}):
+            container = container_names.pop()
+        if literals:
+            words += [literal.strip().strip("'\"") for literal in literals.split(",")]
+        elif container:
+            words.append({"list": "a list", "tuple": "a list", "dict": "a mapping"}[container])
+        elif name:
+            words.append(TYPE_NAMES.get(name, name.rpartition(".")[2]))
+    words = [word for i, word in enumerate(words) if word != "null" and word not in words[:i]]
+    return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def part_names(parser: Any, key: str) -> list[str]:
+    """Short names of the classes that a key takes."""
+    action = parser._option_string_actions.get(f"--{key}")
+    names: list[str] = []
+    for kind in _classes_in(getattr(action, "_typehint", None)):
+        names += sorted(sub.__name__ for sub in {kind, *_subclasses(kind)} if not getattr(sub, "__abstractmethods__", None))
+    return names
+
+
+def _classes_in(typehint: Any) -> list[type]:
+    if isinstance(typehint, type) and typehint.__module__ != "builtins":
+        return [typehint]
+    return [kind for inner in getattr(typehint, "__args__", ()) for kind in _classes_in(inner)]
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {found for sub in kind.__subclasses__() for found in {sub, *_subclasses(sub)}}
+
+
+def _arguments_of(class_path: str | None) -> list[str]:
+    if class_path is None:
+        return []
+    import importlib
+    import inspect
+
+    module, _, name = class_path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return [name for name in parameters if name not in ("self", "args", "kwargs")]
+
+
+def _where(key: str, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """The file that holds the mistake, if one does; the last one wins, as with settings."""
+    found = [path for path, recipe in recipes if mentions(recipe, key)]
+    return f"{found[-1]}: " if found else ""
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return next((line for line in lines if line), "not understood").rstrip(".:")

@@ -1,0 +1,50 @@
+"""What `auto` becomes: values keyed by (method, family, precision), the papers' own where they give one.
+
+Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's 5,000
+steps at 5e-3 from the same supplement. `tiny` was tuned on its tuning subjects (docs/reproduction.md tells how).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mep_lightning.errors import UserError
+
+METHODS = ("zoodip", "textual_inversion")
+FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
+
+# A later row that matches wins; "*" matches everything.
+_TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("*", "tiny", "*", {"resolution": 64, "guidance": 3.0, "sampling_steps": 20}),
+    ("*", "sd1", "*", {"resolution": 512, "guidance": 7.5, "sampling_steps": 50}),
+    ("*", "sd2", "*", {"resolution": 768, "guidance": 7.5, "sampling_steps": 50}),
+    ("*", "sdxl", "*", {"resolution": 1024, "guidance": 7.5, "sampling_steps": 50}),
+    ("zoodip", "*", "*", {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900}),
+    ("zoodip", "sd2", "*", {"lr": 1e-2, "mu": 1e-2}),
+    ("zoodip", "sdxl", "*", {"mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 1000}),
+    ("zoodip", "*", "int4", {"mu": 1e-2}),
+    ("zoodip", "tiny", "*", {"max_steps": 2_000}),
+    ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
+    ("textual_inversion", "tiny", "*", {"max_steps": 1_000}),
+]
+
+
+def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
+    """All default values of a method on a family of bases in a precision.
+
+    Returns:
+        lr, eps, max_steps, resolution (pixels), guidance, sampling_steps; also mu, puts_low and puts_high where the method
+        has them.
+
+    Raises:
+        UserError: the method or family is unknown.
+    """
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if family not in FAMILIES:
+        raise UserError(f"base family {family!r} is unknown: choose one of {', '.join(FAMILIES)}")
+    values: dict[str, Any] = {}
+    for row_method, row_family, row_precision, row in _TABLE:
+        if row_method in ("*", method) and row_family in ("*", family) and row_precision in ("*", precision):
+            values |= row
+    return values

@@ -1,0 +1,154 @@
+"""Pictures from prompts and seeds: a diffusers pipeline over the base's own parts, in as little memory as may be."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mep_lightning.errors import UserError
+from mep_lightning.phases import phase
+
+
+@torch.no_grad()
+def generate(
+    module_or_base: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 7.5,
+    batch_size: int = 8,
+    resolution: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture for each prompt and seed, by DPM-Solver++ with classifier-free guidance.
+
+    A picture depends on its own prompt and seed and not on its neighbours or `batch_size` (up to rounding), nor on the
+    device's random numbers: noise comes from a CPU generator a picture. Global random state is neither read nor changed.
+    The VAE is in memory only after the last denoising step, and decodes one picture at a time.
+
+    Args:
+        module_or_base: a set-up `PersonalizationModule`, whose trained token the prompts may name, or a plain `Base`.
+        prompts: N texts, the subject already filled in.
+        seeds: N numbers.
+        steps: denoising steps.
+        guidance: the guidance scale w; 1 or less switches guidance off and halves the work.
+        batch_size: how many pictures are denoised at once.
+        resolution: pixels a side; the base's own by default.
+        progress: called with (pictures denoised, N) after every batch.
+    """
+    if len(prompts) != len(seeds):
+        raise UserError(f"{len(prompts)} prompts need as many seeds, and {len(seeds)} were given.")
+    is_module = hasattr(module_or_base, "prompt_embeds")
+    base = module_or_base.base if is_module else module_or_base
+    resolution = base.resolution if resolution is None else resolution
+    if resolution % base.vae_factor:
+        raise UserError(f"The resolution {resolution} is not a multiple of {base.vae_factor}: choose one that is.")
+    with phase("sample"):
+        latents = _denoise(
+            base,
+            module_or_base.prompt_embeds if is_module else lambda texts: _encode(base, texts),
+            prompts,
+            [_noise(base, seed, resolution) for seed in seeds],
+            steps,
+            guidance,
+            batch_size,
+            progress,
+        )
+        return _decode(base, latents, resolution)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; outside again, every submodule is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _noise(base: Any, seed: int, resolution: int) -> Tensor:
+    """A picture's initial noise, [C, h, w], fp32 on the CPU."""
+    side = resolution // base.vae_factor
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((base.unet.config.in_channels, side, side), generator=generator, dtype=torch.float32)
+
+
+def _denoise(
+    base: Any,
+    encode: Callable[[list[str]], Tensor],
+    prompts: Sequence[str],
+    noise: list[Tensor],
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Tensor]:
+    """Noise to clean latents, a list of [C, h, w]."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipeline = base.pipeline(None)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    unconditional = encode([""]) if guidance > 1 else None  # [1, T, D]
+    latents: list[Tensor] = []
+    with evaluating(base.unet):
+        for start in range(0, len(prompts), batch_size):
+            texts = list(prompts[start : start + batch_size])
+            result = pipeline(
+                prompt_embeds=encode(texts),
+                negative_prompt_embeds=None if unconditional is None else unconditional.expand(len(texts), -1, -1),
+                latents=torch.stack(noise[start : start + batch_size]).to(base.device, base.dtype),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="latent",
+                return_dict=False,
+            )
+            latents.extend(result[0].unbind())
+            if progress is not None:
+                progress(len(latents), len(prompts))
+    return latents
+
+
+def _encode(base: Any, prompts: list[str]) -> Tensor:
+    """Prompt embeddings [N, T, D] of a base without an adapter."""
+    from mep_lightning.bases import encode_prompts
+
+    return cast(Tensor, encode_prompts(base, prompts, None))
+
+
+def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
+    images = []
+    with base.borrowed_vae() as vae:
+        # The VAE's own tile size; below it a seam would be all cost and no gain.
+        tiled = resolution > max(vae.config.sample_size, 512) and not vae.use_tiling
+        if tiled:
+            vae.enable_tiling()
+        try:
+            for latent in latents:
+                scaled = latent[None].to(next(vae.parameters())) / vae.config.scaling_factor
+                images.append(_to_image(vae.decode(scaled, return_dict=False)[0][0]))
+        finally:
+            if tiled:
+                vae.disable_tiling()
+    return images
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] to a picture."""
+    pixels = pixels.float()
+    if not math.isfinite(pixels.sum()):
+        warnings.warn("A generated picture holds numbers that are not finite; it is shown grey there.", stacklevel=2)
+        pixels = pixels.nan_to_num(0, 0, 0)
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

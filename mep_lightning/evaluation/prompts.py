@@ -1,0 +1,111 @@
+"""The prompts that a personalised subject is judged by: ZOODiP's Tables S2 and S3 (DreamBooth's own set).
+
+Prompts are templates: `{0}` is the subject's token, `{1}` its class word, and `{}` stands for both together.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PLACES = (
+    "a {0} {1} in the jungle",
+    "a {0} {1} in the snow",
+    "a {0} {1} on the beach",
+    "a {0} {1} on a cobblestone street",
+    "a {0} {1} on top of pink fabric",
+    "a {0} {1} on top of a wooden floor",
+    "a {0} {1} with a city in the background",
+    "a {0} {1} with a mountain in the background",
+    "a {0} {1} with a blue house in the background",
+    "a {0} {1} on top of a purple rug in a forest",
+)
+_PROPERTIES = (
+    "a red {0} {1}",
+    "a purple {0} {1}",
+    "a shiny {0} {1}",
+    "a wet {0} {1}",
+    "a cube shaped {0} {1}",
+)
+LIVING_PROMPTS: tuple[str, ...] = (
+    *_PLACES,
+    "a {0} {1} wearing a red hat",
+    "a {0} {1} wearing a santa hat",
+    "a {0} {1} wearing a rainbow scarf",
+    "a {0} {1} wearing a black top hat and a monocle",
+    "a {0} {1} in a chef outfit",
+    "a {0} {1} in a firefighter outfit",
+    "a {0} {1} in a police outfit",
+    "a {0} {1} wearing pink glasses",
+    "a {0} {1} wearing a yellow shirt",
+    "a {0} {1} in a purple wizard outfit",
+    *_PROPERTIES,
+)
+OBJECT_PROMPTS: tuple[str, ...] = (
+    *_PLACES,
+    "a {0} {1} with a wheat field in the background",
+    "a {0} {1} with a tree and autumn leaves in the background",
+    "a {0} {1} with the Eiffel Tower in the background",
+    "a {0} {1} floating on top of water",
+    "a {0} {1} floating in an ocean of milk",
+    "a {0} {1} on top of green grass with sunflowers around it",
+    "a {0} {1} on top of a mirror",
+    "a {0} {1} on top of the sidewalk in a crowded street",
+    "a {0} {1} on top of a dirt road",
+    "a {0} {1} on top of a white rug",
+    *_PROPERTIES,
+)
+
+LIVING_CLASSES = frozenset(
+    "animal baby bear bird boy bunny cat chicken corgi cow creature deer dog duck elephant face fish fox frog girl goat "
+    "hamster horse kitten lion lizard man monkey mouse owl panda parrot penguin person pet pig pony poodle puppy rabbit "
+    "rat sheep sloth snake squirrel tiger turtle wolf woman".split()
+)
+_NOT_ALIVE = frozenset("toy plush plushie plushy stuffed figurine statue figure doll sculpture drawing".split())
+
+
+def is_living(class_word: str) -> bool:
+    """Whether a class word names a living subject: a `dog` and a `corgi dog` do, a `dog toy` and a `stuffed animal` do not."""
+    words = re.findall(r"[a-z]+", class_word.lower())
+    if not words or _NOT_ALIVE.intersection(words):
+        return False
+    return words[-1] in LIVING_CLASSES or words[-1].removesuffix("s") in LIVING_CLASSES
+
+
+def prompts_for(class_word: str, family: str | None = None) -> tuple[str, ...]:
+    """The evaluation prompts of a subject, as templates.
+
+    Args:
+        class_word: what the subject is, such as `dog`; it decides between the living and the non-living set.
+        family: the base's family; `tiny` has prompts of its own, since it knows nothing of jungles.
+    """
+    if family == "tiny":
+        from mep_lightning.tiny import evaluation_prompts
+
+        return tuple(evaluation_prompts)
+    return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS
+
+
+def fill(template: str, phrase: str, class_word: str | None = None) -> str:
+    """Put a subject into a prompt.
+
+    Args:
+        template: a prompt with `{0} {1}` or `{}` where the subject goes; without either it is returned as it is.
+        phrase: the adapter's phrase for the subject, such as `<sks> ball`.
+        class_word: the phrase's last part, needed only where `{0}` and `{1}` stand apart.
+    """
+    token = phrase.removesuffix(class_word).strip() if class_word else phrase
+    text = template.replace("{0} {1}", phrase).replace("{}", phrase)
+    return tidy(text.replace("{0}", token).replace("{1}", class_word or ""))
+
+
+def without_token(prompt: str, token: str) -> str:
+    """The prompt in plain words, for scoring text: `a <sks> ball in the snow` becomes `a ball in the snow`.
+
+    A token of several vectors (`<sks> <sks>_1`, diffusers' way of writing it) goes as a whole.
+    """
+    return tidy(re.sub(rf"(?<!\S){re.escape(token)}(_\d+)?(?![\w>])", "", prompt))
+
+
+def tidy(text: str) -> str:
+    """Single spaces, and none before a comma or full stop."""
+    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))

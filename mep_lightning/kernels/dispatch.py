@@ -1,0 +1,50 @@
+"""What every kernel's front door shares: its reference beside it, autocast, and when the reference must answer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Kernel(Protocol[P, R_co]):
+    """A function with its definition in plain PyTorch as `.reference`; both take the same arguments."""
+
+    reference: Callable[P, R_co]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def defined_by(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Decorate a kernel's Python function with the reference that defines it."""
+
+    def attach(function: Callable[P, R]) -> Kernel[P, R]:
+        kernel = cast(Kernel[P, R], function)
+        kernel.reference = reference
+        return kernel
+
+    return attach
+
+
+def needs_reference() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform is at work.
+
+    A custom op knows reverse mode only: its tangent would silently be zero, and `vmap` would refuse it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def autocast_activation(x: Tensor) -> Tensor:
+    """Cast an activation as autocast would for a built-in linear or convolution; int8 weights and scales stay as they are."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

@@ -1,0 +1,81 @@
+"""A convolution with int8 weights: the weight exists in floating point only while it is being used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from mep_lightning.kernels.dequantize import dequantize
+from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_reference
+from mep_lightning.kernels.int8_conv2d import reference
+from mep_lightning.kernels.int8_conv2d.reference import Pair
+
+__all__ = ["int8_conv2d"]
+
+
+@torch.library.custom_op("mep_lightning::int8_conv2d", mutates_args=())
+def _int8_conv2d(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    weight = dequantize(q, scale, x.dtype)
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+
+
+@_int8_conv2d.register_fake
+def _(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    # The convolution of fakes knows the output's size and memory format.
+    return F.conv2d(x, torch.empty_like(q, dtype=x.dtype), None, stride, padding)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, q, scale, _, ctx.stride, ctx.padding = inputs
+    ctx.x_shape = x.shape
+    ctx.save_for_backward(q, scale, x if ctx.needs_input_grad[2] else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, scale, x = ctx.saved_tensors
+    grad_x = grad_scale = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = conv2d_input(ctx.x_shape, dequantize(q, scale, grad.dtype), grad, ctx.stride, ctx.padding)
+    if x is not None:
+        grad_weight = conv2d_weight(x, q.shape, grad, ctx.stride, ctx.padding)  # [O, I, kh, kw]
+        grad_scale = (grad_weight.to(scale.dtype) * q).sum((1, 2, 3))
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, None, grad_scale, grad_bias, None, None
+
+
+_int8_conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+@defined_by(reference.int8_conv2d)
+def int8_conv2d(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, stride: Pair = 1, padding: Pair = 0
+) -> Tensor:
+    """conv2d(x, q * s) + b; dtype and arithmetic follow x. Backward dequantises again instead of keeping the weight.
+
+    Args:
+        x: activations [B, I, H, W], floating point.
+        q: int8 weight [O, I, kh, kw]; its memory format is the transient weight's.
+        scale: fp32 [O]; gets a gradient where it asks for one.
+        bias: [O], any floating dtype.
+        stride, padding: one number or (vertical, horizontal).
+
+    Returns:
+        [B, O, H', W'] in x's dtype (in autocast's, where autocast is on).
+    """
+    if needs_reference():
+        return reference.int8_conv2d(x, q, scale, bias, stride, padding)
+    return _int8_conv2d(autocast_activation(x), q, scale, bias, _pair(stride), _pair(padding))

@@ -1,0 +1,11 @@
+"""Projecting directions out of a gradient: the definition."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def subspace_project_(grad: Tensor, basis: Tensor) -> Tensor:
+    """g <- g - P'P g in place, in the basis' precision. grad of d elements in any shape, basis P [k, d]; returns grad."""
+    flat = grad.reshape(-1).to(basis.dtype)  # [d]
+    return grad.sub_((basis.T @ (basis @ flat)).view(grad.shape))

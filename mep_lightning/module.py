@@ -1,0 +1,236 @@
+"""The training step: one module for every method, its parts swapped.
+
+Per batch: timesteps, noise and prompts from (seed, step) -> the estimator asks for losses and answers with a gradient of
+the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so that Lightning counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Generator, Tensor
+
+from mep_lightning import defaults
+from mep_lightning.adapters import Adapter, TokenEmbedding
+from mep_lightning.bases import Base, encode_prompts, identify, load_base, predict_noise
+from mep_lightning.data import sample_latents
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient
+from mep_lightning.phases import phase
+from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
+
+ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step trains on.
+
+    Attributes:
+        noisy: noised latents, [B, C, H, W].
+        timestep: int64 [B].
+        target: what the U-Net should predict, the noise or v, fp32 [B, C, H, W].
+        prompts: B texts that hold the adapter's token.
+    """
+
+    noisy: Tensor
+    timestep: Tensor
+    target: Tensor
+    prompts: list[str]
+
+
+class PersonalizationModule(LightningModule):
+    """Personalises a frozen base: photos in, an adapter out.
+
+    Args:
+        base: `tiny`, a folder in diffusers' layout, or a hub id.
+        precision: what the base's weights are kept in: "fp32", "bf16", "fp16" or "int8".
+        adapter: what is trained; a `TokenEmbedding` by default.
+        estimator: where the gradient comes from; `Backprop` by default.
+        subspace: a `SubspaceGradient` that denoises it, or None.
+        timesteps: which timesteps are drawn; all by default (the `PUTS` callback narrows them).
+        lr: Adam's learning rate; "auto" is the method's own for this base.
+        betas: Adam's.
+        eps: Adam's; "auto" as for lr.
+        weight_decay: Adam's.
+        seed: of noise, timesteps, prompts and perturbations; the same seed gives bitwise the same adapter.
+        method: the name under which `auto` values are looked up; told from the parts when None.
+    """
+
+    def __init__(
+        self,
+        base: str = "tiny",
+        precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32",
+        adapter: Adapter | None = None,
+        estimator: Estimator | None = None,
+        subspace: SubspaceGradient | None = None,
+        timesteps: TimestepSampler | None = None,
+        lr: float | Literal["auto"] = "auto",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | Literal["auto"] = "auto",
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        method: str | None = None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.base_name, self.precision, self.seed = str(base), precision, seed
+        self.adapter = adapter if adapter is not None else TokenEmbedding()
+        self.estimator = estimator if estimator is not None else Backprop()
+        self.subspace = subspace
+        self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
+        self.class_word: str | None = None
+        self.base: Base | None = None
+        if self.estimator.seed is None:
+            self.estimator.seed = seed
+        self.save_hyperparameters({"base": self.base_name, "precision": precision, "method": self.method, "seed": seed})
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the base, attach the adapter, encode the photos; the autoencoder is gone before the first step."""
+        if self._trainer is not None and self.trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
+            raise UserError(
+                f"trainer.precision {self.trainer.precision} scales losses behind hand-made gradients: "
+                f"choose one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
+            )
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        self.class_word = getattr(data, "class_word", self.class_word)
+        self.load(self.trainer.strategy.root_device if self._trainer is not None else "cpu")
+        if data is not None and stage == "fit":
+            with phase("encode"):
+                data.encode(self.base)
+            self.base.release_vae()
+
+    def load(self, device: str | torch.device = "cpu") -> Base:
+        """Load the base (once) and attach the adapter; also all that generating pictures needs."""
+        if self.base is None:
+            self._fill_in_defaults()
+            self.base = load_base(self.base_name, self.precision, device)
+        self.adapter.attach(self.base, self.class_word)
+        return self.base
+
+    def _fill_in_defaults(self) -> None:
+        values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
+        self.lr = values["lr"] if self.lr == "auto" else self.lr
+        self.eps = values["eps"] if self.eps == "auto" else self.eps
+        if getattr(self.estimator, "mu", None) == "auto":
+            self.estimator.mu = values["mu"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam over the adapter, in fp32."""
+        return torch.optim.Adam(
+            self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Draw, estimate, project, step."""
+        draw = self.draw(batch)
+        theta = self.adapter.theta
+        dims = self.subspace.dims_left(theta) if self.subspace else theta.numel()
+        with torch.autocast(self.device.type, enabled=self._autocast()):
+            grad, losses = self.estimator.estimate(
+                lambda members: self.losses(members, draw), theta, step=self.global_step, dims=dims
+            )
+        if self.subspace:
+            self.subspace.project_(grad)
+        theta.grad = grad.to(theta.dtype)
+        self.optimizers().step()
+        if self.subspace:
+            self.subspace.observe(theta.detach())
+        self.log("train/loss", losses[0], prog_bar=True)
+        self.log("train/grad_norm", grad.norm())
+
+    def draw(self, batch: dict[str, Any]) -> Draw:
+        """Noise, timesteps and texts of this step, a pure function of (seed, step, batch)."""
+        base, generator = self._loaded(), step_generator(self.seed, self.global_step)
+        mean, std = batch["mean"], batch["std"]  # [B, C, H, W]
+        latents = sample_latents(mean, std, _normal(mean, generator), base.scaling_factor)
+        noise = _normal(mean, generator)
+        timestep = self.timesteps.sample(len(mean), generator).to(mean.device)
+        noisy = base.scheduler.add_noise(latents, noise, timestep)
+        v_prediction = base.info.prediction == "v_prediction"
+        target = base.scheduler.get_velocity(latents, noise, timestep) if v_prediction else noise
+        phrase = self.adapter.phrase(self.class_word)
+        prompts = [prompt.replace("{}", phrase) for prompt in batch["prompts"]]
+        return Draw(noisy.to(base.dtype), timestep, target.float(), prompts)
+
+    def losses(self, members: Tensor, draw: Draw) -> Tensor:
+        """Squared error of what each member predicts, in one forward.
+
+        Args:
+            members: values of the adapter's `theta`, [V, *theta.shape].
+            draw: what to predict from; the same for all members (common random numbers).
+
+        Returns:
+            fp32 [V].
+        """
+        base = self._loaded()
+        embeds = encode_prompts(base, draw.prompts, self.adapter.tokens(members))  # [V * B, T, D]
+        predicted = predict_noise(base.unet, draw.noisy, draw.timestep, embeds)
+        error = predicted.float().unflatten(0, (len(members), -1)) - draw.target  # [V, B, C, H, W]
+        return error.pow(2).flatten(1).mean(1)
+
+    def _autocast(self) -> bool:
+        """Autocast to bf16 where the Trainer asks for it, but never for finite differences: it would drown mu."""
+        return self.trainer.precision == "bf16-mixed" and not self.estimator.forward_only
+
+    def _loaded(self) -> Base:
+        if self.base is None:
+            raise UserError("the base is not loaded: call module.load() or let a Trainer set the module up")
+        return self.base
+
+    # -- after and between ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prompt_embeds(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [N, T, D] of prompts that may hold the trained token."""
+        return encode_prompts(self._loaded(), prompts, self.adapter.tokens())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside trainables and optimiser: what the run was, and the subspace's history."""
+        checkpoint["mep"] = {
+            "base": self.base_name,
+            "precision": self.precision,
+            "method": self.method,
+            "seed": self.seed,
+            "class_word": self.class_word,
+            "subspace": self.subspace.state_dict() if self.subspace else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check by hand (loading is not strict) that the checkpoint is of this run and complete.
+
+        Raises:
+            UserError: another base or precision, or a trainable that is missing.
+        """
+        saved = checkpoint.get("mep")
+        if saved is None:
+            raise UserError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
+        for key, mine in (("base", self.base_name), ("precision", self.precision)):
+            if saved[key] != mine:
+                raise UserError(f"the checkpoint was trained with {key} {saved[key]!r}, not {mine!r}: set model.{key} to it")
+        missing = [name for name in self.state_dict() if name not in checkpoint["state_dict"]]
+        if missing:
+            raise UserError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
+        if self.subspace and saved["subspace"] is not None:
+            self.subspace.load_state_dict(saved["subspace"])
+
+
+def step_generator(seed: int, step: int) -> Generator:
+    """A generator that is a pure function of (seed, step)."""
+    return Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 0x27D4EB2F) % 2**63)
+
+
+def _normal(like: Tensor, generator: Generator) -> Tensor:
+    """fp32 normals of a tensor's shape, drawn on the CPU so that every device sees the same."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)

@@ -1,0 +1,49 @@
+"""Turning a float model into a quantised one, layer by layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mep_lightning.errors import UserError
+from mep_lightning.quantization.int8 import Int8Conv2d, Int8Linear
+
+
+def _quantized(layer: nn.Module) -> nn.Module | None:
+    # The exact classes: a subclass (bitsandbytes', peft's, attention's out-projection) means more than its parent does.
+    if type(layer) is nn.Linear:
+        return Int8Linear.from_float(layer)
+    if type(layer) is nn.Conv2d and Int8Conv2d.fits(layer):
+        return Int8Conv2d.from_float(layer)
+    return None
+
+
+def quantize_module_(module: nn.Module, precision: str = "int8") -> int:
+    """Swap every `nn.Linear` and `nn.Conv2d` below `module` in place; norms and embeddings stay as they are.
+
+    A float layer is dropped before the next is quantised, so the peak is the model and one weight. A layer used in two
+    places stays one layer. Works on the meta device too: the int8 layers then quantise what is loaded into them.
+
+    Args:
+        module: any model; itself neither a linear nor a convolution.
+        precision: "int8".
+
+    Returns:
+        The number of layers swapped.
+    """
+    if precision != "int8":
+        raise UserError(f"precision {precision!r} is not one that modules are quantised to; use 'int8'")
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if type(child) in (nn.Linear, nn.Conv2d):
+                places.setdefault(child, []).append((parent, name))
+    count = 0
+    while places:
+        child, where = places.popitem()
+        quantized = _quantized(child)
+        if quantized is None:
+            continue
+        count += 1
+        for parent, name in where:
+            setattr(parent, name, quantized)
+    return count

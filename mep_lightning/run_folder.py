@@ -1,0 +1,124 @@
+"""A run's folder: where everything that a run writes is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, and the place of each thing in it.
+
+    Args:
+        root: the folder; it need not exist yet.
+    """
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+
+    @classmethod
+    def new(cls, runs_root: str | Path, method: str) -> RunFolder:
+        """Creates `runs_root/<method>-N` with the next free N, so that two runs started at once never share one."""
+        runs_root = Path(runs_root)
+        runs_root.mkdir(parents=True, exist_ok=True)
+        taken = [path.name.removeprefix(f"{method}-") for path in runs_root.glob(f"{method}-*")]
+        number = max((int(name) for name in taken if name.isdecimal()), default=0) + 1
+        while True:
+            root = runs_root / f"{method}-{number}"
+            try:
+                root.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return cls(root)
+
+    @property
+    def config(self) -> Path:
+        """The run's settings with every `auto` resolved."""
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Trainables and state; `last.ckpt` is what a resumed run reads."""
+        return self.root / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that `--resume` carries on from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def adapter(self) -> Path:
+        """The exports, ready for other tools."""
+        return self.root / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        """Grids of generated pictures."""
+        return self.root / "samples"
+
+    @property
+    def memory_json(self) -> Path:
+        """Peak memory of every phase."""
+        return self.root / "memory.json"
+
+    @property
+    def memory_png(self) -> Path:
+        """The same, as a picture."""
+        return self.root / "memory.png"
+
+    @property
+    def metrics(self) -> Path:
+        """The evaluation's scores."""
+        return self.root / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained report."""
+        return self.root / "report.html"
+
+    @property
+    def log(self) -> Path:
+        """What the CSV logger writes: a row a logged step, with `step`, `train/loss` and more."""
+        return self.root / "log.csv"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there yet: no folder, or a folder without a file."""
+        return not self.root.exists() or not any(self.root.iterdir())
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write to, and puts it in `path`'s place when the body succeeds: write, fsync, rename.
+
+    A crash, a full disk or an exception leaves the old file as it was. The path to write to keeps the suffix.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Writes a whole file or nothing.
+
+    Args:
+        path: the file; its folder is made when missing.
+        content: text (written as UTF-8) or bytes.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)

@@ -1,0 +1,64 @@
+"""Which timesteps a step trains on: uniform, partially uniform (PUTS), weighted by the signal-to-noise ratio."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Generator, Tensor
+
+from mep_lightning.errors import UserError
+
+
+class TimestepSampler(ABC):
+    """Draws timesteps; all state is in the generator."""
+
+    @abstractmethod
+    def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
+        """Draw timesteps, int64 [B]."""
+
+
+class PartialUniformTimesteps(TimestepSampler):
+    """Partial Uniform Timestep Sampling: t ~ U{low .. high - 1} (ZOODiP, arXiv 2503.14868, section 3.4).
+
+    Args:
+        low: T_L, the first timestep that may be drawn.
+        high: T_U, one past the last.
+
+    Raises:
+        UserError: the range is empty or below zero.
+    """
+
+    def __init__(self, low: int, high: int):
+        if not 0 <= low < high:
+            raise UserError(f"timesteps {low} to {high} are no range: PUTS needs 0 <= low < high, such as 500 and 900")
+        self.low, self.high = low, high
+
+    def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
+        return torch.randint(self.low, self.high, (batch_size,), generator=generator)
+
+
+class UniformTimesteps(PartialUniformTimesteps):
+    """All timesteps alike: t ~ U{0 .. T - 1}."""
+
+    def __init__(self, total: int = 1000):
+        super().__init__(0, total)
+
+
+class SNRTimesteps(TimestepSampler):
+    """Timesteps in proportion to min(SNR, gamma) / SNR-weighted noise error, the min-SNR-gamma weight of arXiv 2303.09556.
+
+    The weight of the noise-prediction error, w(t) = min(SNR(t), gamma) / SNR(t), becomes the probability of drawing t, so
+    that an unweighted loss over these draws has the weighted loss's gradient up to a constant.
+
+    Args:
+        alphas_cumprod: the schedule's cumulative alphas, [T].
+        gamma: where the weight stops growing.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, gamma: float = 5.0):
+        snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
+        self.probability = (snr.clamp_max(gamma) / snr).float()
+
+    def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
+        return torch.multinomial(self.probability, batch_size, replacement=True, generator=generator)

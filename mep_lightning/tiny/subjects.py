@@ -1,0 +1,75 @@
+"""Subjects of the tiny world: objects with marks that no caption names, five photos each, all drawn from seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mep_lightning.tiny.world import BACKGROUNDS, CLASSES, IDENTITY, PALETTE, PATTERNS, Scenes, random_scenes, render
+
+PHOTOS = 5
+# Seeds of the training scenes start at 1,000,000, so neither split was ever seen in training.
+SEEDS = {"test": 1_000, "tune": 5_000, "sample": 9_000}
+COUNTS = {"test": 30, "tune": 20, "sample": 1}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One object to personalise.
+
+    Attributes:
+        name: for folders and tables, "ball-0".
+        class_word: what it is, "ball".
+        scenes: its PHOTOS scenes; only pose, light and background differ.
+    """
+
+    name: str
+    class_word: str
+    scenes: Scenes
+
+    def images(self) -> Tensor:
+        """Its photos, [5, 3, 64, 64] in [0, 1]."""
+        return render(self.scenes)
+
+    def photos(self) -> list[Image.Image]:
+        return to_pil(self.images())
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [N, 3, H, W] in [0, 1] as PIL images."""
+    array = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def subject(index: int, split: str = "test") -> Subject:
+    """The `index`-th subject of a split ("test": reported; "tune": for choosing hyperparameters; "sample": shipped).
+
+    Classes take turns. The paint lies between two palette colours, the object is patterned and wears a badge.
+    """
+    if not 0 <= index < COUNTS[split]:
+        raise ValueError(f"no {split} subject {index}: there are {COUNTS[split]}")
+    generator = torch.Generator().manual_seed(SEEDS[split] + index)
+    one, _ = random_scenes(1, generator)
+    pair = torch.randperm(len(PALETTE), generator=generator)[:4]
+    between = torch.rand(2, 1, generator=generator) * 0.3 + 0.1
+    identity = one.replace(
+        kind=torch.tensor([index % len(CLASSES)]),
+        paint=torch.lerp(PALETTE[pair[0]], PALETTE[pair[1]], between[0])[None],
+        second=torch.lerp(PALETTE[pair[2]], PALETTE[pair[3]], between[1])[None],
+        pattern=1 + torch.randint(len(PATTERNS) - 1, (1,), generator=generator),
+        badge=1 + torch.randint(3, (1,), generator=generator),
+        badge_paint=PALETTE[pair[3]][None],
+    )
+    views, _ = random_scenes(PHOTOS, generator)
+    same = {name: getattr(identity, name).expand(PHOTOS, *getattr(identity, name).shape[1:]) for name in IDENTITY}
+    backgrounds = torch.randperm(len(BACKGROUNDS), generator=generator)[:PHOTOS]
+    word = CLASSES[index % len(CLASSES)]
+    return Subject(f"{word}-{index // len(CLASSES)}", word, views.replace(background=backgrounds, **same))
+
+
+def subjects(split: str = "test", count: int | None = None) -> list[Subject]:
+    """The first `count` subjects of a split (all by default)."""
+    return [subject(i, split) for i in range(COUNTS[split] if count is None else count)]

@@ -1,0 +1,1 @@
+"""The recipe that trained the embedded base: `python -m mep_lightning.tiny.train --out DIR`."""

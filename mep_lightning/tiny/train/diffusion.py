@@ -1,0 +1,137 @@
+"""Stage 2: the U-Net and its text encoder, trained together on cached latents with SD1.5's noise schedule."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mep_lightning.tiny.captions import scene_caption
+from mep_lightning.tiny.train.loop import Ema, fit
+from mep_lightning.tiny.train.text import build_text_encoder
+from mep_lightning.tiny.world import Scenes, random_scenes, render
+
+SCENES_PER_SEED = 500
+UNCONDITIONAL = 0.1
+SNR_GAMMA = 5.0
+
+
+def build_scheduler() -> DDPMScheduler:
+    """SD1.5's schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD1.5's layout, cross-attention at every resolution, 7.7 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(64, 96, 160),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=16,
+    )
+
+
+class CachedScenes:
+    """Latents of `count` scenes, encoded once and kept on disk; captions are drawn anew each time."""
+
+    def __init__(self, vae: AutoencoderKL, out: Path, count: int = 40_000):
+        drawn = [random_scenes(SCENES_PER_SEED, self._generator(i)) for i in range(count // SCENES_PER_SEED)]
+        self.parts: list[tuple[Scenes, dict[str, Tensor]]] = drawn
+        path = out / "latents.safetensors"
+        if not path.exists():
+            save_file(self._encode(vae), path)
+        cached = load_file(path)
+        self.mean, self.std = cached["mean"], cached["std"]  # [N, 4, 16, 16] fp16
+
+    @staticmethod
+    def _generator(part: int) -> torch.Generator:
+        return torch.Generator().manual_seed(2_000_000 + part)
+
+    @torch.no_grad()
+    def _encode(self, vae: AutoencoderKL) -> dict[str, Tensor]:
+        means, stds = [], []
+        for scenes, _ in self.parts:
+            images = render(scenes) * 2 - 1
+            for chunk in images.split(50):
+                with torch.autocast("cpu", torch.bfloat16):
+                    posterior = vae.encode(chunk).latent_dist
+                means.append(posterior.mean.half())
+                stds.append(posterior.std.half())
+        return {"mean": torch.cat(means), "std": torch.cat(stds)}
+
+    def scaling_factor(self) -> float:
+        """One over the latents' standard deviation, as the VAE's config keeps it."""
+        return round(1 / self.mean[:2000].float().std().item(), 4)
+
+    def draw(self, batch: int, generator: torch.Generator, rng: random.Random) -> tuple[Tensor, list[str]]:
+        """Latents [B, 4, 16, 16] (not yet scaled) and captions, some of them empty for guidance."""
+        index = torch.randint(len(self.mean), (batch,), generator=generator)
+        mean, std = self.mean[index].float(), self.std[index].float()
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        captions = []
+        for i in index.tolist():
+            scenes, named = self.parts[i // SCENES_PER_SEED]
+            empty = rng.random() < UNCONDITIONAL
+            captions.append("" if empty else scene_caption(scenes, named, i % SCENES_PER_SEED, rng))
+        return latents, captions
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids [B, 32], padded to full length as Stable Diffusion does."""
+    out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    return out.input_ids
+
+
+def train_diffusion(
+    data: CachedScenes,
+    scaling_factor: float,
+    tokenizer: CLIPTokenizer,
+    out: Path,
+    steps: int = 12_000,
+    batch: int = 64,
+    stop_at: int | None = None,
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Noise prediction, weighted by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556, eq. 5 for epsilon)."""
+    scheduler = build_scheduler()
+    alphas = scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp_max(SNR_GAMMA) / snr
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    model["unet"].set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes on CPU
+    ema = Ema(model, 0.999)
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator, rng = torch.Generator().manual_seed(3_000_000 + step), random.Random(step)
+        latents, captions = data.draw(batch, generator, rng)
+        latents = latents * scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        t = torch.randint(1000, (batch,), generator=generator)
+        noisy = scheduler.add_noise(latents, noise, t)
+        embeds = model["text_encoder"](tokenize(tokenizer, captions)).last_hidden_state
+        predicted = model["unet"](noisy, t, embeds).sample.float()
+        error = (predicted - noise).pow(2).mean((1, 2, 3))
+        return (weights[t] * error).mean(), {"eps": error.mean().item()}
+
+    fit("diffusion", model, loss_fn, steps=steps, lr=8e-4, out=out, ema=ema, save_every=250, stop_at=stop_at)
+    ema.copy_to(model)
+    return model["unet"].eval(), model["text_encoder"].eval()

@@ -1,0 +1,71 @@
+"""The shared prefix: the same result as one full forward a member, for fewer FLOPs."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from mep_lightning.bases.walk import predict_noise, shared_share
+
+LAYOUTS = {
+    "tiny": dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2),
+    "sd1": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+    ),
+    "sd2": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        use_linear_projection=True,
+    ),
+    "late": dict(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=2,
+    ),
+}
+
+
+def unet(**layout):
+    torch.manual_seed(0)
+    layout = {"layers_per_block": 1} | layout
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24, attention_head_dim=2, **layout
+    )
+    return model.eval().double()
+
+
+def inputs(members, batch, side=8):
+    g = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, side, side, generator=g, dtype=torch.float64)
+    embeds = torch.randn(members * batch, 7, 24, generator=g, dtype=torch.float64)
+    return latents, torch.arange(batch) * 311 + 5, embeds
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("members, batch, side", [(1, 1, 8), (3, 1, 8), (2, 3, 8), (3, 2, 12), (3, 1, 7)])
+def test_equals_a_full_forward_a_member(layout, members, batch, side):
+    model = unet(**LAYOUTS[layout])
+    latents, t, embeds = inputs(members, batch, side)
+    with torch.no_grad():
+        walked = predict_noise(model, latents, t, embeds)
+        each = torch.cat([model(latents, t, rows).sample for rows in embeds.chunk(members)])
+    torch.testing.assert_close(walked, each, rtol=1e-11, atol=1e-12)
+
+
+def test_members_share_what_no_text_has_touched():
+    latents, t, embeds = inputs(1, 1)
+    assert 0.02 < shared_share(unet(**LAYOUTS["sd1"]), latents, t, embeds) < 0.5
+    assert shared_share(unet(**LAYOUTS["late"]), latents, t, embeds) > shared_share(
+        unet(**LAYOUTS["sd1"]), latents, t, embeds
+    )
+
+
+def test_gradients_flow_to_every_members_text():
+    model = unet(**LAYOUTS["sd1"])
+    latents, t, embeds = inputs(3, 2)
+    embeds.requires_grad_()
+    (walked,) = torch.autograd.grad(predict_noise(model, latents, t, embeds).square().sum(), embeds)
+    each = model(latents.repeat(3, 1, 1, 1), t.repeat(3), embeds).sample
+    (full,) = torch.autograd.grad(each.square().sum(), embeds)
+    torch.testing.assert_close(walked, full, rtol=1e-9, atol=1e-10)

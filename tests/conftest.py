@@ -1,0 +1,32 @@
+"""What many tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    """The embedded base in fp32, loaded once; tests must leave it as it was."""
+    from mep_lightning.bases import load_base
+
+    return load_base("tiny")
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """A folder of the sample subject's photos as mixed files."""
+    from mep_lightning.tiny import sample_photos
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for (name, photo), ending in zip(sample_photos()[0], ("png", "jpg", "webp", "PNG", "jpeg"), strict=True):
+        photo.save(folder / f"{name}.{ending}")
+    return folder
