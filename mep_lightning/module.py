@@ -136,7 +136,7 @@ class PersonalizationModule(LightningModule):
         """Draw, estimate, project, step."""
         draw = self.draw(batch)
         theta = self.adapter.theta
-        dims = self.subspace.dims_left(theta) if self.subspace else theta.numel()
+        dims = self.subspace.dims_left if self.subspace else None
         with torch.autocast(self.device.type, enabled=self._autocast()):
             grad, losses = self.estimator.estimate(
                 lambda members: self.losses(members, draw), theta, step=self.global_step, dims=dims

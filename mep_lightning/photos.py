@@ -164,7 +164,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Colours as the profile means them (phones write Display P3); a broken or unfitting profile is passed over."""
     try:
         srgb = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")  # type: ignore[arg-type]
+        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError):
         return image.convert("RGB")
     return converted or image.convert("RGB")

@@ -71,7 +71,8 @@ def test_decoding_small_matches_decoding_whole(tmp_path):
     photo = np.stack(np.broadcast_arrays(ramp[None], ramp[:600, None], 128), axis=-1).astype(np.uint8)
     image(photo).save(tmp_path / "p.jpg", quality=95)
     small, whole = read_photo(tmp_path / "p.jpg", at_least=128), read_photo(tmp_path / "p.jpg")
-    assert small.size == (200, 150) and whole.size == (800, 600)
+    assert small.size == (200, 150)
+    assert whole.size == (800, 600)
     difference = np.subtract(square(small, 64), square(whole, 64), dtype=np.int16)
     assert np.abs(difference).max() <= 3
 
@@ -134,7 +135,9 @@ def test_16_bit_grey_keeps_its_range(tmp_path):
     Image.fromarray(np.tile(levels.repeat(8), (40, 1))).save(tmp_path / "p.png")
     read = np.asarray(read_photo(tmp_path / "p.png"))
     assert read[0, ::8].tolist() == [[v] * 3 for v in (0, 1, 4, 128, 255)]
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(np.tile(levels.repeat(8), (40, 1)).astype(np.int32)))), read)
+    assert np.array_equal(
+        np.asarray(to_rgb(Image.fromarray(np.tile(levels.repeat(8), (40, 1)).astype(np.int32)))), read
+    )
 
 
 def test_cmyk_jpeg_has_its_colours(tmp_path):
@@ -166,7 +169,9 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
 def test_center_crop_takes_the_middle_exactly():
     assert np.array_equal(np.asarray(square(image(UPRIGHT), 40)), UPRIGHT[:, 8:48])
     assert np.array_equal(np.asarray(square(image(UPRIGHT.transpose(1, 0, 2)), 40)), UPRIGHT.transpose(1, 0, 2)[8:48])
-    assert np.array_equal(np.asarray(square(image(UPRIGHT[:, :43]), 40)), UPRIGHT[:, 1:41])  # odd: the extra px is right
+    assert np.array_equal(
+        np.asarray(square(image(UPRIGHT[:, :43]), 40)), UPRIGHT[:, 1:41]
+    )  # odd: the extra px is right
 
 
 def test_center_crop_resizes_the_middle_alone():
@@ -178,7 +183,8 @@ def test_center_crop_resizes_the_middle_alone():
 def test_letterbox_keeps_everything_between_white_bars():
     boxed = np.asarray(square(image(UPRIGHT), 56, "letterbox"))
     assert np.array_equal(boxed[8:48], UPRIGHT)
-    assert (boxed[:8] == 255).all() and (boxed[48:] == 255).all()
+    assert (boxed[:8] == 255).all()
+    assert (boxed[48:] == 255).all()
     assert square(image(UPRIGHT), 112, "letterbox").size == (112, 112)
 
 
@@ -355,9 +361,11 @@ def test_fill_leaves_other_braces_alone():
 
 def test_templates_of_textual_inversion():
     assert (len(OBJECT_TEMPLATES), len(STYLE_TEMPLATES)) == (27, 19)
-    assert len(set(OBJECT_TEMPLATES)) == 27 and len(set(STYLE_TEMPLATES)) == 17
+    assert len(set(OBJECT_TEMPLATES)) == 27
+    assert len(set(STYLE_TEMPLATES)) == 17
     assert all(t.count("{}") == 1 for t in OBJECT_TEMPLATES + STYLE_TEMPLATES)
-    assert choose_templates("object") is OBJECT_TEMPLATES and choose_templates("style") is STYLE_TEMPLATES
+    assert choose_templates("object") is OBJECT_TEMPLATES
+    assert choose_templates("style") is STYLE_TEMPLATES
     assert choose_templates(["my {}", "{} there"]) == ("my {}", "{} there")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -56,7 +57,7 @@ class Export(Callback):
             rank_zero_warn(f"The adapter could not be exported ({error}); the last checkpoint holds it.")
 
 
-def export(module: LightningModule, directory: Path) -> list[Path]:
+def export(module: Any, directory: Path) -> list[Path]:
     """Export a module's adapter into a folder, each file whole or not at all.
 
     Returns:
@@ -66,7 +67,7 @@ def export(module: LightningModule, directory: Path) -> list[Path]:
     with phase("save"):
         try:
             aside.mkdir(parents=True, exist_ok=True)
-            written = [Path(path).relative_to(aside) for path in module.adapter.export(aside)]  # type: ignore[union-attr]
+            written = [Path(path).relative_to(aside) for path in module.adapter.export(aside)]
             for path in written:
                 (directory / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(aside / path, directory / path)

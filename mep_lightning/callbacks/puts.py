@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mep_lightning import defaults
 from mep_lightning.errors import UserError
 from mep_lightning.timesteps import PartialUniformTimesteps
 
@@ -14,12 +15,14 @@ class PUTS(Callback):
     """Train on t ~ U{low .. high - 1} alone, where the text embedding has its say.
 
     Args:
-        low: T_L, the first timestep drawn, or "auto": the module's own `puts_bounds`.
+        low: T_L, the first timestep drawn, or "auto": what `defaults` holds for the module's method and base.
         high: T_U, the first timestep above those drawn, or "auto".
+
+    After `fit` has started, `low` and `high` are numbers.
 
     Raises:
         UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps`, or "auto" with a
-            module that has no `puts_bounds`.
+            module or method that has no defaults.
     """
 
     def __init__(self, low: int | Literal["auto"] = "auto", high: int | Literal["auto"] = "auto") -> None:
@@ -29,7 +32,7 @@ class PUTS(Callback):
         if low != "auto" and high != "auto":
             _check(low, high)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Replace the module's sampler, once its base is there to ask for bounds."""
         if not hasattr(pl_module, "timesteps"):
             raise UserError(
@@ -37,19 +40,31 @@ class PUTS(Callback):
                 " such attribute: set one in __init__ or leave PUTS out."
             )
         if self.low == "auto" or self.high == "auto":
-            bounds = getattr(pl_module, "puts_bounds", None)
-            if bounds is None:
-                raise UserError(
-                    f"{type(pl_module).__name__} has no `puts_bounds` to fill PUTS' auto in: write PUTS(low, high)."
-                )
-            self.low = bounds[0] if self.low == "auto" else self.low
-            self.high = bounds[1] if self.high == "auto" else self.high
+            values = _defaults(pl_module)
+            self.low = values["puts_low"] if self.low == "auto" else self.low
+            self.high = values["puts_high"] if self.high == "auto" else self.high
         _check(self.low, self.high)
         scheduler = getattr(getattr(pl_module, "base", None), "scheduler", None)
         total = len(scheduler.alphas_cumprod) if scheduler is not None else None
         if total is not None and self.high > total:
-            raise UserError(f"PUTS high is {self.high}, but the base has {total} timesteps: set high to {total} or less.")
+            raise UserError(
+                f"PUTS high is {self.high}, but the base has {total} timesteps: set high to {total} or less."
+            )
         pl_module.timesteps = PartialUniformTimesteps(self.low, self.high)
+
+
+def _defaults(module: LightningModule) -> dict[str, Any]:
+    """The default values of a module's method on its base, with PUTS bounds among them."""
+    method: Any = getattr(module, "method", None)
+    base: Any = getattr(module, "base", None)
+    values = {}
+    if isinstance(method, str) and hasattr(base, "family"):
+        values = defaults.lookup(method, base.family, base.precision)
+    if "puts_low" not in values or "puts_high" not in values:
+        raise UserError(
+            f"No PUTS bounds are known for {method or type(module).__name__}: write them, such as PUTS(500, 900)."
+        )
+    return values
 
 
 def _check(low: int, high: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
+from mep_lightning import defaults
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.generate import evaluating, generate
@@ -29,11 +30,11 @@ class Samples(Callback):
     Args:
         every: steps between the grids in training; 0 for before and after alone.
         prompts: one picture each; `{}` (or `{0} {1}`) is where the subject goes. By default `count` of the evaluation
-            prompts, evenly spread.
+            prompts, evenly spread over those that put the subject somewhere.
         count: pictures in a grid when `prompts` is None.
         seed: picture i starts from the noise of seed + i.
-        steps: denoising steps.
-        guidance: the guidance scale.
+        steps: denoising steps; "auto" is the base's own number.
+        guidance: the guidance scale; "auto" is the base's own.
         batch_size: pictures denoised at once.
     """
 
@@ -43,8 +44,8 @@ class Samples(Callback):
         prompts: Sequence[str] | None = None,
         count: int = 4,
         seed: int = 0,
-        steps: int = 25,
-        guidance: float = 7.5,
+        steps: int | Literal["auto"] = "auto",
+        guidance: float | Literal["auto"] = "auto",
         batch_size: int = 4,
     ) -> None:
         if every < 0:
@@ -93,6 +94,8 @@ class Samples(Callback):
             templates = self.prompts
         else:
             known = prompts_for(class_word, getattr(getattr(pl_module, "base", None), "family", None))
+            # A recoloured subject is hard to compare with the photos, so `a red …` is left to the evaluation.
+            known = tuple(prompt for prompt in known if prompt.startswith("a {0}")) or known
             last = max(self.count - 1, 1)
             templates = [known[round(i * (len(known) - 1) / last)] for i in range(min(self.count, len(known)))]
         adapter: Any = pl_module.adapter
@@ -101,13 +104,14 @@ class Samples(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         prompts = self.texts(trainer, pl_module)
         seeds = [self.seed + number for number in range(len(prompts))]
+        known = _sampling(pl_module)
         with isolate_rng(), evaluating(pl_module):
             images = generate(
                 pl_module,
                 prompts,
                 seeds,
-                steps=self.steps,
-                guidance=self.guidance,
+                steps=known["sampling_steps"] if self.steps == "auto" else self.steps,
+                guidance=known["guidance"] if self.guidance == "auto" else self.guidance,
                 batch_size=self.batch_size,
             )
         step = trainer.global_step
@@ -144,13 +148,26 @@ class Samples(Callback):
 
     @staticmethod
     def _photos(trainer: Trainer) -> list[Image.Image]:
-        data = getattr(trainer, "datamodule", None)
+        """The photos as the model sees them, where the data module can show them so."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "thumbnails"):
+            resolution = getattr(getattr(trainer.lightning_module, "base", None), "resolution", grid.LARGEST)
+            return list(data.thumbnails(min(resolution, grid.LARGEST)))
         return list(getattr(data, "photos", None) or [])
 
 
 def _class_word(trainer: Trainer, pl_module: LightningModule) -> str:
     data = getattr(trainer, "datamodule", None)
     return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None) or ""
+
+
+def _sampling(module: LightningModule) -> dict[str, Any]:
+    """How this base is best sampled."""
+    method: Any = getattr(module, "method", None)
+    base: Any = getattr(module, "base", None)
+    if isinstance(method, str) and hasattr(base, "family"):
+        return defaults.lookup(method, base.family, base.precision)
+    return {"sampling_steps": 25, "guidance": 7.5}
 
 
 def _log(trainer: Trainer, image: Image.Image, step: int) -> None:

@@ -83,9 +83,9 @@ class FitRequest:
     def on_command_line(self, key: str) -> str | None:
         """The last value that the command line gives a key."""
         value = None
-        for word, following in zip(self.settings, [*self.settings[1:], ""], strict=True):
+        for index, word in enumerate(self.settings):
             if word == f"--{key}":
-                value = following
+                value = next(iter(self.settings[index + 1 :]), "")
             elif word.startswith(f"--{key}="):
                 value = word.partition("=")[2]
         return value
@@ -109,10 +109,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _options() -> Options:
     listed = "\n".join(f"  {name}" for name in recipe_names())
-    parser = Options(
-        "fit", "Learns a subject from a folder of photos.", f"packaged recipes:\n{listed}\n\n{EPILOG}"
+    parser = Options("fit", "Learns a subject from a folder of photos.", f"packaged recipes:\n{listed}\n\n{EPILOG}")
+    parser.add_argument(
+        "--config", "-c", action="append", metavar="RECIPE", help="a packaged recipe or a YAML file; may repeat"
     )
-    parser.add_argument("--config", "-c", action="append", metavar="RECIPE", help="a packaged recipe or a YAML file; may repeat")
     parser.add_argument("--run", metavar="DIR", help=f"the run's folder (default: {RUNS}/<method>-N)")
     parser.add_argument("--resume", action="store_true", help="carry on where the run in --run DIR stopped")
     parser.add_argument("--help-all", action="store_true", help="every setting of the model, data and Trainer")
@@ -136,7 +136,9 @@ def read_request(configs: Sequence[str], settings: list[str], run: str | None, r
     elif folder is not None and is_first_process() and not folder.is_empty:
         if not folder.root.is_dir():
             raise UserError(f"{folder.root} is a file; name another folder with --run.")
-        mend = "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
+        mend = (
+            "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
+        )
         raise UserError(f"{folder.root} exists and is not empty; {mend}.")
     if not paths and not any(word.startswith("--print_config") for word in settings):
         raise UserError(f"say what to do with --config RECIPE: a YAML file or one of {', '.join(recipe_names())}.")
@@ -152,8 +154,8 @@ def refuse_early(request: FitRequest) -> None:
     precision = request.raw("trainer.precision")
     if precision is not None and SYNONYMS.get(str(precision), str(precision)) not in PRECISIONS:
         raise UserError(
-            f"trainer.precision {precision} cannot train this (its loss scaling spoils hand-made gradients); choose one of "
-            f"{', '.join(PRECISIONS)}, and --model.precision for the frozen base."
+            f"trainer.precision {precision} cannot train this, as its loss scaling spoils hand-made gradients; choose "
+            f"one of {', '.join(PRECISIONS)}, and --model.precision for the frozen base."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +17,80 @@ NOT_ACCEPTED = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '(
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 
 
-def sentence(message: str, parser: Any, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+OWN_OPTIONS = ("--run", "--resume", "--help", "--help-all")
+
+
+@dataclass
+class Sources:
+    """Where settings came from, to name the file that holds a mistake.
+
+    Attributes:
+        recipes: the files read, with their settings.
+        settings: the words of the command line, which win over the files.
+    """
+
+    recipes: Sequence[tuple[Path, dict[str, Any]]]
+    settings: Sequence[str]
+
+    def where(self, key: str) -> str:
+        """How a sentence about a key begins: with the file to mend, or with nothing for the command line."""
+        key = key.replace(".init_args.", ".")
+        for word in self.settings:
+            option = word.removeprefix("--").partition("=")[0].rstrip("+").replace(".init_args.", ".")
+            if word.startswith("--") and (
+                key == option or key.startswith(f"{option}.") or option.startswith(f"{key}.")
+            ):
+                return ""
+        found = [path for path, recipe in self.recipes if mentions(recipe, key)]
+        return f"{found[-1]}: " if found else ""  # the last file wins, as with settings
+
+
+def sentence(message: str, parser: Any, sources: Sources) -> str:
     """What to tell the user about a parsing error.
 
     Args:
         message: jsonargparse's own.
         parser: the parser, asked for what it would have taken.
-        recipes: the files read, with their settings: the one that holds the mistake is named.
+        sources: the files and words that were read.
     """
-    known = sorted(parser._option_string_actions)
+    known = sorted([*parser._option_string_actions, *OWN_OPTIONS])
     if unknown := re.match(r"[Uu]nrecognized arguments: (.*)", message):
         return unknown_arguments(unknown[1].split(), known)
     key_match = KEY.search(message)
     refused = NOT_ACCEPTED.search(message)
     if refused and not key_match:
         key = ".".join(part for part in refused.groups() if part)
-        return _unknown_key(key, known, recipes)
+        return _unknown_key(key, known, sources)
     if key_match is None:
         return f"{_first_line(message)}; see `mep fit --help`."
     key, rest = key_match[1], key_match[2]
     inner = list(KEY.finditer(rest))
     part = PART.search(rest)
     if refused:
-        return _unknown_argument(key, refused[2], part[1] if part else None, recipes)
+        return _unknown_argument(key, refused[2], part[1] if part else None, sources)
     if inner:  # a part's own argument, such as n of model.estimator
         key, rest = f"{key}.{inner[-1][1]}", inner[-1][2]
     elif missing := re.search(r"dot import path string: (\S+)", rest):
-        return _unknown_part(key, missing[1], parser, recipes)
-    return _wrong_value(key, rest, recipes)
+        return _unknown_part(key, missing[1], parser, sources)
+    return _wrong_value(key, rest, sources)
 
 
-def _unknown_key(key: str, known: list[str], recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    guess = nearest(key, {name.removeprefix("--").rstrip("+") for name in known})
+def _unknown_key(key: str, known: list[str], sources: Sources) -> str:
+    names = {name.removeprefix("--").rstrip("+") for name in known}
+    guess = nearest(key, {name for name in names if name.count(".") == key.count(".")})
     hint = f"did you mean {guess}?" if guess else "take it out."
-    return f"{_where(key, recipes)}there is no setting {key}; {hint}"
+    return f"{sources.where(key)}there is no setting {key}; {hint}"
 
 
-def _unknown_argument(
-    key: str, argument: str, class_path: str | None, recipes: Sequence[tuple[Path, dict[str, Any]]]
-) -> str:
+def _unknown_argument(key: str, argument: str, class_path: str | None, sources: Sources) -> str:
     taken = _arguments_of(class_path)
     name = class_path.rpartition(".")[2] if class_path else "it"
     guess = nearest(argument, taken)
     mend = f"did you mean {guess}?" if guess else f"it takes {', '.join(taken)}." if taken else "it takes none."
-    return f"{_where(f'{key}.{argument}', recipes)}{key}: {name} takes no {argument!r}; {mend}"
+    return f"{sources.where(f'{key}.{argument}')}{key}: {name} takes no {argument!r}; {mend}"
 
 
-def _unknown_part(key: str, name: str, parser: Any, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+def _unknown_part(key: str, name: str, parser: Any, sources: Sources) -> str:
     names = part_names(parser, key)
     guess = nearest(name, names)
     if guess:
@@ -71,15 +99,15 @@ def _unknown_part(key: str, name: str, parser: Any, recipes: Sequence[tuple[Path
         mend = f"choose one of {', '.join(names)}."
     else:
         mend = "give a class's name or its full path, such as lightning.pytorch.callbacks.Timer."
-    return f"{_where(key, recipes)}{key}: there is no part named {name!r}; {mend}"
+    return f"{sources.where(key)}{key}: there is no part named {name!r}; {mend}"
 
 
-def _wrong_value(key: str, rest: str, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+def _wrong_value(key: str, rest: str, sources: Sources) -> str:
     value = re.search(r"(?:Given value|Got value): (.*)", rest)
     expected = re.search(r"Subtypes: \[(.*)\]", rest) or re.search(r"Expected an? (.*?)\. Got value", rest)
     if value is None or expected is None:
-        return f"{_where(key, recipes)}{key}: {_first_line(rest)}."
-    return f"{_where(key, recipes)}{key} is {value[1].strip()!r}; it takes {readable_types(expected[1])}."
+        return f"{sources.where(key)}{key}: {_first_line(rest)}."
+    return f"{sources.where(key)}{key} is {value[1].strip()!r}; it takes {readable_types(expected[1])}."
 
 
 def readable_types(types: str) -> str:
@@ -104,7 +132,9 @@ def part_names(parser: Any, key: str) -> list[str]:
     action = parser._option_string_actions.get(f"--{key}")
     names: list[str] = []
     for kind in _classes_in(getattr(action, "_typehint", None)):
-        names += sorted(sub.__name__ for sub in {kind, *_subclasses(kind)} if not getattr(sub, "__abstractmethods__", None))
+        names += sorted(
+            sub.__name__ for sub in {kind, *_subclasses(kind)} if not getattr(sub, "__abstractmethods__", None)
+        )
     return names
 
 
@@ -115,7 +145,11 @@ def _classes_in(typehint: Any) -> list[type]:
 
 
 def _subclasses(kind: type) -> set[type]:
-    return {found for sub in kind.__subclasses__() for found in {sub, *_subclasses(sub)}}
+    found: set[type] = set()
+    subclasses: list[type] = kind.__subclasses__()
+    for sub in subclasses:
+        found |= {sub, *_subclasses(sub)}
+    return found
 
 
 def _arguments_of(class_path: str | None) -> list[str]:
@@ -127,12 +161,6 @@ def _arguments_of(class_path: str | None) -> list[str]:
     module, _, name = class_path.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     return [name for name in parameters if name not in ("self", "args", "kwargs")]
-
-
-def _where(key: str, recipes: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    """The file that holds the mistake, if one does; the last one wins, as with settings."""
-    found = [path for path, recipe in recipes if mentions(recipe, key)]
-    return f"{found[-1]}: " if found else ""
 
 
 def _first_line(message: str) -> str:

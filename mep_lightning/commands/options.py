@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from typing import NoReturn
 
 from mep_lightning.commands.recipes import nearest
@@ -35,7 +36,7 @@ class Options(argparse.ArgumentParser):
         return f"{message}; see `{self.prog} --help`."
 
 
-def unknown_arguments(words: list[str], known: object) -> str:
+def unknown_arguments(words: list[str], known: Iterable[str]) -> str:
     """The sentence about arguments that nothing takes, with the nearest option that exists.
 
     Args:
@@ -46,6 +47,6 @@ def unknown_arguments(words: list[str], known: object) -> str:
     if option is None:
         return f"{words[0]!r} stands alone; put an option such as --config before it."
     option = option.split("=")[0].rstrip("+")
-    names = {name.rstrip("+") for name in known}  # type: ignore[attr-defined]
+    names = {name.rstrip("+") for name in known}
     guess = nearest(option, names)
     return f"there is no option {option}; " + (f"did you mean {guess}?" if guess else "see --help.")

@@ -42,7 +42,7 @@ class StepProgress(ProgressBar):
             dynamic_ncols=live,
             ncols=None if live else 100,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            file=sys.stderr,
+            file=sys.stderr if live else _Lines(),
             smoothing=0.1,
         )
 
@@ -79,6 +79,17 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class _Lines:
+    """Stands in for a terminal in tqdm: every redrawing becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def memory_in_use(device: torch.device) -> str:

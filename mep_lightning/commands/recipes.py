@@ -86,7 +86,8 @@ def _mentions(node: Any, parts: list[str]) -> bool:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like `word`, if any is near."""
+    """The known word most like `word`, or the only one that holds it; None where none is near."""
     by_lower = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    holding = [name for name in by_lower if word.lower() in name]
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6) or (holding if len(holding) == 1 else [])
     return by_lower[found[0]] if found else None

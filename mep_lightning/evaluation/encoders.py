@@ -64,7 +64,9 @@ class Preprocessing:
         if config is None:
             if clip:
                 return cls(size=image_size, crop=(image_size, image_size))
-            return cls((image_size, image_size), None, int(Image.Resampling.BILINEAR), 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
+            return cls(
+                (image_size, image_size), None, int(Image.Resampling.BILINEAR), 1 / 255, IMAGENET_MEAN, IMAGENET_STD
+            )
         normalize = config.get("do_normalize", True)
         return cls(
             size=_resize_target(config.get("size", image_size), clip) if config.get("do_resize", True) else None,
@@ -111,10 +113,10 @@ class ClipEncoder(nn.Module):
     def __init__(self, checkpoint: str | Path = DEFAULT_CLIP, batch_size: int = 16) -> None:
         super().__init__()
         name = str(checkpoint)
-        self.model = _load_model(name, "CLIP")
+        self.model: Any = _load_model(name, "CLIP")
         if not hasattr(self.model, "get_text_features"):
             raise UserError(f"{name} holds a {type(self.model).__name__}, not a CLIP model: name a CLIP checkpoint.")
-        self.tokenizer = _load_tokenizer(name)
+        self.tokenizer: Any = _load_tokenizer(name)
         self.preprocess = Preprocessing.from_checkpoint(name, self.model.config.vision_config.image_size, clip=True)
         self.context = int(getattr(self.model.config.text_config, "max_position_embeddings", 77))
         self.batch_size = batch_size
@@ -151,7 +153,7 @@ class DinoEncoder(nn.Module):
     def __init__(self, checkpoint: str | Path = DEFAULT_DINO, batch_size: int = 16) -> None:
         super().__init__()
         name = str(checkpoint)
-        self.model = _load_model(name, "DINO")
+        self.model: Any = _load_model(name, "DINO")
         if hasattr(self.model, "get_text_features") or not hasattr(self.model.config, "image_size"):
             raise UserError(
                 f"{name} holds a {type(self.model).__name__}, not a DINO model: name a DINO (ViT) checkpoint."
@@ -186,7 +188,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _load_model(name: str, kind: str) -> nn.Module:
+def _load_model(name: str, kind: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
     try:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ def generate(
     """One picture for each prompt and seed, by DPM-Solver++ with classifier-free guidance.
 
     A picture depends on its own prompt and seed and not on its neighbours or `batch_size` (up to rounding), nor on the
-    device's random numbers: noise comes from a CPU generator a picture. Global random state is neither read nor changed.
+    device's random numbers: noise comes from a CPU generator a picture. Global random state is neither read nor set.
     The VAE is in memory only after the last denoising step, and decodes one picture at a time.
 
     Args:
@@ -124,7 +124,7 @@ def _encode(base: Any, prompts: list[str]) -> Tensor:
     """Prompt embeddings [N, T, D] of a base without an adapter."""
     from mep_lightning.bases import encode_prompts
 
-    return cast(Tensor, encode_prompts(base, prompts, None))
+    return encode_prompts(base, prompts, None)
 
 
 def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:

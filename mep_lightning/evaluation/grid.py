@@ -48,7 +48,7 @@ class Grid:
 
 
 def draw(rows: Sequence[Row], **info: Any) -> Grid:
-    """Draw rows of pictures, scaled to one cell size: small ones by a whole factor, so that 64 pixels stay recognisable.
+    """Draw rows of pictures, scaled to one cell size: small ones by a whole factor, so that 64 pixels can be seen.
 
     Args:
         rows: from top to bottom; all pictures are shown as squares of one size.

@@ -60,7 +60,9 @@ class ClipTextAlignment(_MeanMetric):
     def update(self, images: Pictures, texts: Sequence[str] | Tensor) -> None:
         """Add pictures and, for each, its text (or both as embeddings [N, D])."""
         if len(images) != len(texts):
-            raise UserError(f"{len(images)} pictures cannot be scored against {len(texts)} prompts: give one a picture.")
+            raise UserError(
+                f"{len(images)} pictures cannot be scored against {len(texts)} prompts: give one a picture."
+            )
         pictures = _embed(images, self.encoder)  # [N, D]
         words = texts if isinstance(texts, Tensor) else self.encoder.encode_texts(texts)  # [N, D]
         self._add((pictures * words).sum(-1))
@@ -72,7 +74,7 @@ class _PhotoAlignment(_MeanMetric):
     encoder: ClipEncoder | DinoEncoder
 
     def update(self, images: Pictures, photos: Pictures) -> None:
-        """Add generated pictures [N] and the photos [P] of the subject that they show; every picture counts the same."""
+        """Add generated pictures [N] and the photos [P] of the subject they show; every picture counts the same."""
         pictures, real = _embed(images, self.encoder), _embed(photos, self.encoder)  # [N, D], [P, D]
         self._add((pictures @ real.T).mean(-1))  # [N]
 
@@ -148,7 +150,7 @@ def evaluate(
         device: where the encoders run.
 
     Returns:
-        `clip_t`, `clip_i`, `dino`: higher is better. `dino_inter`: lower is more diverse; pairs are pictures of the same
+        `clip_t`, `clip_i`, `dino`: higher is better. `dino_inter`: lower is more diverse; pairs are pictures of one
         prompt, or any two where no prompt has more than one picture (NaN with a single picture).
     """
     if len(images) != len(prompts):

@@ -55,18 +55,19 @@ OBJECT_PROMPTS: tuple[str, ...] = (
     *_PROPERTIES,
 )
 
-LIVING_CLASSES = frozenset(
-    "animal baby bear bird boy bunny cat chicken corgi cow creature deer dog duck elephant face fish fox frog girl goat "
-    "hamster horse kitten lion lizard man monkey mouse owl panda parrot penguin person pet pig pony poodle puppy rabbit "
-    "rat sheep sloth snake squirrel tiger turtle wolf woman".split()
-)
-_NOT_ALIVE = frozenset("toy plush plushie plushy stuffed figurine statue figure doll sculpture drawing".split())
+_LIVING = """
+    animal baby bear bird boy bunny cat chicken corgi cow creature deer dog duck elephant fish fox frog girl goat
+    hamster horse kitten lion lizard man monkey mouse owl panda parrot penguin person pet pig pony poodle puppy rabbit
+    rat sheep sloth snake squirrel tiger turtle wolf woman
+"""
+_NOT_ALIVE = "toy plush plushie plushy stuffed figurine statue figure doll sculpture drawing"
+LIVING_CLASSES = frozenset(_LIVING.split())
 
 
 def is_living(class_word: str) -> bool:
-    """Whether a class word names a living subject: a `dog` and a `corgi dog` do, a `dog toy` and a `stuffed animal` do not."""
+    """Whether a class word names a living subject: `dog` and `corgi dog` do, `dog toy` and `stuffed animal` do not."""
     words = re.findall(r"[a-z]+", class_word.lower())
-    if not words or _NOT_ALIVE.intersection(words):
+    if not words or set(_NOT_ALIVE.split()) & set(words):
         return False
     return words[-1] in LIVING_CLASSES or words[-1].removesuffix("s") in LIVING_CLASSES
 
@@ -81,7 +82,7 @@ def prompts_for(class_word: str, family: str | None = None) -> tuple[str, ...]:
     if family == "tiny":
         from mep_lightning.tiny import evaluation_prompts
 
-        return tuple(evaluation_prompts)
+        return tuple(evaluation_prompts())
     return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS
 
 

@@ -12,7 +12,7 @@ def per_output(scale: Tensor, ndim: int) -> Tensor:
 
 
 def dequantize_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The definition: the product in fp32 (fp64 for an fp64 weight), rounded once. q [O, ...] int8, scale [O] -> [O, ...]."""
+    """The definition: q [O, ...] times scale [O] in fp32 (in fp64 for an fp64 weight), rounded once -> [O, ...]."""
     wide = torch.promote_types(dtype, torch.float32)
     return (q.to(wide) * per_output(scale, q.dim()).to(wide)).to(dtype)
 

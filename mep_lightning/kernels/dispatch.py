@@ -1,4 +1,4 @@
-"""What every kernel's front door shares: its reference beside it, autocast, and when the reference must answer itself."""
+"""What every kernel's front door shares: its reference, autocast, and when the reference itself must answer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
-class Kernel(Protocol[P, R_co]):
+class Kernel(Protocol[P, R]):
     """A function with its definition in plain PyTorch as `.reference`; both take the same arguments."""
 
-    reference: Callable[P, R_co]
+    reference: Callable[P, R]
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
 def defined_by(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Kernel[P, R]]:
@@ -44,7 +43,7 @@ def needs_reference() -> bool:
 
 
 def autocast_activation(x: Tensor) -> Tensor:
-    """Cast an activation as autocast would for a built-in linear or convolution; int8 weights and scales stay as they are."""
+    """Cast an activation as autocast does before a built-in linear or convolution; weights and scales stay."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

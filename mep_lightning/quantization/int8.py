@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from mep_lightning.kernels import int8_conv2d, int8_linear
 from mep_lightning.kernels.dequantize import dequantize_reference, per_output
+
+Pair = tuple[int, int]
 
 LEVELS = 127  # symmetric: -128 stays unused
 
@@ -40,7 +42,6 @@ class Int8Weight(nn.Module):
 
     weight: Tensor
     scale: Tensor
-    bias: nn.Parameter | None
 
     def _empty(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Replace the float weight that the parent class declared on the meta device."""
@@ -48,7 +49,8 @@ class Int8Weight(nn.Module):
         del self.weight
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.ones(shape[0], dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
+        values = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", values)
 
     def quantize_(self, weight: Tensor) -> Self:
         """Take a float weight [O, ...], on the weight's own device, and hold it in int8; returns the layer."""
@@ -117,16 +119,16 @@ class Int8Linear(Int8Weight, nn.Linear):
 class Int8Conv2d(Int8Weight, nn.Conv2d):
     """`nn.Conv2d` with its weight in int8: zero padding, no dilation, no groups."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]  # type: ignore[assignment]
+    stride: Pair
+    padding: Pair
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair = 0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,10 +151,9 @@ class Int8Conv2d(Int8Weight, nn.Conv2d):
         """
         if not cls.fits(conv):
             raise ValueError(f"{conv} is dilated, grouped or not padded with zeros, which Int8Conv2d does not compute")
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False, device="meta"
-        )
-        layer.bias = conv.bias
+        shape = (cast(Pair, conv.kernel_size), cast(Pair, conv.stride), cast(Pair, conv.padding))
+        layer = cls(conv.in_channels, conv.out_channels, *shape, bias=False, device="meta")
+        layer.register_parameter("bias", cast(nn.Parameter | None, conv.bias))
         return layer.quantize_(conv.weight).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:

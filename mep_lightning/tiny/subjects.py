@@ -73,3 +73,11 @@ def subject(index: int, split: str = "test") -> Subject:
 def subjects(split: str = "test", count: int | None = None) -> list[Subject]:
     """The first `count` subjects of a split (all by default)."""
     return [subject(i, split) for i in range(COUNTS[split] if count is None else count)]
+
+
+def other_photos(who: Subject, count: int) -> Tensor:
+    """Photos of a subject that are not among its own, [count, 3, 64, 64] in [0, 1]: to measure what was learned."""
+    generator = torch.Generator().manual_seed(20_000)
+    views, _ = random_scenes(count, generator)
+    same = {name: getattr(who.scenes, name)[:1].expand(count, *getattr(who.scenes, name).shape[1:]) for name in IDENTITY}
+    return render(views.replace(**same))

@@ -11,7 +11,7 @@ from mep_lightning.kernels.philox.reference import WORD, philox_uint32
 
 __all__ = ["philox_normal", "philox_uint32"]
 
-CPU_BLOCKS = 1 << 16  # half a megabyte an int64 temporary: they stay in L2, which is 1.8 times quicker than one sweep
+CPU_BLOCKS = 1 << 16  # half a megabyte each temporary, so they stay in L2: one sweep takes 1.4 to 1.8 times as long
 GPU_BLOCKS = 1 << 20
 
 
@@ -29,9 +29,7 @@ def _philox_normal(
 
 
 @_philox_normal.register_fake
-def _(
-    seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None
-) -> Tensor:
+def _(seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None) -> Tensor:
     return torch.empty(numel, device=device)
 
 

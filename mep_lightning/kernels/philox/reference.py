@@ -1,8 +1,8 @@
 """Philox 4x32-10 (Salmon et al., SC11) and Box-Muller in plain PyTorch: the definition of all zeroth-order noise.
 
-The counter is (element // 4, step, member, parameter id) and the key is the 64-bit seed, so a normal is a pure function of
-(seed, step, member, parameter id, element). Lane `element % 4` of a block is that element, as in Triton's `tl.randn4x`.
-32-bit words live in int64: a 32x32-bit product wraps modulo 2^64, but its bits 0..63 stay right, which is all it takes.
+The counter is (element // 4, step, member, parameter id) and the key is the 64-bit seed, so a normal is a pure
+function of (seed, step, member, parameter id, element). Lane `element % 4` of a block is that element, as in Triton's
+`tl.randn4x`. 32-bit words live in int64: a product of two may pass 2^63, but it wraps with every bit right.
 """
 
 from __future__ import annotations
@@ -79,6 +79,6 @@ def philox_uint32(
 def philox_normal(
     seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None
 ) -> Tensor:
-    """Standard normals as a pure function of (seed, step, member, parameter id, element); see the package's docstring."""
+    """fp32 [numel]; arguments as in `mep_lightning.kernels.philox_normal`."""
     blocks = torch.arange(-(-numel // 4), device=device)
     return normal_blocks(blocks, seed, step, member, param_id).view(-1)[:numel]

@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def subspace_project_(grad: Tensor, basis: Tensor) -> Tensor:
-    """g <- g - P'P g in place, in the basis' precision. grad of d elements in any shape, basis P [k, d]; returns grad."""
+    """g <- g - P'P g in place, in the basis' precision; returns grad. grad: d elements in any shape; basis P [k, d]."""
     flat = grad.reshape(-1).to(basis.dtype)  # [d]
     return grad.sub_((basis.T @ (basis @ flat)).view(grad.shape))

@@ -1,0 +1,30 @@
+# The four things that one does with a checkout. Everything is installed in .venv; set PYTHON to use another interpreter.
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/demo
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+SETUP := $(INSTALLED)
+endif
+
+.PHONY: demo test lint gpu
+
+demo: $(SETUP)
+	$(PYTHON) -m mep_lightning.cli fit --config quickstart --run $(RUN)
+
+test: $(SETUP)
+	$(PYTHON) -m pytest
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+gpu: $(SETUP)
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks step --out benchmarks/results/step.json
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	touch $@

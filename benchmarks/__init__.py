@@ -1,0 +1,1 @@
+"""One command a suite: `python -m benchmarks SUITE --out FILE.json`."""

@@ -1,0 +1,208 @@
+"""`quality`: train and score methods and ablations on subjects of the tiny world; resumable cell by cell.
+
+A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is scored
+by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row, row
+
+SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
+Settings = dict[str, Any]
+
+ZOODIP: Settings = {"estimator": "RandomGradientEstimator", "n": 2, "normalize": True, "tau": 128, "nu": 1e-3, "puts": True}
+NAIVE: Settings = ZOODIP | {"tau": None, "puts": False}
+VARIANTS: dict[str, Settings] = {
+    "untrained": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "max_steps": 0},
+    "textual_inversion": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32"},
+    "textual_inversion+puts": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "puts": True},
+    "zoodip": ZOODIP,
+    "zo": NAIVE,
+    "zo+sg": ZOODIP | {"puts": False},
+    "zo+puts": ZOODIP | {"tau": None},
+    "zoodip n=1": ZOODIP | {"n": 1},
+    "zoodip n=4": ZOODIP | {"n": 4},
+    "zoodip spsa": ZOODIP | {"estimator": "SPSAEstimator"},
+    "zoodip one-point": ZOODIP | {"estimator": "OnePointEstimator"},
+}
+
+
+def train(settings: Settings, data: Any, seed: int) -> Any:
+    """One run of one method through a Trainer; returns the trained module."""
+    from lightning import Trainer
+
+    from mep_lightning import PersonalizationModule, defaults
+    from mep_lightning import estimators as parts
+    from mep_lightning.adapters import TokenEmbedding
+    from mep_lightning.callbacks import PUTS
+
+    method, precision = settings.get("method", "zoodip"), settings.get("precision", "int8")
+    values = defaults.lookup(method, "tiny", precision) | settings
+    kind = getattr(parts, settings["estimator"])
+    estimator = kind() if kind is parts.Backprop else kind(settings["n"], values["mu"], settings["normalize"])
+    module = PersonalizationModule(
+        precision=precision,
+        adapter=TokenEmbedding(),
+        estimator=estimator,
+        subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings.get("tau") else None,
+        lr=values["lr"],
+        eps=values["eps"],
+        seed=seed,
+        method=method,
+    )
+    if settings.get("puts"):
+        puts = defaults.lookup("zoodip", "tiny", precision) | settings
+        callbacks = [PUTS(puts["puts_low"], puts["puts_high"])]
+    else:
+        callbacks = []
+    trainer = Trainer(
+        max_steps=values["max_steps"],
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if values["max_steps"]:
+        trainer.fit(module, data)
+    else:
+        module.class_word = data.class_word
+        module.load()
+    return module
+
+
+def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
+    """The denoising loss over all timesteps on photos of the subject that training never saw (same draws for everyone)."""
+    import torch
+
+    from mep_lightning.bases import encode_prompts, predict_noise
+    from mep_lightning.data import sample_latents
+    from mep_lightning.tiny.subjects import other_photos
+
+    base = module.base
+    generator = torch.Generator().manual_seed(77)
+    with torch.no_grad(), base.borrowed_vae() as vae:
+        posterior = vae.encode((other_photos(subject, draws) * 2 - 1).to(base.dtype)).latent_dist
+        latents = sample_latents(posterior.mean, posterior.std, torch.zeros_like(posterior.mean), base.scaling_factor)
+        noise = torch.randn(latents.shape, generator=generator)
+        timestep = torch.linspace(20, 980, draws).long()
+        noisy = base.scheduler.add_noise(latents.float(), noise, timestep)
+        prompt = f"a photo of a {module.adapter.phrase(subject.class_word)}"
+        embeds = encode_prompts(base, [prompt], module.adapter.tokens()).expand(draws, -1, -1)
+        return (predict_noise(base.unet, noisy.to(base.dtype), timestep, embeds).float() - noise).pow(2).mean().item()
+
+
+def cell(variant: str, settings: Settings, split: str, index: int, seed: int, images: int) -> dict[str, Any]:
+    """Train and score one cell."""
+    _quiet()
+    import torch
+
+    from mep_lightning import SubjectData, defaults
+    from mep_lightning.evaluation import evaluate, generate
+    from mep_lightning.tiny import CLIP, DINO, evaluation_prompts
+    from mep_lightning.tiny.subjects import subject
+
+    torch.set_num_threads(1)
+    who = subject(index, split)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, photo in enumerate(who.photos()):
+            photo.save(Path(folder) / f"{i}.png")
+        data = SubjectData(folder, class_word=who.class_word, seed=seed)
+        began = time.monotonic()
+        module = train(settings, data, seed)
+        seconds = time.monotonic() - began
+    values = defaults.lookup("zoodip", "tiny", "int8")
+    token = module.adapter.token
+    prompts = [p.format(token, who.class_word) for p in evaluation_prompts() for _ in range(images)]
+    seeds = [i % images + 1000 * seed for i in range(len(prompts))]
+    pictures = generate(
+        module, prompts, seeds, steps=values["sampling_steps"], guidance=values["guidance"], batch_size=16
+    )
+    scores = evaluate(pictures, prompts, who.photos(), clip=CLIP, dino=DINO, token=token)
+    scores["heldout_loss"] = heldout_loss(module, who)
+    return {"variant": variant, "subject": who.name, "split": split, "seed": seed, "seconds": seconds, **scores}
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def run_cells(
+    variants: dict[str, Settings],
+    path: Path,
+    *,
+    split: str = "test",
+    subjects: int = 8,
+    seeds: int = 3,
+    images: int = 2,
+    workers: int = 2,
+) -> list[dict[str, Any]]:
+    """All cells that `path` (JSON lines) does not hold yet, in worker processes of one thread each; returns every cell."""
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    have = {(c["variant"], c["index"], c["seed"]) for c in done if c["split"] == split}
+    todo = [
+        (name, index, seed)
+        for seed in range(seeds)
+        for index in range(subjects)
+        for name in variants
+        if (name, index, seed) not in have
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
+        jobs = {pool.submit(cell, n, variants[n], split, i, s, images): (n, i, s) for n, i, s in todo}
+        for count, job in enumerate(as_completed(jobs), 1):
+            result = job.result() | {"index": jobs[job][1]}
+            done.append(result)
+            log.write(json.dumps(result) + "\n")
+            log.flush()
+            shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
+            print(f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}", flush=True)
+    return done
+
+
+def summarise(cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:
+    """Mean over subjects and seeds, and the spread over seeds of the mean over subjects."""
+    rows, cells = [], list(cells)
+    for name in variants:
+        mine = [c for c in cells if c["variant"] == name]
+        if not mine:
+            continue
+        for metric in (*SCORES, "seconds"):
+            seeds = sorted({c["seed"] for c in mine})
+            means = [statistics.mean(c[metric] for c in mine if c["seed"] == s) for s in seeds]
+            rows.append(row("quality", name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else ""))
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a variant a line, mean and spread."""
+    names = list(dict.fromkeys(r["case"] for r in rows))
+    lines = ["| variant | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
+    for name in names:
+        by = {r["metric"]: r for r in rows if r["case"] == name}
+        lines.append(f"| {name} | " + " | ".join(f"{by[m]['value']:.4f} ± {by[m]['spread']:.4f}" for m in SCORES) + " |")
+    return "\n".join(lines)
+
+
+def run(path: Path, names: list[str] | None = None, **kwargs: Any) -> list[Row]:
+    variants = {name: VARIANTS[name] for name in names or VARIANTS}
+    return summarise(run_cells(variants, path, **kwargs), variants)

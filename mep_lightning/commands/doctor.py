@@ -1,0 +1,125 @@
+"""`mep doctor`: what is installed, which devices there are, which kernels are active and why not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mep_lightning.commands.options import Options
+
+NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jsonargparse", "torchmetrics", "pillow")
+OPTIONAL = {
+    "accelerate": "faster loading of large bases",
+    "bitsandbytes": "int4 (NF4) bases and 8-bit Adam",
+    "cma": "gradient-free textual inversion",
+    "peft": "LoRA layers of other tools",
+    "tensorboard": "--trainer.logger TensorBoardLogger",
+    "triton": "fused kernels on a GPU",
+    "wandb": "--trainer.logger WandbLogger",
+}
+"""Package -> what it is good for here."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs `mep doctor`; status 1 says that something needed is missing."""
+    Options("doctor", "Shows versions, devices and which kernels are active.").parse_args(list(argv))
+    from mep_lightning.commands.chatter import quiet_after_imports
+
+    quiet_after_imports()
+    missing = [name for name in NEEDED if installed(name) is None]
+    sections = {
+        "versions": versions(),
+        "optional packages": optional(),
+        **({} if "torch" in missing else {"devices": devices(), "kernels": kernels()}),
+        "embedded base": embedded_base(),
+    }
+    for title, lines in sections.items():
+        print(title)
+        for name, what in lines:
+            print(f"  {name:<18}{what}")
+    if missing:
+        print(f"mep doctor: {', '.join(missing)} is missing; install it with pip.", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """The package itself, Python, and what it needs."""
+    yield "mep-lightning", installed("mep-lightning") or "not installed (running from a checkout)"
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in NEEDED:
+        yield name, installed(name) or "missing"
+
+
+def optional() -> Iterator[tuple[str, str]]:
+    """What is there beyond the needed, and what is lost without it."""
+    for name, purpose in OPTIONAL.items():
+        yield name, installed(name) or f"not installed; for {purpose}"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """The CPU with its memory, and every GPU."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    yield (
+        "cpu",
+        f"{torch.get_num_threads()} of {os.cpu_count()} threads, {gib(memory.available)} of {gib(memory.total)} free",
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        yield f"cuda:{index}", f"{properties.name}, capability {capability}, {gib(free)} of {gib(total)} free"
+    if torch.cuda.device_count() == 0:
+        yield "cuda", f"none: {why_no_cuda()}"
+    disk = shutil.disk_usage(Path.cwd())
+    yield "disk", f"{gib(disk.free)} free in {Path.cwd()}"
+
+
+def why_no_cuda() -> str:
+    """Why torch sees no GPU."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built for the CPU alone"
+    return f"torch was built for CUDA {torch.version.cuda}, but finds no device or driver"
+
+
+def kernels() -> Iterator[tuple[str, str]]:
+    """Which implementation answers for each operation here."""
+    package = importlib.import_module("mep_lightning.kernels")
+    if status := getattr(package, "status", None):  # where there is more than one implementation to choose from
+        yield from status()
+        return
+    for name in package.__all__:
+        yield name, "active: plain PyTorch, the reference"
+
+
+def embedded_base() -> Iterator[tuple[str, str]]:
+    """Whether the weights came along."""
+    from mep_lightning.tiny import BASE, CLIP, DINO
+
+    for name, folder in (("tiny", BASE), ("its CLIP", CLIP), ("its DINO", DINO)):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        there = any(folder.rglob("*.safetensors"))
+        yield name, f"{size / 2**20:.1f} MiB" if there else f"no weights in {folder}; reinstall mep-lightning"
+
+
+def gib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,360 @@
+"""The training behind `mep fit`: a LightningCLI over the module and the data, with every `auto` filled in."""
+
+from __future__ import annotations
+
+import enum
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mep_lightning import PersonalizationModule, SubjectData, defaults
+from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their short names)
+from mep_lightning import timesteps as _timesteps  # noqa: F401
+from mep_lightning.bases import identify
+from mep_lightning.callbacks import PUTS, Export, MemoryProfiler, Samples  # noqa: F401
+from mep_lightning.commands.chatter import debugging, quiet_after_imports
+from mep_lightning.commands.fit import RUNS, FitRequest, is_first_process, say
+from mep_lightning.commands.keeping import AtomicCheckpointIO, LastCheckpoint, RunLog, StopAfterStep
+from mep_lightning.commands.mistakes import Sources, sentence
+from mep_lightning.commands.progress import StepProgress
+from mep_lightning.errors import UserError
+from mep_lightning.evaluation import write_report
+from mep_lightning.run_folder import RunFolder, write_atomically
+
+AUTO_KEYS = {
+    "model.lr": "lr",
+    "model.eps": "eps",
+    "model.estimator.init_args.mu": "mu",
+    "data.resolution": "resolution",
+    "trainer.max_steps": "max_steps",
+    "samples.steps": "sampling_steps",
+    "samples.guidance": "guidance",
+}
+"""Setting -> its column in the table of defaults; timestep ranges are found wherever they stand."""
+AUTO_RANGE = {"low": "puts_low", "high": "puts_high"}
+RANGES = ("PUTS", "PartialUniformTimesteps")
+RUN_VARIABLE = "MEP_RUN"
+
+
+class RunTrainer(Trainer):
+    """Lightning's Trainer, whose number of steps may be the method's own.
+
+    Args:
+        max_steps: steps to train; "auto" is the method's own number for this base.
+    """
+
+    def __init__(self, *args: Any, max_steps: int | Literal["auto"] = "auto", **kwargs: Any) -> None:
+        if not isinstance(max_steps, int):
+            raise UserError("trainer.max_steps is auto, which only `mep fit` fills in; give a number.")
+        super().__init__(*args, max_steps=max_steps, **kwargs)
+
+
+class FitCLI(LightningCLI):
+    """Parses recipes and settings, and builds the module, the data and the Trainer.
+
+    `checkpoint`, `samples`, `memory` and `export` are callbacks of every run with keys of their own, so that neither
+    `--trainer.callbacks+=` nor a list of callbacks in a recipe can lose them.
+    """
+
+    def __init__(self, request: FitRequest, **kwargs: Any) -> None:
+        self.request = request
+        super().__init__(
+            PersonalizationModule,
+            SubjectData,
+            trainer_class=RunTrainer,
+            trainer_defaults={
+                "accelerator": "auto",
+                "devices": 1,
+                "max_epochs": -1,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "mep fit", "exit_on_error": False},
+            args=request.arguments,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(MemoryProfiler, "memory")
+        parser.add_lightning_class_args(Export, "export")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            if debugging():
+                raise
+            raise UserError(
+                sentence(error.message, parser, Sources(self.request.recipes, self.request.settings))
+            ) from error
+
+    def before_instantiate_classes(self) -> None:
+        fill_in_auto(self.config)
+        make_absolute(self.config)
+        self.request.run = self.request.run or self._new_run()
+        self.config.trainer.default_root_dir = str(self.request.run.root)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what a constructor says about its arguments
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.request.run is not None
+        settings = self._get(self.config_init, "trainer")
+        logger, plugins = settings["logger"], settings["plugins"]
+        if logger is not False:  # the report reads our log, whatever else the user logs to
+            others = logger if isinstance(logger, list) else [logger]
+            kwargs["logger"] = [RunLog(self.request.run), *(other for other in others if isinstance(other, Logger))]
+        plugins = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            text = " ".join(str(error).split()).rstrip(".!")
+            raise UserError(f"wrong trainer setting: {text}. `mep doctor` lists the devices there are.") from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        self.stopper = StopAfterStep()
+        bar = [] if config.get("enable_progress_bar") is False else [StepProgress()]
+        return super()._instantiate_trainer(config, [*callbacks, self.stopper, *bar])
+
+    def _new_run(self) -> RunFolder:
+        """The default folder; other processes of the same run take the first one's name."""
+        if not is_first_process() and RUN_VARIABLE in os.environ:
+            return RunFolder(Path(os.environ[RUN_VARIABLE]))
+        return RunFolder.new(RUNS, self.config.model.method or "run")
+
+
+def train(request: FitRequest) -> int:
+    """Trains as requested and returns the exit status.
+
+    Raises:
+        UserError: wrong input; a folder made for the run is gone again unless a step was saved.
+    """
+    quiet_after_imports()
+    if not request.says("model.base"):
+        say("No --model.base given: taking the embedded base, tiny.")
+    cli = None
+    try:
+        cli = FitCLI(request)
+        return _fit(cli)
+    except BaseException:
+        made = request.run
+        begun = request.resume or (cli is not None and cli.trainer.global_step > 0)
+        if made is not None and not begun and is_first_process():
+            _discard(made)
+        raise
+
+
+def _fit(cli: FitCLI) -> int:
+    run, trainer, model, data = cli.request.run, cli.trainer, cli.model, cli.datamodule
+    assert run is not None
+    os.environ[RUN_VARIABLE] = str(run.root)
+    first_step = _step_of(run.last_checkpoint) if cli.request.resume else 0
+    data.setup("fit")  # a damaged photo is named before gigabytes are read
+    cli.config.data.class_word = data.class_word
+    say(
+        f"{model.method} on {model.base_name} ({model.precision}) with {data.summary()}.",
+        f"{_span(first_step, trainer.max_steps)} Everything goes to {run.root}.",
+    )
+    if 0 < trainer.max_steps <= first_step:
+        say("Nothing is left to train; add --trainer.max_steps with a larger number to go on.")
+        return 0
+    if is_first_process():
+        save_config(cli.config, run)
+    started = time.monotonic()
+    try:
+        trainer.fit(
+            model, datamodule=data, ckpt_path=str(run.last_checkpoint) if first_step else None, weights_only=True
+        )
+    except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
+        return _stopped(run, trainer, signal.SIGINT)
+    if cli.stopper.received is not None:
+        _report(run)
+        return _stopped(run, trainer, cli.stopper.received)
+    _report(run)
+    say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
+    prompt = f"a photo of a {model.adapter.phrase(model.class_word)}"
+    say(f'Next: mep predict --run {shlex.quote(str(run.root))} --prompts "{prompt}"')
+    return 0
+
+
+def fill_in_auto(config: Namespace) -> None:
+    """Replaces every `auto` that depends on the base by the method's own value, in place.
+
+    Raises:
+        UserError: the method is unknown, or has no value for a setting that is `auto`.
+    """
+    values = defaults.lookup(_method(config), identify(config.model.base).family, config.model.precision)
+
+    def value(key: str, column: str) -> Any:
+        if column not in values:
+            raise UserError(f"{key} is auto, and {config.model.method} has no default for it; give it a number.")
+        return values[column]
+
+    for key, column in AUTO_KEYS.items():
+        if config.get(key) == "auto":
+            config[key] = value(key, column)
+    for part in _parts(config):
+        if part["class_path"].rpartition(".")[2] not in RANGES:
+            continue
+        for name, column in AUTO_RANGE.items():
+            if part["init_args"].get(name) == "auto":
+                part["init_args"][name] = value(f"{name} of {part['class_path'].rpartition('.')[2]}", column)
+
+
+def make_absolute(config: Namespace) -> None:
+    """Makes the folders in the settings independent of where `mep` was called, so that a run resumes from anywhere."""
+    if config.data.path is not None:
+        config.data.path = str(Path(config.data.path).expanduser().absolute())
+    if config.model.base != "tiny" and Path(config.model.base).expanduser().is_dir():
+        config.model.base = str(Path(config.model.base).expanduser().absolute())
+
+
+def _method(config: Namespace) -> str:
+    """The method whose defaults hold: the recipe's word, or what the estimator amounts to."""
+    if config.model.method is None:
+        estimator = config.model.estimator
+        path = estimator["class_path"] if estimator else "mep_lightning.estimators.Backprop"
+        module, _, name = path.rpartition(".")
+        kind = getattr(__import__(module, fromlist=[name]), name)
+        config.model.method = "zoodip" if getattr(kind, "forward_only", False) else "textual_inversion"
+    return str(config.model.method)
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    """Every `class_path` with its `init_args` in a configuration."""
+    if isinstance(node, list):
+        children = node
+    elif isinstance(node, (Namespace, dict)):
+        if node.get("class_path") and node.get("init_args") is not None:
+            yield node
+        children = list(vars(node).values() if isinstance(node, Namespace) else node.values())
+    else:
+        return
+    for child in children:
+        yield from _parts(child)
+
+
+def save_config(config: Namespace, run: RunFolder) -> None:
+    """Writes config.yaml: every setting of the run, readable by `--config` and by `--resume`."""
+    settings = _plain(config.as_dict())
+    settings.pop("config", None)
+    settings["trainer"].pop("default_root_dir", None)  # the folder may be moved
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(run.config, f"# Written by mep fit; carry on with: mep fit --run {run.root} --resume\n{text}")
+
+
+def _plain(node: Any) -> Any:
+    """What YAML can hold."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple, set)):
+        return [_plain(item) for item in node]
+    if isinstance(node, enum.Enum):
+        return _plain(node.value)
+    return node if node is None or isinstance(node, (bool, int, float, str)) else str(node)
+
+
+def show_all_options(arguments: list[str]) -> int:
+    """Prints jsonargparse's own help: every setting there is, or those of one class."""
+    quiet_after_imports()
+    FitCLI(FitRequest([], arguments))
+    return 0
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at; 0 when the run was stopped before its first."""
+    if not checkpoint.is_file():
+        return 0
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint} cannot be read ({type(error).__name__}); delete it to begin this run from its first step."
+        ) from error
+
+
+def _span(first_step: int, max_steps: int) -> str:
+    start = f"Resuming at step {first_step}" if first_step else "Training"
+    return (
+        f"{start} for {max_steps - first_step} steps." if max_steps > 0 else f"{start}, without end: stop with Ctrl-C."
+    )
+
+
+def _report(run: RunFolder) -> None:
+    if is_first_process():
+        write_report(run)
+
+
+def _stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
+    """Says how to carry on, and returns the shell's status for the signal."""
+    again = f"mep fit --run {shlex.quote(str(run.root))} --resume"
+    if run.last_checkpoint.is_file():
+        total = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+        line = f"stopped; all is saved up to step {_step_of(run.last_checkpoint)}{total}. Carry on with: {again}"
+    elif trainer.global_step > 0:
+        line = f"stopped at step {trainer.global_step}, before the first checkpoint. Begin again with: {again}"
+    else:
+        _discard(run)
+        line = "stopped before the first step; nothing is kept."
+    if is_first_process():
+        print(f"mep fit: {line}", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def _discard(run: RunFolder) -> None:
+    """Removes what a run without a checkpoint left behind, so that its name is free for the next try."""
+    if run.last_checkpoint.exists() or not run.root.is_dir():
+        return
+    for path in (run.config, run.log, run.memory_json, run.memory_png, run.report):
+        path.unlink(missing_ok=True)
+    for folder in (run.samples, run.adapter, run.checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
+    if run.is_empty:
+        run.root.rmdir()
+
+
+def _summary(run: RunFolder, steps: int, seconds: float) -> list[str]:
+    """What was made and where, and what to do next."""
+    minutes, rest = divmod(round(seconds), 60)
+    lines = [f"Learned in {steps} steps ({minutes} min {rest} s). In {run.root}:"]
+    made = [
+        (run.samples / "before_after.png", "photos, and the subject before and after"),
+        *((path, "for diffusers, ComfyUI and A1111") for path in sorted(run.adapter.glob("*.safetensors"))),
+        (run.memory_png, "peak memory of every phase"),
+        (run.report, "all of it on one page"),
+    ]
+    return lines + [f"  {path.relative_to(run.root)!s:<40} {what}" for path, what in made if path.exists()]

@@ -1,0 +1,27 @@
+"""The exact gradient, by automatic differentiation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mep_lightning.estimators.estimator import Estimator, LossFn
+
+
+class Backprop(Estimator):
+    """One member, theta itself, and reverse-mode autograd."""
+
+    forward_only = False
+    seed: int | None = None  # draws no directions
+
+    @property
+    def members(self) -> int:
+        return 1
+
+    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `Estimator.estimate`; `step` and `dims` change nothing."""
+        with torch.enable_grad():
+            point = theta.detach().requires_grad_()
+            losses = loss_fn(point.unsqueeze(0))  # [1]
+            (grad,) = torch.autograd.grad(losses.sum(), point)
+        return grad, losses.detach()

@@ -1,0 +1,41 @@
+"""The contract of every gradient estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+LossFn = Callable[[Tensor], Tensor]
+"""[V, *theta.shape] -> [V]: the loss of every member, over the same data, noise and timestep."""
+
+
+class Estimator(ABC):
+    """Asks a loss about some members (points near theta) and answers with a gradient."""
+
+    forward_only: ClassVar[bool]
+    """Whether the loss is evaluated without autograd."""
+
+    seed: int | None
+    """What the directions are drawn from; None is the owning module's to fill in, and 0 where there is none."""
+
+    @property
+    @abstractmethod
+    def members(self) -> int:
+        """V, how many points one estimate evaluates."""
+
+    @abstractmethod
+    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        """Estimate the gradient of the loss at theta.
+
+        Args:
+            loss_fn: [V, *theta.shape] -> [V]; called once, with all members together.
+            theta: any shape.
+            step: the same (seed, step) gives the same directions.
+            dims: d, the dimensions left after projection; `theta.numel()` by default.
+
+        Returns:
+            The gradient in theta's shape and dtype, and the losses [V].
+        """

@@ -1,0 +1,133 @@
+"""Subspace Gradient (ZOODiP): directions in which the token's recent path hardly moved are noise, and are removed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep_lightning.errors import UserError
+from mep_lightning.kernels import subspace_project_
+
+RANK_CUTOFF = 1e-9  # on singular values; centring leaves one direction of pure rounding
+
+
+def low_variance_basis(path: Tensor, nu: float) -> tuple[Tensor, int]:
+    """Directions inside a path's span that carry the last `nu` of its variance.
+
+    PCA of the path with every feature centred and scaled to unit (population) std, in float64: eigenvalues
+    l_1 >= l_2 >= ..., i* the smallest i with sum_{j<=i} l_j / sum l > 1 - nu. A constant feature is left unscaled.
+
+    Args:
+        path: [tau, d].
+        nu: in [0, 1].
+
+    Returns:
+        P [r - i*, d] float64 with orthonormal rows, components i*+1 .. r (r the numerical rank), and i*.
+    """
+    x = path.to(torch.float64)
+    constant = x.amax(0) == x.amin(0)  # exactly: a mean's rounding would give it a tiny std
+    z = ((x - x.mean(0)) / x.std(0, correction=0).where(~constant, 1.0)).where(~constant, 0.0)
+    _, singular, components = torch.linalg.svd(z, full_matrices=False)
+    rank = int((singular > RANK_CUTOFF * singular[0]).sum())
+    if rank == 0:
+        return components[:0], 0
+    variance = singular[:rank].square()
+    explained = variance.cumsum(0) / variance.sum()
+    beyond = (explained > 1 - nu).nonzero()
+    kept = int(beyond[0]) + 1 if len(beyond) else rank
+    return components[kept:rank], kept
+
+
+class SubspaceGradient:
+    """Remembers theta's last tau values and projects their low-variance directions out of a gradient.
+
+    Call `observe(theta)` after every update and `project_(grad)` before the next. Nothing is projected until tau values
+    were seen; then the basis is refreshed every tau and held in between. Directions outside the path's span are kept.
+
+    Args:
+        tau: length of the path, at least 2; any relation to theta's size.
+        nu: share of the variance to remove, in [0, 1].
+    """
+
+    def __init__(self, tau: int = 128, nu: float = 1e-3) -> None:
+        if tau < 2:
+            raise UserError(f"SubspaceGradient.tau is {tau}, but a path needs at least 2 points")
+        if not 0 <= nu <= 1:
+            raise UserError(f"SubspaceGradient.nu is {nu}, but a share of the variance lies in 0..1, such as 1e-3")
+        self.tau = tau
+        self.nu = nu
+        self.seen = 0
+        self.rank_kept = 0
+        self._path: Tensor | None = None  # [tau, d], written in turn
+        self._basis: Tensor | None = None  # P [k, d], None until tau values were seen
+
+    @property
+    def basis(self) -> Tensor | None:
+        """P [k, d], what is projected out; None while nothing is."""
+        return self._basis
+
+    @property
+    def dims_left(self) -> int | None:
+        """d less the directions projected out; None before theta was ever seen."""
+        if self._path is None:
+            return None
+        return self._path.shape[1] - (0 if self._basis is None else len(self._basis))
+
+    @torch.no_grad()
+    def observe(self, theta: Tensor) -> None:
+        """Remember theta (any shape, d elements); every tau-th call makes a new basis.
+
+        Raises:
+            UserError: a basis is due, and the path holds a value that is not finite.
+        """
+        if self._path is None:
+            wide = torch.promote_types(theta.dtype, torch.float32)
+            self._path = torch.zeros(self.tau, theta.numel(), dtype=wide, device=theta.device)
+        if self._path.device != theta.device:  # a checkpoint was read elsewhere
+            self._path = self._path.to(theta.device)
+        self._path[self.seen % self.tau] = theta.detach().flatten()
+        self.seen += 1
+        if self.seen % self.tau == 0:
+            if not self._path.isfinite().all():
+                raise UserError("the trained values are no longer finite; lower lr, or raise mu")
+            # On the CPU whatever theta's device: float64 is fast there, and the basis comes out the same.
+            basis, self.rank_kept = low_variance_basis(self._path.cpu(), self.nu)
+            self._basis = basis.to(self._path).contiguous()
+
+    @torch.no_grad()
+    def project_(self, grad: Tensor) -> Tensor:
+        """g <- g - P'P g in place; returns grad."""
+        if self._basis is None or len(self._basis) == 0:
+            return grad
+        if self._basis.device != grad.device:
+            self._basis = self._basis.to(grad.device)
+        return subspace_project_(grad, self._basis)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise resume needs, as tensors and numbers."""
+        path, basis = (None if t is None else t.clone() for t in (self._path, self._basis))
+        return {
+            "tau": self.tau,
+            "nu": self.nu,
+            "seen": self.seen,
+            "rank_kept": self.rank_kept,
+            "path": path,
+            "basis": basis,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was written.
+
+        Raises:
+            UserError: it was written with another tau or nu.
+        """
+        if state["tau"] != self.tau or not math.isclose(state["nu"], self.nu):
+            raise UserError(
+                f"the checkpoint's SubspaceGradient has tau={state['tau']} and nu={state['nu']}, this one "
+                f"tau={self.tau} and nu={self.nu}; resume with the same values"
+            )
+        self.seen, self.rank_kept = state["seen"], state["rank_kept"]
+        self._path, self._basis = (None if t is None else t.clone() for t in (state["path"], state["basis"]))

@@ -1,0 +1,131 @@
+"""Gradients from forward passes only: random directions e_i ~ N(0, I), and how much the loss changes along each.
+
+n directions, V members, mu the step, d dimensions. An estimate is g = (1/n) sum_i c_i e_i; the estimators differ in
+where their members stand (`probes`) and in what the losses say about each direction (`coefficients`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mep_lightning.errors import UserError
+from mep_lightning.estimators.estimator import Estimator, LossFn
+from mep_lightning.estimators.perturbation import Probe, combine, perturb
+
+
+class ZerothOrderEstimator(Estimator):
+    """What all of them share.
+
+    Args:
+        n: how many directions, at least 1.
+        mu: the finite step, positive; "auto" waits for `estimator.mu = ...` (the module takes it from its defaults).
+        normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP).
+        seed: of the directions; None takes the module's, or 0 where there is none.
+    """
+
+    forward_only = True
+
+    def __init__(
+        self,
+        n: int = 1,
+        mu: float | Literal["auto"] = 1e-3,
+        normalize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        if n < 1:
+            raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs at least 1 direction")
+        if mu != "auto" and not (mu > 0 and math.isfinite(mu)):
+            raise UserError(f"{type(self).__name__}.mu is {mu}, but the step must be a positive number, such as 1e-3")
+        self.n = n
+        self.mu = mu
+        self.normalize = normalize
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def probes(self) -> list[Probe]:
+        """Where the V members stand."""
+
+    @abstractmethod
+    def coefficients(self, losses: Tensor) -> Tensor:
+        """What the losses [V] say about the directions: c [n]."""
+
+    @property
+    def members(self) -> int:
+        return len(self.probes)
+
+    @property
+    def step_size(self) -> float:
+        """mu as a number.
+
+        Raises:
+            UserError: it still is "auto".
+        """
+        if isinstance(self.mu, str):
+            raise UserError(f"{type(self).__name__}.mu is 'auto' outside a module; set it, such as mu=1e-3")
+        return self.mu
+
+    def weights(self, losses: Tensor, dims: int) -> Tensor:
+        """c_i / n, normalised where that is asked for: g = sum_i weights_i e_i. losses [V] -> [n]."""
+        scale = math.sqrt((dims + self.n - 1) / self.n) if self.normalize else 1.0
+        return self.coefficients(losses) / (self.n * scale)
+
+    @torch.no_grad()
+    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `Estimator.estimate`, under no_grad."""
+        theta, seed = theta.detach(), self.seed or 0
+        losses = loss_fn(perturb(theta, self.probes, self.step_size, seed, step))
+        if losses.shape != (self.members,):
+            raise UserError(f"loss_fn must answer with one loss a member, [{self.members}], not {list(losses.shape)}")
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        return combine(self.weights(losses, theta.numel() if dims is None else dims), theta, seed, step), losses
+
+
+class RandomGradientEstimator(ZerothOrderEstimator):
+    """One-sided (RGE, ZOODiP's): c_i = [L(theta + mu e_i) - L(theta)] / mu, n + 1 members, the first at theta."""
+
+    def __init__(
+        self,
+        n: int = 2,
+        mu: float | Literal["auto"] = 1e-3,
+        normalize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(n, mu, normalize, seed)
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [(0, 0.0), *((i, 1.0) for i in range(self.n))]
+
+    def coefficients(self, losses: Tensor) -> Tensor:
+        return (losses[1:] - losses[0]) / self.step_size
+
+
+class SPSAEstimator(ZerothOrderEstimator):
+    """Two-sided (SPSA, MeZO's): c_i = [L(theta + mu e_i) - L(theta - mu e_i)] / 2 mu, 2n members.
+
+    On a quadratic c_i is <grad, e_i> exactly, whatever mu.
+    """
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [(i, sign) for i in range(self.n) for sign in (1.0, -1.0)]
+
+    def coefficients(self, losses: Tensor) -> Tensor:
+        return (losses[0::2] - losses[1::2]) / (2 * self.step_size)
+
+
+class OnePointEstimator(ZerothOrderEstimator):
+    """One evaluation a direction: c_i = L(theta + mu e_i) / mu, n members; as unbiased, with far more variance."""
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [(i, 1.0) for i in range(self.n)]
+
+    def coefficients(self, losses: Tensor) -> Tensor:
+        return losses / self.step_size

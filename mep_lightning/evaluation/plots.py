@@ -1,0 +1,119 @@
+"""The plots of a run: loss over steps, memory by phase; drawn without pyplot, so no global state and no display."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK = "#3f3f46"
+PARTS = ("weights", "gradients", "optimizer", "activations", "other")
+# Okabe and Ito's palette, told apart with every kind of colour vision and on light and dark ground.
+COLORS = {
+    "weights": "#0072b2",
+    "gradients": "#d55e00",
+    "optimizer": "#e69f00",
+    "activations": "#009e73",
+    "other": "#8b8b94",
+}
+CURVE = "#2a8fd6"
+MARK = "#0b0c0d"  # becomes currentColor in an SVG
+
+
+def human(size: float) -> str:
+    """Bytes for people: 812 MiB, 2.37 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """An exponential moving average over about `span` values, unbiased at the start; gaps (NaN) are passed over."""
+    decay, total, weight, out = 1 - 1 / max(span, 1), 0.0, 0.0, []
+    for value in values:
+        if value == value and abs(value) != float("inf"):
+            total, weight = decay * total + value, decay * weight + 1
+        out.append(total / weight if weight else float("nan"))
+    return out
+
+
+def loss_figure(steps: Sequence[int], losses: Sequence[float], ink: str = INK) -> Figure:
+    """The loss of every logged step, faint, and its moving average on top."""
+    figure, axes = _plain(ink, height=3.0)
+    axes.plot(steps, losses, color=CURVE, alpha=0.35, linewidth=0.8, marker="." if len(steps) < 3 else "")
+    span = max(len(losses) / 20, 1)
+    axes.plot(steps, smooth(losses, span), color=CURVE, linewidth=2)
+    axes.set_xlabel("step", color=ink)
+    axes.set_ylabel("loss", color=ink)
+    axes.grid(axis="y", color=ink, alpha=0.15)
+    # A single spike must not flatten the curve that matters.
+    finite = sorted(value for value in losses if value == value and abs(value) != float("inf"))
+    if len(finite) > 20:
+        low, high = finite[0], finite[int(0.995 * (len(finite) - 1))]
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) or None)
+    return figure
+
+
+def memory_figure(memory: Mapping[str, Any], ink: str = INK) -> Figure:
+    """A bar a phase, stacked by what the memory holds; `memory` is what `memory.json` says."""
+    phases: Mapping[str, Any] = memory["phases"]
+    figure, axes = _plain(ink, height=1.3 + 0.42 * max(len(phases), 1))
+    names = list(phases)
+    widest = max((phases[name]["peak_bytes"] for name in names), default=0) or 1
+    scale, unit = (2**30, "GiB") if widest >= 2**30 else (2**20, "MiB")
+    left = [0.0] * len(names)
+    for part in PARTS:
+        sizes = [phases[name]["breakdown"].get(part, 0) / scale for name in names]
+        if any(sizes):
+            axes.barh(names, sizes, left=left, color=COLORS[part], label=part, height=0.62)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for row, name in enumerate(names):
+        top = name == memory.get("peak_phase")
+        text = human(phases[name]["peak_bytes"]) + ("  peak" if top else "")
+        axes.text(
+            left[row] + widest / scale * 0.012, row, text, va="center", color=ink, weight="bold" if top else "normal"
+        )
+    axes.invert_yaxis()
+    axes.set_xlim(0, widest / scale * 1.2)
+    axes.set_xlabel(f"{unit} on {memory.get('device', 'unknown')}", color=ink)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, frameon=False, labelcolor=ink, handlelength=1)
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an inline SVG element whose ink is the page's text colour; `name` keeps its ids its own."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(MARK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"#([^\s\"')]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match.group() if match.group(1) in used else "", svg)
+    svg = re.sub(r"font: [^;\"]*;", lambda match: _own_font(match.group()), svg)
+    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg )', r"\1\2", svg, count=1)
+
+
+def _own_font(style: str) -> str:
+    """Matplotlib's font with the page's family."""
+    size = re.search(r"[\d.]+px", style)
+    weight = "bold " if "bold" in style or "700" in style else ""
+    return f"font: {weight}{size.group() if size else '10px'} system-ui, sans-serif;"
+
+
+def _plain(ink: str, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(ink)
+        spine.set_alpha(0.4)
+    axes.tick_params(colors=ink)
+    return figure, axes

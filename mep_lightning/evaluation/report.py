@@ -1,0 +1,298 @@
+"""A run in one page: `report.html`, a single file with its pictures and plots inside, to keep or to send."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from mep_lightning.evaluation import grid
+from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, human, loss_figure, memory_figure, to_svg
+from mep_lightning.run_folder import RunFolder, write_atomically
+
+PICTURE = 384  # pixels a side that the page shows at most
+STEPS = 8  # grids of the training that it shows at most
+SCORES = {
+    "clip_t": ("CLIP-T", "how well the pictures follow the prompts", "higher is better"),
+    "clip_i": ("CLIP-I", "how much they look like the photos", "higher is better"),
+    "dino": ("DINO", "how surely it is this very subject", "higher is better"),
+    "dino_inter": ("DINO inter", "how alike they are to each other", "lower is more diverse"),
+}
+PACKAGES = ("mep-lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics", "safetensors", "pillow")
+
+
+@dataclass
+class Picture:
+    """A picture on the page."""
+
+    source: str
+    caption: str = ""
+
+
+@dataclass
+class Pair:
+    """What a prompt looked like before and after."""
+
+    prompt: str
+    before: Picture | None
+    after: Picture | None
+
+
+@dataclass
+class Page:
+    """All that the template shows; whatever the run does not have is empty."""
+
+    title: str
+    written: str
+    facts: dict[str, str] = field(default_factory=dict)
+    scores: list[dict[str, str]] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+    photos: list[Picture] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    steps: dict[str, list[Picture]] = field(default_factory=dict)
+    tested: list[Picture] = field(default_factory=list)
+    tested_note: str = ""
+    loss: Markup | None = None
+    loss_note: str = ""
+    memory: Markup | None = None
+    memory_rows: list[dict[str, Any]] = field(default_factory=list)
+    memory_note: str = ""
+    exports: list[tuple[str, str]] = field(default_factory=list)
+    config: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def write_report(run: RunFolder | Path | str) -> Path:
+    """Write a run's `report.html` from whatever its folder holds; parts that are missing are named, not fatal.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The report's path.
+    """
+    run = run if isinstance(run, RunFolder) else RunFolder(Path(run))
+    page = Page(title=run.root.resolve().name, written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"))
+    _read_config(page, run)
+    _read_scores(page, run)
+    _read_samples(page, run)
+    _read_tested(page, run)
+    _read_loss(page, run)
+    _read_memory(page, run)
+    _read_exports(page, run)
+    page.versions = _versions()
+    environment = Environment(
+        loader=PackageLoader("mep_lightning.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.j2").render(page=page, colors=COLORS, parts=PARTS)
+    return write_atomically(run.report, html)
+
+
+def _read_config(page: Page, run: RunFolder) -> None:
+    try:
+        page.config = run.config.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        page.missing.append("config.yaml")
+        return
+    try:
+        settings = yaml.safe_load(page.config)
+    except yaml.YAMLError:
+        return
+    model, data, trainer = (_mapping(_mapping(settings).get(key)) for key in ("model", "data", "trainer"))
+    adapter, estimator = _mapping(model.get("adapter")), _mapping(model.get("estimator"))
+    arguments = _mapping(adapter.get("init_args")) or adapter
+    facts = {
+        "method": model.get("method"),
+        "base": model.get("base"),
+        "precision": model.get("precision"),
+        "subject": " ".join(str(part) for part in (arguments.get("token"), data.get("class_word")) if part),
+        "adapter": str(adapter.get("class_path", "")).rpartition(".")[2],
+        "estimator": str(estimator.get("class_path", "")).rpartition(".")[2],
+        "learning rate": model.get("lr"),
+        "steps": trainer.get("max_steps"),
+        "seed": model.get("seed"),
+        "photos from": data.get("path"),
+    }
+    page.facts = {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _read_scores(page: Page, run: RunFolder) -> None:
+    metrics = _json(run.metrics)
+    if metrics is None:
+        page.missing.append("metrics.json (mep test writes it)")
+        return
+    flat = {**metrics, **_mapping(metrics.get("scores"))}
+    for key, (name, question, direction) in SCORES.items():
+        if isinstance(flat.get(key), int | float):
+            page.scores.append(
+                {"name": name, "value": f"{flat[key]:.3f}", "question": question, "direction": direction}
+            )
+    details = {**flat, **_mapping(metrics.get("settings"))}
+    page.details = {
+        key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else str(value)
+        for key, value in details.items()
+        if key not in SCORES and isinstance(value, str | int | float)
+    }
+
+
+def _read_samples(page: Page, run: RunFolder) -> None:
+    photos = grid.load(run.samples / "photos.png")
+    if photos is not None:
+        page.photos = [_picture(cell) for row in range(len(photos.boxes)) for cell in photos.cells(row)]
+    before, after = grid.load(run.samples / "before.png"), grid.load(run.samples / "after.png")
+    _read_pairs(page, before, after)
+    for path in _spread(sorted(run.samples.glob("step-*.png")), STEPS):
+        shown = grid.load(path)
+        if shown is not None and shown.boxes:
+            prompts = [str(prompt) for prompt in shown.info.get("prompts", [])]
+            cells = [_picture(cell, prompt) for cell, prompt in zip(shown.cells(), prompts, strict=False)]
+            page.steps[f"step {shown.info.get('step', path.stem)}"] = cells
+    if not page.pairs:
+        page.missing.append("samples/before.png and after.png (the Samples callback writes them)")
+
+
+def _read_pairs(page: Page, before: grid.Grid | None, after: grid.Grid | None) -> None:
+    """Side by side where both showed the same prompts; a grid on its own otherwise."""
+    sides: list[dict[str, Picture]] = []
+    for shown in (before, after):
+        prompts = [str(prompt) for prompt in shown.info.get("prompts", [])] if shown else []
+        cells = shown.cells() if shown and shown.boxes else []
+        # A prompt may stand several times, with another seed each.
+        keys = [f"{prompts[:number].count(prompt)} {prompt}" for number, prompt in enumerate(prompts)]
+        sides.append({key: _picture(cell) for key, cell in zip(keys, cells, strict=False)})
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        page.pairs.append(Pair(key.partition(" ")[2], sides[0].get(key), sides[1].get(key)))
+
+
+def _read_tested(page: Page, run: RunFolder) -> None:
+    """The first picture of every prompt that `mep test` drew."""
+    paths = sorted((run.root / "evaluation").glob("*.png"))
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                caption = str(opened.info.get("prompt", path.stem))
+                if caption not in {picture.caption for picture in page.tested}:
+                    page.tested.append(_picture(opened, caption))
+        except OSError:
+            continue
+    if len(paths) > len(page.tested):
+        page.tested_note = f"One picture of each prompt; all {len(paths)} are in evaluation/."
+
+
+def _spread(items: list[Path], most: int) -> list[Path]:
+    """At most so many items, evenly spread, the last one among them."""
+    if len(items) <= most:
+        return items
+    return [items[(number + 1) * len(items) // most - 1] for number in range(most)]
+
+
+def _read_loss(page: Page, run: RunFolder) -> None:
+    steps, losses = _losses(run)
+    if not steps:
+        page.missing.append("the loss (no logged train/loss found)")
+        return
+    page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
+    page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
+
+
+def _losses(run: RunFolder) -> tuple[list[int], list[float]]:
+    """Steps and losses of the run's CSV logs; where logs overlap (a resumed run), the newest one counts."""
+    logs = (
+        [run.log] if run.log.is_file() else sorted(run.root.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime)
+    )
+    losses: dict[int, float] = {}
+    for log in logs:
+        try:
+            with open(log, newline="", encoding="utf-8", errors="replace") as file:
+                for row in csv.DictReader(file):
+                    value = row.get("train/loss") or row.get("train/loss_step") or ""
+                    try:
+                        losses[int(row["step"])] = float(value)
+                    except (KeyError, TypeError, ValueError):
+                        continue
+        except (OSError, csv.Error):
+            continue
+    return sorted(losses), [losses[step] for step in sorted(losses)]
+
+
+def _read_memory(page: Page, run: RunFolder) -> None:
+    memory = _json(run.memory_json)
+    try:
+        if memory is None or not memory["phases"]:
+            raise KeyError
+        page.memory = Markup(to_svg(memory_figure(memory, MARK), "memory"))
+        for name, figures in memory["phases"].items():
+            sizes = {key: human(figures[key]) for key in ("allocated_peak", "reserved_peak", "process_peak")}
+            breakdown = {part: human(figures["breakdown"].get(part, 0)) for part in PARTS}
+            page.memory_rows.append(
+                {"name": name, "top": name == memory.get("peak_phase"), **sizes, "parts": breakdown}
+            )
+        page.memory_note = (
+            f"peak {human(memory['peak_bytes'])} in {memory['peak_phase']}, on {memory.get('device', '?')}"
+        )
+    except (KeyError, TypeError, AttributeError):
+        page.memory, page.memory_rows = None, []
+        page.missing.append("memory.json (the MemoryProfiler callback writes it)")
+
+
+def _read_exports(page: Page, run: RunFolder) -> None:
+    if run.adapter.is_dir():
+        files = sorted(path for path in run.adapter.rglob("*") if path.is_file())
+        page.exports = [(str(path.relative_to(run.root)), human(path.stat().st_size)) for path in files]
+    if not page.exports:
+        page.missing.append("adapter/ (the Export callback writes it)")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    versions["system"] = f"{platform.system()} {platform.machine()}"
+    return versions
+
+
+def _picture(image: Image.Image, caption: str = "") -> Picture:
+    """A picture as a data URI: small ones exactly (PNG), large ones scaled down (JPEG), to keep the page light."""
+    buffer = io.BytesIO()
+    image = image.convert("RGB")
+    if max(image.size) <= grid.SMALLEST:
+        image.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+        image.save(buffer, format="JPEG", quality=88)
+        kind = "jpeg"
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", caption)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

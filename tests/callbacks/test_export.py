@@ -1,0 +1,102 @@
+"""The adapter is exported however training ends, and a failed run never spoils an earlier export."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from mep_lightning import phases
+from mep_lightning.callbacks import Export
+from mep_lightning.errors import UserError
+from mep_lightning.run_folder import RunFolder
+
+
+def exported(tmp_path) -> str:
+    return (RunFolder(tmp_path).adapter / "learned_embeds.txt").read_text()
+
+
+def test_the_trained_values_are_there_at_the_end(module, data, trainer_of, tmp_path):
+    trainer_of(Export()).fit(module, data)
+    assert exported(tmp_path) == repr(module.adapter.theta.tolist())
+    assert not torch.equal(module.adapter.theta, torch.ones(4))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
+def test_an_error_and_ctrl_c_keep_what_was_learned_so_far(module, data, trainer_of, tmp_path, error):
+    module.fail_at, module.error = 5, error
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer_of(Export()).fit(module, data)
+    assert exported(tmp_path) == repr(module.adapter.theta.tolist())
+    assert not torch.equal(module.adapter.theta, torch.ones(4))
+
+
+def test_a_real_sigint_in_the_middle_of_training_exports(module, data, trainer_of, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    step = module.training_step
+
+    def interrupted(batch, batch_idx):
+        step(batch, batch_idx)
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    module.training_step = interrupted
+    try:
+        with pytest.raises(SystemExit):
+            trainer_of(Export()).fit(module, data)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert exported(tmp_path) == repr(module.adapter.theta.tolist())
+
+
+def test_a_run_that_fails_before_training_leaves_an_earlier_export_alone(module, data, trainer_of, tmp_path):
+    adapter = RunFolder(tmp_path).adapter
+    adapter.mkdir()
+    (adapter / "learned_embeds.txt").write_text("trained for a week")
+    module.configure_optimizers = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer_of(Export()).fit(module, data)
+    assert exported(tmp_path) == "trained for a week"
+
+
+def test_a_failing_export_neither_hides_the_error_nor_leaves_half_a_file(module, data, trainer_of, tmp_path):
+    adapter = RunFolder(tmp_path).adapter
+    adapter.mkdir()
+    (adapter / "learned_embeds.txt").write_text("whole")
+
+    def export(directory):
+        (directory / "learned_embeds.txt").write_text("half")
+        raise OSError("disk full")
+
+    module.adapter.export = export
+    module.fail_at, module.error = 2, RuntimeError("the real reason")
+    with (
+        pytest.warns(UserWarning, match="disk full.*last checkpoint"),
+        pytest.raises(RuntimeError, match="the real reason"),
+    ):
+        trainer_of(Export()).fit(module, data)
+    assert exported(tmp_path) == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_exporting_is_the_save_phase(module, data, trainer_of, monkeypatch):
+    seen = []
+
+    class Observer:
+        def enter(self, name):
+            seen.append(name)
+
+        def exit(self, name):
+            pass
+
+    monkeypatch.setattr(phases, "observers", [Observer()])
+    trainer_of(Export()).fit(module, data)
+    assert seen == ["save"]
+
+
+def test_a_module_with_nothing_to_export_is_refused_before_training(module, data, trainer_of):
+    del module.adapter
+    with pytest.raises(UserError, match="Noisy has none: leave the callback out"):
+        trainer_of(Export()).fit(module, data)

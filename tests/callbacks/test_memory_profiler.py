@@ -1,0 +1,410 @@
+"""Memory figures: exact where they can be, honest elsewhere, nested, and free of charge."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from PIL import Image
+from torch import nn
+
+from mep_lightning import phases
+from mep_lightning.callbacks import MemoryProfiler
+from mep_lightning.callbacks.meter import KINDS, MemoryMeter, tensor_bytes
+from mep_lightning.phases import phase
+from mep_lightning.run_folder import RunFolder
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+def block(mebibytes: int) -> torch.Tensor:
+    """Memory that is really there: written to."""
+    return torch.ones(mebibytes * MIB, dtype=torch.uint8)
+
+
+def nothing() -> dict[str, int]:
+    return dict.fromkeys(KINDS, 0)
+
+
+def read(tmp_path) -> dict:
+    return json.loads(RunFolder(tmp_path).memory_json.read_text())
+
+
+class Scripted:
+    """A source of readings that a test writes: each `peak()` takes the next (allocated, reserved, process)."""
+
+    def __init__(self, readings):
+        self.readings = list(readings)
+
+    def peak(self):
+        return self.readings.pop(0)
+
+    def tidy(self):
+        pass
+
+
+def scripted(readings, count=nothing) -> MemoryMeter:
+    meter = MemoryMeter(CPU, count)
+    meter._source = Scripted(readings)
+    return meter
+
+
+# -- the meter ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_outer_phase_includes_its_inner_ones_and_the_innermost_has_the_peak():
+    meter = scripted([(1, 1, 1), (10, 11, 12), (70, 80, 90), (20, 21, 22), (5, 5, 5)])
+    meter.enter("outer")
+    meter.enter("inner")
+    meter.exit("inner")
+    meter.exit("outer")
+    figures = meter.summary()
+    outer, inner = figures["phases"]["outer"], figures["phases"]["inner"]
+    assert (outer["peak_bytes"], outer["reserved_peak"], outer["process_peak"]) == (70, 80, 90)
+    assert (inner["peak_bytes"], inner["reserved_peak"], inner["process_peak"]) == (70, 80, 90)
+    assert (figures["peak_bytes"], figures["peak_phase"]) == (70, "inner")
+
+
+def test_what_happens_between_phases_is_nobodys_but_counts_for_the_process():
+    meter = scripted([(99, 99, 1000), (7, 8, 9), (50, 50, 50)])
+    meter.enter("load")
+    meter.exit("load")
+    meter.enter("save")
+    figures = meter.summary()
+    assert figures["phases"]["load"]["peak_bytes"] == 7
+    assert figures["peak_bytes"] == 7
+    assert figures["process_peak"] == 1000
+
+
+def test_a_repeated_phase_keeps_its_highest_peak_and_that_moments_parts():
+    held = nothing()
+    meter = scripted([(0, 0, 0), (50, 0, 0), (0, 0, 0), (40, 0, 0), (0, 0, 0), (60, 0, 0)], lambda: dict(held))
+    for weights in (10, 30, 20):
+        held["weights"] = weights
+        meter._known = dict(held)
+        meter.enter("step")
+        meter.exit("step")
+    step = meter.summary()["phases"]["step"]
+    assert step["peak_bytes"] == 60
+    assert step["breakdown"] == {"weights": 20, "gradients": 0, "optimizer": 0, "activations": 40, "other": 0}
+
+
+def test_the_parts_add_up_and_the_rest_is_activations_only_where_there_are_some():
+    readings = [(0, 0, 0), (100, 0, 0)] * 3
+    meter = scripted(readings, lambda: {"weights": 60, "gradients": 5, "optimizer": 10})
+    for name in ("load", "step", "sample"):
+        meter.enter(name)
+        meter.exit(name)
+    for name, figures in meter.summary()["phases"].items():
+        parts = figures["breakdown"]
+        assert sum(parts.values()) == figures["peak_bytes"] == 100
+        assert parts["other" if name == "load" else "activations"] == 25
+
+
+def test_tensors_that_are_there_are_never_reported_as_less():
+    """Pages that were mapped but not touched are missing from the process's memory, yet allocated."""
+    meter = scripted([(0, 0, 0), (10, 10, 10)], lambda: {"weights": 64, "gradients": 0, "optimizer": 0})
+    meter.enter("load")
+    meter.exit("load")
+    figures = meter.summary()["phases"]["load"]
+    assert figures["peak_bytes"] == figures["allocated_peak"] == 64
+    assert figures["reserved_peak"] == 64
+    assert figures["breakdown"]["other"] == 0
+
+
+def test_a_note_counts_what_is_gone_again_at_the_segments_end():
+    held = nothing()
+    meter = scripted([(0, 0, 0), (100, 0, 0)], lambda: dict(held))
+    meter.enter("step")
+    held["gradients"] = 30
+    meter.note()
+    held["gradients"] = 0
+    meter.exit("step")
+    assert meter.summary()["phases"]["step"]["breakdown"]["gradients"] == 30
+
+
+def test_the_process_memory_of_a_phase_is_measured_with_its_short_peaks():
+    meter = MemoryMeter(CPU, nothing, interval=0.002)
+    meter.start()
+    meter.enter("small")
+    kept = block(20)
+    meter.exit("small")
+    meter.enter("large")
+    for _ in range(3):
+        gone = block(150)
+        time.sleep(0.02)
+        del gone
+    meter.exit("large")
+    meter.enter("after")
+    meter.exit("after")
+    meter.stop()
+    figures = meter.summary()["phases"]
+    assert 19 * MIB <= figures["small"]["peak_bytes"] <= 40 * MIB
+    assert 168 * MIB <= figures["large"]["peak_bytes"] <= 200 * MIB
+    assert figures["after"]["peak_bytes"] <= 50 * MIB  # what was freed is not charged again
+    assert figures["large"]["process_peak"] - figures["large"]["peak_bytes"] == meter.summary()["baseline_bytes"]
+    assert kept.sum() > 0
+
+
+def test_a_new_highest_peak_is_seen_without_any_reading_in_between():
+    """The kernel's high-water mark: the thread's interval is an hour here."""
+    meter = MemoryMeter(CPU, nothing, interval=3600)
+    meter.start()
+    filler = block(64)  # above whatever earlier tests reached
+    hold = [filler]
+    while meter._source.peak()[2] < _high_water() - MIB:
+        hold.append(block(64))
+    meter.enter("spike")
+    gone = block(100)
+    del gone
+    meter.exit("spike")
+    meter.stop()
+    held = sum(len(part) for part in hold)
+    assert meter.summary()["phases"]["spike"]["peak_bytes"] >= held + 98 * MIB
+
+
+def _high_water() -> int:
+    from mep_lightning.callbacks.meter import _high_water_mark
+
+    return _high_water_mark()
+
+
+def test_what_the_module_already_held_is_the_runs_and_not_the_baselines():
+    weights = block(100)
+    meter = MemoryMeter(CPU, lambda: {"weights": 100 * MIB, "gradients": 0, "optimizer": 0})
+    meter.start()
+    meter.enter("step")
+    meter.exit("step")
+    meter.stop()
+    assert 100 * MIB <= meter.summary()["phases"]["step"]["peak_bytes"] <= 115 * MIB
+    assert len(weights) == 100 * MIB
+
+
+def test_the_reading_thread_ends():
+    import threading
+
+    meter = MemoryMeter(CPU, nothing)
+    meter.start()
+    assert "memory-meter" in {thread.name for thread in threading.enumerate()}
+    meter.stop()
+    assert "memory-meter" not in {thread.name for thread in threading.enumerate()}
+
+
+# -- counting tensors --------------------------------------------------------------------------------------------------
+
+
+class Base:
+    """Holds frozen modules and is none itself."""
+
+    def __init__(self) -> None:
+        self.unet, self.text_encoders, self.vae = nn.Linear(10, 10, bias=False), [nn.Linear(5, 5)], None
+
+
+def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte():
+    module = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    module.base = Base()
+    module.base.twin = module.base.unet  # the same storage twice
+    optimizer = torch.optim.Adam(module[0].parameters())
+    own, frozen = (8 * 4 + 4 + 4 * 4) * 4 + 8, (100 + 30) * 4  # batch norm's counter is one int64
+    assert tensor_bytes(module, [], CPU) == {"weights": own + frozen, "gradients": 0, "optimizer": 0}
+    module(torch.rand(3, 8)).sum().backward()
+    optimizer.step()
+    counted = tensor_bytes(module, [optimizer], CPU)
+    assert counted["weights"] == own + frozen
+    assert counted["gradients"] == (8 * 4 + 4 + 4 + 4) * 4
+    assert counted["optimizer"] == 2 * (8 * 4 + 4) * 4 + 2 * 4  # two moments, and two steps that are tensors
+    assert tensor_bytes(module, [optimizer], torch.device("cuda")) == nothing()
+
+
+def test_int8_weights_count_one_byte_each():
+    module = nn.Module()
+    module.register_buffer("weight", torch.zeros(1000, dtype=torch.int8))
+    assert tensor_bytes(module, [], CPU)["weights"] == 1000
+
+
+# -- the callback ------------------------------------------------------------------------------------------------------
+
+
+class Heavy(LightningModule):
+    """Weights of 80 MiB, gradients and momentum of 40 MiB each; a step needs 160 MiB and a product of 40, saving 100.
+
+    (From 32 MiB on, the C allocator gives every tensor pages of its own and returns them at once: exact figures.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Parameter(torch.zeros(1))
+
+    def setup(self, stage):
+        with phase("load"):
+            self.weight = nn.Parameter(torch.ones(10 * MIB))
+            self.register_buffer("frozen", torch.ones(10 * MIB))
+
+    def training_step(self, batch, batch_idx):
+        with phase("step"):
+            activations = torch.ones(40 * MIB)
+            return (self.weight * activations[: 10 * MIB]).sum() * batch.sum()
+
+    def on_train_batch_end(self, *args):
+        if self.global_step == 4:
+            with phase("save"):
+                block(100)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=0.1, momentum=0.9)
+
+
+def numbers(count: int = 8):
+    return torch.utils.data.DataLoader(torch.ones(count))
+
+
+def test_every_phase_of_a_run_is_measured_and_split(trainer_of, tmp_path):
+    trainer_of(MemoryProfiler(interval=0.001), max_steps=8).fit(Heavy(), numbers())
+    memory = read(tmp_path)
+    assert list(memory["phases"]) == ["load", "step", "save"]
+    assert set(memory) >= {"device", "phases", "peak_bytes", "peak_phase"}
+    assert memory["device"] == "cpu"
+    load, step, save = (memory["phases"][name] for name in ("load", "step", "save"))
+    for figures in (load, step, save):
+        assert sum(figures["breakdown"].values()) == figures["peak_bytes"] == figures["allocated_peak"]
+        assert (
+            figures["process_peak"] == figures["peak_bytes"] + memory["baseline_bytes"]
+            or figures["breakdown"]["other"] == 0
+        )
+    assert load["breakdown"] == dict.fromkeys(KINDS, 0) | {
+        "weights": 80 * MIB + 4,
+        "activations": 0,
+        "other": load["peak_bytes"] - 80 * MIB - 4,
+    }
+    assert step["breakdown"]["weights"] == 80 * MIB + 4
+    assert step["breakdown"]["gradients"] == 40 * MIB
+    assert step["breakdown"]["optimizer"] == 40 * MIB
+    assert 195 * MIB <= step["breakdown"]["activations"] <= 265 * MIB
+    assert 98 * MIB <= save["breakdown"]["other"] <= 125 * MIB
+    assert memory["peak_phase"] == "step"
+    assert memory["peak_bytes"] == max(figures["peak_bytes"] for figures in (load, step, save))
+
+
+def test_the_picture_is_drawn(trainer_of, tmp_path):
+    trainer_of(MemoryProfiler(), max_steps=1).fit(Heavy(), numbers())
+    with Image.open(RunFolder(tmp_path).memory_png) as picture:
+        assert picture.width > 800
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_a_run_stopped_by_an_error_still_tells_and_stops_measuring(module, data, trainer_of, tmp_path):
+    module.fail_at = 3
+    before = list(phases.observers)
+    with pytest.raises(RuntimeError):
+        trainer_of(MemoryProfiler()).fit(module, data)
+    assert "step" in read(tmp_path)["phases"]
+    assert phases.observers == before
+
+
+def test_fitting_twice_measures_twice(module, data, trainer_of, tmp_path):
+    profiler = MemoryProfiler()
+    trainer_of(profiler).fit(module, data)
+    RunFolder(tmp_path).memory_json.unlink()
+    trainer_of(profiler).fit(type(module)(), data)
+    assert "step" in read(tmp_path)["phases"]
+    assert profiler not in phases.observers
+
+
+def test_a_step_costs_nothing_after_the_first_few(trainer_of, monkeypatch):
+    """Nothing is counted, read or cut per step: as many calls in 60 steps as in 20."""
+    calls = []
+    for owner, name in ((MemoryMeter, "_cut"), (MemoryMeter, "note")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, f=original, n=name: (calls.append(n), f(self))[1])
+    totals = []
+    for steps in (20, 60):
+        calls.clear()
+        trainer_of(MemoryProfiler(interval=3600), max_steps=steps).fit(Tiny(), numbers(100))
+        totals.append(len(calls))
+    assert totals[0] == totals[1] <= 12
+
+
+class Tiny(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        with phase("step"):
+            return (self.weight * batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        with phase("look"):
+            self.seen = block(60)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=0.1)
+
+
+def test_validation_and_phases_between_batches_are_not_charged_to_the_step(trainer_of, tmp_path):
+    trainer = trainer_of(MemoryProfiler(interval=0.001), max_steps=4, val_check_interval=4, num_sanity_val_steps=0)
+    trainer.fit(Tiny(), numbers(4), numbers(1))
+    figures = read(tmp_path)["phases"]
+    assert figures["look"]["peak_bytes"] >= 58 * MIB
+    assert figures["step"]["peak_bytes"] < 50 * MIB
+
+
+class Sampler(Callback):
+    """Needs 80 MiB after every second batch."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step % 2 == 0:
+            with phase("sample"):
+                block(80)
+
+
+@pytest.mark.parametrize("profiler_first", [True, False])
+def test_sampling_between_steps_is_sampling_whatever_the_order_of_callbacks(trainer_of, tmp_path, profiler_first):
+    callbacks = [MemoryProfiler(interval=0.001), Sampler()]
+    trainer_of(*callbacks if profiler_first else callbacks[::-1], max_steps=6).fit(Tiny(), numbers())
+    figures = read(tmp_path)["phases"]
+    assert figures["sample"]["peak_bytes"] >= 78 * MIB
+    assert figures["step"]["peak_bytes"] < 60 * MIB
+
+
+class LoadsLate(Tiny):
+    """Gives the base that it loads its place only after the phase, as PersonalizationModule does."""
+
+    def setup(self, stage):
+        with phase("load"):
+            base = Base()
+            base.unet = nn.Linear(4 * MIB, 5, bias=False)
+        self.base = base
+
+
+def test_weights_that_found_their_owner_after_loading_are_weights_of_loading(trainer_of, tmp_path):
+    trainer_of(MemoryProfiler(), max_steps=1).fit(LoadsLate(), numbers())
+    load = read(tmp_path)["phases"]["load"]
+    assert load["breakdown"]["weights"] >= 80 * MIB
+    assert sum(load["breakdown"].values()) == load["peak_bytes"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_peaks_are_the_allocators_own(tmp_path):
+    device = torch.device("cuda", torch.cuda.current_device())
+    held = torch.ones(10 * MIB, dtype=torch.uint8, device=device)
+    meter = MemoryMeter(device, lambda: {"weights": 10 * MIB, "gradients": 0, "optimizer": 0})
+    start = torch.cuda.memory_allocated(device)
+    meter.start()
+    meter.enter("step")
+    gone = torch.ones(100 * MIB, dtype=torch.uint8, device=device)
+    del gone
+    meter.enter("sample")
+    meter.exit("sample")
+    meter.exit("step")
+    meter.stop()
+    figures = meter.summary()["phases"]
+    assert figures["step"]["allocated_peak"] == start + 100 * MIB
+    assert figures["sample"]["allocated_peak"] == start
+    assert figures["step"]["process_peak"] > figures["step"]["reserved_peak"] >= figures["step"]["allocated_peak"]
+    assert len(held) == 10 * MIB

@@ -1,0 +1,66 @@
+"""PUTS changes which timesteps any module draws."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mep_lightning import defaults
+from mep_lightning.callbacks import PUTS
+from mep_lightning.errors import UserError
+
+
+def drawn(module) -> torch.Tensor:
+    return module.timesteps.sample(4000, torch.Generator().manual_seed(0))
+
+
+def with_base(module, steps=1000, method="zoodip", family="sd1", precision="int8"):
+    schedule = SimpleNamespace(alphas_cumprod=torch.linspace(1, 0, steps))
+    module.base = SimpleNamespace(scheduler=schedule, family=family, precision=precision)
+    module.method = method
+    return module
+
+
+def test_every_timestep_from_low_to_below_high_is_drawn_and_no_other(module, data, trainer_of):
+    module.timesteps = None
+    trainer_of(PUTS(10, 20), max_steps=1).fit(module, data)
+    assert set(drawn(module).tolist()) == set(range(10, 20))
+
+
+@pytest.mark.parametrize(("low", "high"), [("auto", "auto"), (7, "auto"), ("auto", 999)])
+def test_auto_is_what_the_defaults_say_for_method_and_base(module, data, trainer_of, low, high):
+    module.timesteps = None
+    callback = PUTS(low, high)
+    trainer_of(callback, max_steps=1).fit(with_base(module), data)
+    values = defaults.lookup("zoodip", "sd1", "int8")
+    assert callback.low == (values["puts_low"] if low == "auto" else low)
+    assert callback.high == (values["puts_high"] if high == "auto" else high)
+    assert drawn(module).min() >= callback.low
+    assert drawn(module).max() < callback.high
+
+
+def test_a_module_without_timesteps_is_refused_with_the_mend(module, data, trainer_of):
+    with pytest.raises(UserError, match="Noisy has no such attribute: set one in __init__ or leave PUTS out"):
+        trainer_of(PUTS(1, 2)).fit(module, data)
+
+
+def test_auto_needs_a_module_that_has_defaults(module, data, trainer_of):
+    module.timesteps = None
+    with pytest.raises(UserError, match="No PUTS bounds are known for Noisy: write them"):
+        trainer_of(PUTS()).fit(module, data)
+
+
+def test_bounds_above_the_schedule_are_refused(module, data, trainer_of):
+    module.timesteps = None
+    with pytest.raises(UserError, match="high is 101, but the base has 100 timesteps"):
+        trainer_of(PUTS(1, 101)).fit(with_base(module, steps=100), data)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(5, 5, "not below high"), (9, 3, "not below high"), (-1, 3, "low is -1")]
+)
+def test_bounds_that_hold_nothing_are_refused_at_once(low, high, words):
+    with pytest.raises(UserError, match=words):
+        PUTS(low, high)

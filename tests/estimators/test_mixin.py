@@ -1,0 +1,174 @@
+"""`zo_backward` for modules of one's own: bitwise restoring, the batched estimator's gradient, one noise for all."""
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+
+from mep_lightning.estimators import OnePointEstimator, RandomGradientEstimator, SPSAEstimator, ZerothOrderMixin
+
+ESTIMATORS = [
+    RandomGradientEstimator(n=2, mu=1e-2, seed=3),
+    SPSAEstimator(n=2, mu=1e-2, seed=3),
+    OnePointEstimator(n=2, mu=1e-2, seed=3),
+    RandomGradientEstimator(n=2, mu=1e-2, normalize=True, seed=3),
+]
+
+
+class Bare(ZerothOrderMixin):
+    """No LightningModule at all, and no global_step."""
+
+
+def loss_of(theta: Tensor) -> Tensor:
+    return (theta.float().sin() * torch.arange(theta.numel()).view(theta.shape)).sum()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_batched_estimator_and_restores_bitwise(estimator, dtype):
+    parameter = nn.Parameter(torch.randn(3, 5).to(dtype))
+    before = parameter.detach().clone()
+    result = Bare().zo_backward(lambda: loss_of(parameter), [parameter], estimator)
+    assert torch.equal(parameter, before)
+    grad, losses = estimator.estimate(lambda members: torch.stack([loss_of(m) for m in members]), before, step=0)
+    assert parameter.grad.dtype == dtype
+    assert torch.equal(parameter.grad, grad)
+    assert torch.equal(result["losses"], losses)
+    assert torch.equal(result["loss"], losses.mean())
+
+
+def test_restoring_is_a_copy_and_no_subtraction():
+    parameter = nn.Parameter(torch.tensor([1e8, -0.0, 1e-30, 3.0], dtype=torch.bfloat16))
+    before = parameter.detach().clone().view(torch.int16)
+    module = Bare()
+    for _ in range(20):
+        module.zo_backward(lambda: parameter.float().sum(), [parameter], SPSAEstimator(n=2, mu=1.0))
+    assert torch.equal(parameter.detach().view(torch.int16), before)  # bits, so that -0.0 counts
+
+
+def test_parameters_are_restored_when_the_loss_raises():
+    parameter = nn.Parameter(torch.randn(4))
+    before = parameter.detach().clone()
+
+    def loss_fn() -> Tensor:
+        assert not torch.equal(parameter, before)  # it was displaced
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Bare().zo_backward(loss_fn, [parameter], SPSAEstimator())
+    assert torch.equal(parameter, before)
+    assert parameter.grad is None
+
+
+def test_several_parameters_move_together_each_with_its_own_noise():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    estimator = SPSAEstimator(n=400, mu=1e-3)
+    Bare().zo_backward(lambda: nn.functional.mse_loss(model(x), y), model.parameters(), estimator)
+    estimated = [parameter.grad for parameter in model.parameters()]
+    exact = torch.autograd.grad(nn.functional.mse_loss(model(x), y), model.parameters())
+    for ours, theirs in zip(estimated, exact, strict=True):
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+def test_no_autograd_graph_is_built():
+    parameter, seen = nn.Parameter(torch.randn(4)), []
+
+    def loss_fn() -> Tensor:
+        loss = parameter.square().sum()
+        seen.append(loss.requires_grad)
+        return loss
+
+    Bare().zo_backward(loss_fn, [parameter])
+    assert seen == [False, False]  # SPSA with n=1 by default
+
+
+def test_gradients_accumulate_as_after_backward():
+    parameter, module = nn.Parameter(torch.randn(4)), Bare()
+    module.zo_backward(lambda: loss_of(parameter), [parameter])
+    first = parameter.grad.clone()
+    module.zo_backward(lambda: loss_of(parameter), [parameter])
+    second = parameter.grad - first
+    parameter.grad = None
+    assert not torch.allclose(first, second)  # the own counter moved on, so the directions did too
+    fresh = Bare()
+    fresh.zo_backward(lambda: loss_of(parameter), [parameter])
+    assert torch.equal(parameter.grad, first)
+
+
+def test_a_parameter_named_twice_is_moved_once():
+    parameter, points = nn.Parameter(torch.zeros(4)), []
+    Bare().zo_backward(lambda: points.append(parameter.clone()) or loss_of(parameter), [parameter, parameter])
+    torch.testing.assert_close(points[0], -points[1])
+    assert points[0].norm() < 1e-3 * 4  # one displacement of mu, not two
+
+
+def test_every_member_sees_the_same_random_numbers():
+    parameter, draws = nn.Parameter(torch.zeros(4)), []
+
+    def loss_fn() -> Tensor:
+        draws.append(torch.randn(3))
+        return parameter.sum() + draws[-1].sum()
+
+    torch.manual_seed(5)
+    module = Bare()
+    module.zo_backward(loss_fn, [parameter], RandomGradientEstimator(n=3))
+    assert all(torch.equal(draw, draws[0]) for draw in draws)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    torch.randn(3)
+    assert torch.equal(torch.rand(1), after)  # the generator stands where one forward would have left it
+    module.zo_backward(loss_fn, [parameter], RandomGradientEstimator(n=3))
+    assert not torch.equal(draws[-1], draws[0])
+
+
+class Regression(ZerothOrderMixin, LightningModule):
+    """Fits a line with forward passes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.theta = nn.Parameter(torch.zeros(3))
+        self.target = torch.tensor([1.0, -2.0, 0.5])
+        self.grads: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        losses = self.zo_backward(lambda: (self.theta - self.target).square().sum(), [self.theta], SPSAEstimator(n=2))
+        self.grads.append(self.theta.grad.clone())
+        self.losses.append(float(losses["loss"]))
+        optimizer.step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.theta], lr=0.1)
+
+
+def test_trains_a_lightning_module_of_ones_own():
+    module = Regression()
+    trainer = Trainer(
+        max_steps=60,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(60, 1)))
+    assert trainer.global_step == 60
+    assert module.losses[-1] < 0.05 * module.losses[0]
+    e0 = torch.stack(module.grads[:2])
+    assert torch.cosine_similarity(e0[0], e0[1], dim=0).abs() < 0.999  # each step has its own directions
+
+
+def test_the_directions_follow_global_step_so_that_a_resumed_run_repeats_them():
+    class Resumed(Bare):
+        global_step = 7
+
+    estimator, theta = SPSAEstimator(seed=1), torch.randn(4)
+    parameter = nn.Parameter(theta.clone())
+    Resumed().zo_backward(lambda: loss_of(parameter), [parameter], estimator)
+    expected, _ = estimator.estimate(lambda members: torch.stack([loss_of(m) for m in members]), theta, step=7)
+    assert torch.equal(parameter.grad, expected)
