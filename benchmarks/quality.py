@@ -1,7 +1,7 @@
 """`quality`: train and score methods and ablations on subjects of the tiny world; resumable cell by cell.
 
-A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is scored
-by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
+A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is
+scored by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
 """
 
 from __future__ import annotations
@@ -24,12 +24,24 @@ from benchmarks.rows import Row, row
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
 Settings = dict[str, Any]
 
-ZOODIP: Settings = {"estimator": "RandomGradientEstimator", "n": 2, "normalize": True, "tau": 128, "nu": 1e-3, "puts": True}
+ZOODIP: Settings = {
+    "estimator": "RandomGradientEstimator",
+    "n": 2,
+    "normalize": True,
+    "tau": 128,
+    "nu": 1e-3,
+    "puts": True,
+}
 NAIVE: Settings = ZOODIP | {"tau": None, "puts": False}
 VARIANTS: dict[str, Settings] = {
     "untrained": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "max_steps": 0},
     "textual_inversion": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32"},
-    "textual_inversion+puts": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "puts": True},
+    "textual_inversion+puts": {
+        "method": "textual_inversion",
+        "estimator": "Backprop",
+        "precision": "fp32",
+        "puts": True,
+    },
     "zoodip": ZOODIP,
     "zo": NAIVE,
     "zo+sg": ZOODIP | {"puts": False},
@@ -87,7 +99,7 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
 
 
 def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
-    """The denoising loss over all timesteps on photos of the subject that training never saw (same draws for everyone)."""
+    """The denoising loss over all timesteps on unseen photos of the subject (the same draws for every variant)."""
     import torch
 
     from mep_lightning.bases import encode_prompts, predict_noise
@@ -154,7 +166,7 @@ def run_cells(
     images: int = 2,
     workers: int = 2,
 ) -> list[dict[str, Any]]:
-    """All cells that `path` (JSON lines) does not hold yet, in worker processes of one thread each; returns every cell."""
+    """All cells that `path` (JSON lines) lacks, in worker processes of one thread each; returns every cell."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     have = {(c["variant"], c["index"], c["seed"]) for c in done if c["split"] == split}
     todo = [
@@ -187,7 +199,9 @@ def summarise(cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[
         for metric in (*SCORES, "seconds"):
             seeds = sorted({c["seed"] for c in mine})
             means = [statistics.mean(c[metric] for c in mine if c["seed"] == s) for s in seeds]
-            rows.append(row("quality", name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else ""))
+            rows.append(
+                row("quality", name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else "")
+            )
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
     return rows
@@ -199,7 +213,9 @@ def table(rows: list[Row]) -> str:
     lines = ["| variant | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
     for name in names:
         by = {r["metric"]: r for r in rows if r["case"] == name}
-        lines.append(f"| {name} | " + " | ".join(f"{by[m]['value']:.4f} ± {by[m]['spread']:.4f}" for m in SCORES) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{by[m]['value']:.4f} ± {by[m]['spread']:.4f}" for m in SCORES) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -18,9 +18,15 @@ Row = dict[str, Any]
 
 
 def row(
-    suite: str, case: str, metric: str, value: float, unit: str, baseline: float | None = None, ratio: float | None = None
+    suite: str,
+    case: str,
+    metric: str,
+    value: float,
+    unit: str,
+    baseline: float | None = None,
+    ratio: float | None = None,
 ) -> Row:
-    """One measured figure; `baseline` is the same figure of what it is compared with, `ratio` how much better ours is."""
+    """One measured figure; `baseline` is that of what it is compared with, `ratio` how much better ours is."""
     return {
         "suite": suite,
         "case": case,

@@ -1,7 +1,7 @@
 """What `auto` becomes: values keyed by (method, family, precision), the papers' own where they give one.
 
-Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's 5,000
-steps at 5e-3 from the same supplement. `tiny` was tuned on its tuning subjects (docs/reproduction.md tells how).
+Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
+5,000 steps at 5e-3 from the same supplement. `tiny` was tuned on its tuning subjects (docs/reproduction.md tells how).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
 
     Returns:
-        lr, eps, max_steps, resolution (pixels), guidance, sampling_steps; also mu, puts_low and puts_high where the method
-        has them.
+        lr, eps, max_steps, resolution (pixels), guidance, sampling_steps; also mu, puts_low and puts_high where the
+        method has them.
 
     Raises:
         UserError: the method or family is unknown.

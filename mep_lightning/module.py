@@ -1,7 +1,7 @@
 """The training step: one module for every method, its parts swapped.
 
-Per batch: timesteps, noise and prompts from (seed, step) -> the estimator asks for losses and answers with a gradient of
-the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so that Lightning counts it.
+Per batch: timesteps, noise and prompts from (seed, step) -> the estimator asks for losses and answers with a gradient
+of the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so that Lightning counts it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Generator, Tensor
 
 from mep_lightning import defaults
@@ -19,8 +20,9 @@ from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import Base, encode_prompts, identify, load_base, predict_noise
 from mep_lightning.data import sample_latents
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient
+from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.phases import phase
+from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
 ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -102,12 +104,14 @@ class PersonalizationModule(LightningModule):
                 f"choose one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
             )
         data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        self.class_word = getattr(data, "class_word", self.class_word)
+        if data is not None:
+            self.class_word = getattr(data, "class_word", None)
+            data.token = getattr(self.adapter, "token", None)  # captions may name it
         self.load(self.trainer.strategy.root_device if self._trainer is not None else "cpu")
         if data is not None and stage == "fit":
             with phase("encode"):
-                data.encode(self.base)
-            self.base.release_vae()
+                data.encode(self._loaded())
+            self._loaded().release_vae()
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
@@ -121,11 +125,12 @@ class PersonalizationModule(LightningModule):
         values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
         self.lr = values["lr"] if self.lr == "auto" else self.lr
         self.eps = values["eps"] if self.eps == "auto" else self.eps
-        if getattr(self.estimator, "mu", None) == "auto":
+        if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.mu == "auto":
             self.estimator.mu = values["mu"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapter, in fp32."""
+        assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
         return torch.optim.Adam(
             self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
@@ -144,16 +149,18 @@ class PersonalizationModule(LightningModule):
         if self.subspace:
             self.subspace.project_(grad)
         theta.grad = grad.to(theta.dtype)
-        self.optimizers().step()
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
+        optimizer.step()
         if self.subspace:
             self.subspace.observe(theta.detach())
-        self.log("train/loss", losses[0], prog_bar=True)
-        self.log("train/grad_norm", grad.norm())
+        self.log("train/loss", losses[0], prog_bar=True, batch_size=len(draw.prompts))
+        self.log("train/grad_norm", grad.norm(), batch_size=len(draw.prompts))
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps and texts of this step, a pure function of (seed, step, batch)."""
         base, generator = self._loaded(), step_generator(self.seed, self.global_step)
-        mean, std = batch["mean"], batch["std"]  # [B, C, H, W]
+        mean, std = batch["mean"].float(), batch["std"].float()  # [B, C, H, W]
         latents = sample_latents(mean, std, _normal(mean, generator), base.scaling_factor)
         noise = _normal(mean, generator)
         timestep = self.timesteps.sample(len(mean), generator).to(mean.device)
@@ -161,7 +168,7 @@ class PersonalizationModule(LightningModule):
         v_prediction = base.info.prediction == "v_prediction"
         target = base.scheduler.get_velocity(latents, noise, timestep) if v_prediction else noise
         phrase = self.adapter.phrase(self.class_word)
-        prompts = [prompt.replace("{}", phrase) for prompt in batch["prompts"]]
+        prompts = [fill(prompt, phrase) for prompt in batch["prompts"]]
         return Draw(noisy.to(base.dtype), timestep, target.float(), prompts)
 
     def losses(self, members: Tensor, draw: Draw) -> Tensor:
@@ -218,7 +225,9 @@ class PersonalizationModule(LightningModule):
             raise UserError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
         for key, mine in (("base", self.base_name), ("precision", self.precision)):
             if saved[key] != mine:
-                raise UserError(f"the checkpoint was trained with {key} {saved[key]!r}, not {mine!r}: set model.{key} to it")
+                raise UserError(
+                    f"the checkpoint was trained with {key} {saved[key]!r}, not {mine!r}: set model.{key} to it"
+                )
         missing = [name for name in self.state_dict() if name not in checkpoint["state_dict"]]
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")

@@ -46,10 +46,10 @@ class UniformTimesteps(PartialUniformTimesteps):
 
 
 class SNRTimesteps(TimestepSampler):
-    """Timesteps in proportion to min(SNR, gamma) / SNR-weighted noise error, the min-SNR-gamma weight of arXiv 2303.09556.
+    """Timesteps in proportion to the min-SNR-gamma weight of the noise error (arXiv 2303.09556).
 
-    The weight of the noise-prediction error, w(t) = min(SNR(t), gamma) / SNR(t), becomes the probability of drawing t, so
-    that an unweighted loss over these draws has the weighted loss's gradient up to a constant.
+    The weight of the noise-prediction error, w(t) = min(SNR(t), gamma) / SNR(t), becomes the probability of drawing t,
+    so that an unweighted loss over these draws has the weighted loss's gradient up to a constant.
 
     Args:
         alphas_cumprod: the schedule's cumulative alphas, [T].

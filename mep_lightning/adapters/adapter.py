@@ -53,4 +53,8 @@ class Adapter(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         theta = getattr(self, "theta", None)
-        return "not attached" if theta is None or isinstance(theta, torch.nn.UninitializedParameter) else str(tuple(theta.shape))
+        return (
+            "not attached"
+            if theta is None or isinstance(theta, torch.nn.UninitializedParameter)
+            else str(tuple(theta.shape))
+        )

@@ -41,7 +41,7 @@ class TokenEmbedding(Adapter):
     def attach(self, base: Base, class_word: str | None = None) -> None:
         """Start from the embedding of `init`; `theta` is [vectors, D]."""
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
-        table = base.text_encoders[0].get_input_embeddings().weight
+        table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
         if self.theta is None:
             start = table[self._initial_id(base, class_word)].detach().float()
             self.theta = nn.Parameter(start.repeat(self.vectors, 1))
@@ -96,4 +96,4 @@ class TokenEmbedding(Adapter):
         saved = state_dict.get(f"{prefix}theta")
         if self.theta is None and saved is not None:
             self.theta = nn.Parameter(saved.clone().float())
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""A loaded, frozen base model and its parts. Deliberately no nn.Module: Lightning must not move, cast or checkpoint it."""
+"""A loaded, frozen base model and its parts; no nn.Module, as Lightning must not move, cast or checkpoint it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Base:
         tokenizers: one a text encoder.
         vae: the autoencoder, None once released.
         scheduler: the training noise schedule.
+        scaling_factor: what scales the autoencoder's latents to unit variance.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Base:
     tokenizers: list[Any]
     vae: AutoencoderKL | None
     scheduler: DDPMScheduler
+    scaling_factor: float
 
     @property
     def family(self) -> str:
@@ -56,15 +58,6 @@ class Base:
     @property
     def vae_factor(self) -> int:
         return self.info.vae_factor
-
-    @property
-    def scaling_factor(self) -> float:
-        """What scales the autoencoder's latents to unit variance."""
-        return self._scaling_factor
-
-    def __post_init__(self) -> None:
-        assert self.vae is not None
-        self._scaling_factor = float(self.vae.config.scaling_factor)
 
     def modules(self) -> list[nn.Module]:
         """All parts that hold weights now."""
@@ -80,13 +73,14 @@ class Base:
         from mep_lightning.bases.load import load_vae
 
         kept = self.vae
+        self.vae = kept if kept is not None else load_vae(self.folder, self.device, self.dtype)
         try:
-            yield kept if kept is not None else load_vae(self.folder, self.device, self.dtype)
+            yield self.vae
         finally:
             self.vae = kept
 
-    def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
-        """A diffusers pipeline over these very parts (no copies), without safety checker."""
+    def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
+        """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""
         pipe = StableDiffusionPipeline(
             vae=vae,
             text_encoder=self.text_encoders[0],

@@ -61,7 +61,7 @@ def injected(text_encoder: nn.Module, vectors: Tensor, members: int) -> Iterator
         vectors: [V, n, D] (or [n, D] with one member).
         members: V.
     """
-    table = text_encoder.get_input_embeddings()
+    table: nn.Embedding = text_encoder.get_input_embeddings()  # type: ignore[operator]
     first = table.num_embeddings
     vectors = vectors if vectors.dim() == 3 else vectors[None]
     seen: list[Tensor] = []

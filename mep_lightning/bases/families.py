@@ -74,7 +74,7 @@ def identify(name: str | Path) -> Family:
         _read(folder / part)
         for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
-    width = unet.get("cross_attention_dim")
+    width = unet.get("cross_attention_dim", 0)
     if "XL" in index.get("_class_name", ""):
         family = "sdxl"
     else:

@@ -56,6 +56,7 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
             if precision == "int8":
                 quantize_module_(module)
             module.to(device)
+        vae = load_vae(folder, device, dtype)
         return Base(
             name=str(name),
             folder=folder,
@@ -66,8 +67,9 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
             unet=unet,
             text_encoders=[text_encoder],
             tokenizers=[_load_tokenizer(folder / "tokenizer")],
-            vae=load_vae(folder, device, dtype),
+            vae=vae,
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+            scaling_factor=float(vae.config.scaling_factor),
         )
 
 
@@ -81,12 +83,16 @@ def _load(kind: type, folder: Path, dtype: torch.dtype) -> Any:
         module: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)  # type: ignore[attr-defined]
     except Exception as error:  # whatever a broken folder makes the loaders raise, the mend is the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights") from error
+        raise UserError(
+            f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights"
+        ) from error
     return module.eval().requires_grad_(False)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):  # transformers would make it up
+        raise UserError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed")
     try:
         return CLIPTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise UserError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed") from error
+        raise UserError(f"{folder} holds a tokenizer that cannot be read: fetch the base again") from error

@@ -76,7 +76,7 @@ def _forkable(unet: UNet2DConditionModel) -> bool:
 def _forking_transformer(transformer: Transformer2DModel, walk: _Fork, embeds: Tensor) -> Tensor:
     """The first transformer: shared up to its first cross-attention, one row a member from there."""
     x = walk.x
-    batch, _, height, width = x.shape
+    _batch, _, height, width = x.shape
     first, *rest = transformer.transformer_blocks
     hidden, inner = transformer._operate_on_continuous_inputs(x)  # [B, HW, C]
     hidden = hidden + first.attn1(first.norm1(hidden))

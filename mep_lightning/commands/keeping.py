@@ -46,8 +46,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.should_stop:
-            self._save(trainer)
+        if trainer.global_step % self.every == 0 or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save(trainer)  # the last step too: whatever happens while the last pictures are drawn, it is kept
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -79,11 +79,11 @@ class StopAfterStep(Callback):
         self._trainer = trainer
         self._previous = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on Ctrl-C may cut the last pictures short: all is saved. (After an error Lightning restores.)"""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -93,11 +93,6 @@ class StopAfterStep(Callback):
             self._trainer.should_stop = True
         if number == signal.SIGINT:
             print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 class RunLog(CSVLogger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -33,14 +34,15 @@ class StepProgress(ProgressBar):
         if not self._enabled or not trainer.is_global_zero:
             return
         live = sys.stderr.isatty()
+        resizable = live and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo-terminals say 0
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             initial=trainer.global_step,
             unit="step",
             mininterval=0.2 if live else 30,
             miniters=None if live else 1,
-            dynamic_ncols=live,
-            ncols=None if live else 100,
+            dynamic_ncols=resizable,
+            ncols=None if resizable else 100,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             file=sys.stderr if live else _Lines(),
             smoothing=0.1,

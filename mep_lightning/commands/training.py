@@ -148,7 +148,10 @@ class FitCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         self.stopper = StopAfterStep()
         bar = [] if config.get("enable_progress_bar") is False else [StepProgress()]
-        return super()._instantiate_trainer(config, [*callbacks, self.stopper, *bar])
+        named = config["callbacks"] or []
+        named = named if isinstance(named, list) else [named]
+        config["callbacks"] = [self.stopper, *named]  # first, so that it lets go before the last pictures are drawn
+        return super()._instantiate_trainer(config, [*callbacks, *bar])
 
     def _new_run(self) -> RunFolder:
         """The default folder; other processes of the same run take the first one's name."""
@@ -164,7 +167,7 @@ def train(request: FitRequest) -> int:
         UserError: wrong input; a folder made for the run is gone again unless a step was saved.
     """
     quiet_after_imports()
-    if not request.says("model.base"):
+    if not request.says("model.base") and not request.says("print_config"):
         say("No --model.base given: taking the embedded base, tiny.")
     cli = None
     try:

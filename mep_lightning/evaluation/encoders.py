@@ -133,7 +133,7 @@ class ClipEncoder(nn.Module):
         """Texts to [N, D], fp32, each of length 1; what exceeds the model's context is cut off."""
 
         def embed(part: Sequence[str]) -> Any:
-            # Padding to the full context keeps an embedding independent of the texts beside it.
+            # Padded to the full context, as SigLIP's and CLIP's were in training.
             tokens = self.tokenizer(
                 list(part), padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
             )

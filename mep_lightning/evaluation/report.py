@@ -145,11 +145,13 @@ def _read_scores(page: Page, run: RunFolder) -> None:
             page.scores.append(
                 {"name": name, "value": f"{flat[key]:.3f}", "question": question, "direction": direction}
             )
-    details = {**flat, **_mapping(metrics.get("settings"))}
+    details = {key: value for key, value in flat.items() if key not in SCORES}
+    for key, value in _mapping(metrics.get("settings")).items():
+        details[f"{key.upper()} encoder" if key in ("clip", "dino") else str(key)] = value
     page.details = {
         key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else str(value)
         for key, value in details.items()
-        if key not in SCORES and isinstance(value, str | int | float)
+        if isinstance(value, str | int | float)
     }
 
 

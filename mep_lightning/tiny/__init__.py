@@ -1,6 +1,7 @@
 """The embedded base: a really trained Stable-Diffusion-layout pipeline over a small procedural world.
 
-`weights/base` is the pipeline, `weights/clip` and `weights/dino` the metric encoders; `train` is the recipe that made them.
+`weights/base` is the pipeline, `weights/clip` and `weights/dino` the metric encoders; `train` is the recipe that made
+them.
 """
 
 from __future__ import annotations

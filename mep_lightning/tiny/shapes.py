@@ -1,7 +1,7 @@
 """The silhouettes of the tiny world: each class is a signed distance field over object coordinates.
 
-Object coordinates: `u` to the right, `v` up, the body within about [-1, 1]. A field is negative inside. A class also has
-fixed parts (a car's wheels, a fish's eye) which keep their own colour whatever the body is painted with.
+Object coordinates: `u` to the right, `v` up, the body within about [-1, 1]. A field is negative inside. A class also
+has fixed parts (a car's wheels, a fish's eye) which keep their own colour whatever the body is painted with.
 """
 
 from __future__ import annotations

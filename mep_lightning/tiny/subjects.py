@@ -79,5 +79,7 @@ def other_photos(who: Subject, count: int) -> Tensor:
     """Photos of a subject that are not among its own, [count, 3, 64, 64] in [0, 1]: to measure what was learned."""
     generator = torch.Generator().manual_seed(20_000)
     views, _ = random_scenes(count, generator)
-    same = {name: getattr(who.scenes, name)[:1].expand(count, *getattr(who.scenes, name).shape[1:]) for name in IDENTITY}
+    same = {
+        name: getattr(who.scenes, name)[:1].expand(count, *getattr(who.scenes, name).shape[1:]) for name in IDENTITY
+    }
     return render(views.replace(**same))

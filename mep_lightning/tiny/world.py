@@ -1,8 +1,8 @@
 """The tiny world: 64x64 scenes of one painted object on one of eight backgrounds, drawn from plain parameters.
 
-A `Scenes` holds N scenes as tensors, so that thousands render at once. An object has what captions can name (class, two
-colours, pattern, a badge and its colour) and what they cannot: the exact hues, the slant and width of the pattern, where
-the badge sits. Pose, light and background change from photo to photo; everything else is the object's identity.
+A `Scenes` holds N scenes as tensors, so that thousands render at once. An object has what captions can name (class,
+two colours, pattern, a badge and its colour) and what they cannot: the exact hues, the slant and width of the pattern,
+where the badge sits. Pose, light and background change from photo to photo; everything else is the object's identity.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def _background(name: str, phase: Tensor) -> Tensor:
         row = (y + p0) * 3.0
         column = x * 1.6 + p1 + 0.5 * (row.floor() % 2)
         mortar = torch.maximum(
-            _soft(0.41 - (row - row.floor() - 0.5).abs(), 0.10), _soft(0.45 - (column - column.floor() - 0.5).abs(), 0.06)
+            _soft(0.41 - (row - row.floor() - 0.5).abs(), 0.10),
+            _soft(0.45 - (column - column.floor() - 0.5).abs(), 0.06),
         )
         tone = torch.sin(row.floor() * 3.7 + column.floor() * 5.3 + p2 * 6) * 0.05
         return _blend(_rgb(0.62, 0.28, 0.20) + tone[:, None], _rgb(0.80, 0.76, 0.70), mortar)
@@ -230,7 +231,7 @@ def _painted(s: Scenes, u: Tensor, v: Tensor, edge: Tensor) -> Tensor:
 
 
 def _shade(name: str, u: Tensor, v: Tensor, distance: Tensor) -> Tensor:
-    """How bright the painted surface is: light from the upper left, darker towards the outline; a cube has three faces."""
+    """How bright the painted surface is: light from the upper left, darker at the rim; a cube has three faces."""
     if name == "cube":  # three faces meet at the centre, the upper one is the brightest
         return torch.where(v >= u.abs() / math.sqrt(3), 1.12, torch.where(u < 0, 0.88, 0.64))
     rim = torch.exp(distance.clamp_max(0) / 0.16)

@@ -30,7 +30,12 @@ def unet(**layout):
     torch.manual_seed(0)
     layout = {"layers_per_block": 1} | layout
     model = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24, attention_head_dim=2, **layout
+        sample_size=8,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        **layout,
     )
     return model.eval().double()
 
@@ -43,7 +48,7 @@ def inputs(members, batch, side=8):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("members, batch, side", [(1, 1, 8), (3, 1, 8), (2, 3, 8), (3, 2, 12), (3, 1, 7)])
+@pytest.mark.parametrize(("members", "batch", "side"), [(1, 1, 8), (3, 1, 8), (2, 3, 8), (3, 2, 12), (3, 1, 7)])
 def test_equals_a_full_forward_a_member(layout, members, batch, side):
     model = unet(**LAYOUTS[layout])
     latents, t, embeds = inputs(members, batch, side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -178,10 +179,32 @@ def test_what_the_module_already_held_is_the_runs_and_not_the_baselines():
     meter = MemoryMeter(CPU, lambda: {"weights": 100 * MIB, "gradients": 0, "optimizer": 0})
     meter.start()
     meter.enter("step")
+    more = block(50)
     meter.exit("step")
     meter.stop()
-    assert 100 * MIB <= meter.summary()["phases"]["step"]["peak_bytes"] <= 115 * MIB
+    assert 149 * MIB <= meter.summary()["phases"]["step"]["peak_bytes"] <= 165 * MIB
+    assert len(more) == 50 * MIB
     assert len(weights) == 100 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
+def test_what_the_allocator_kept_of_an_earlier_phase_is_not_charged_to_the_next():
+    meter = MemoryMeter(CPU, nothing)
+    meter.start()
+    meter.enter("first")
+    # Small tensors with one in use above each: freed, they stay in the process until someone asks for their pages.
+    small = [torch.ones(60_000, dtype=torch.uint8) for _ in range(3000)]
+    small = small[::2]
+    meter.exit("first")
+    kept = small[::100]
+    del small
+    meter.enter("second")
+    meter.exit("second")
+    meter.stop()
+    figures = meter.summary()["phases"]
+    assert figures["first"]["peak_bytes"] > 80 * MIB
+    assert figures["second"]["peak_bytes"] < 20 * MIB
+    assert len(kept) == 15
 
 
 def test_the_reading_thread_ends():
@@ -250,6 +273,7 @@ class Heavy(LightningModule):
             return (self.weight * activations[: 10 * MIB]).sum() * batch.sum()
 
     def on_train_batch_end(self, *args):
+        self.weight.grad = None  # gone before any phase ends
         if self.global_step == 4:
             with phase("save"):
                 block(100)
@@ -338,19 +362,18 @@ class Tiny(LightningModule):
             return (self.weight * batch).sum()
 
     def validation_step(self, batch, batch_idx):
-        with phase("look"):
-            self.seen = block(60)
+        block(60)
 
     def configure_optimizers(self):
         return torch.optim.SGD([self.weight], lr=0.1)
 
 
-def test_validation_and_phases_between_batches_are_not_charged_to_the_step(trainer_of, tmp_path):
+def test_validation_is_not_charged_to_the_step(trainer_of, tmp_path):
     trainer = trainer_of(MemoryProfiler(interval=0.001), max_steps=4, val_check_interval=4, num_sanity_val_steps=0)
     trainer.fit(Tiny(), numbers(4), numbers(1))
-    figures = read(tmp_path)["phases"]
-    assert figures["look"]["peak_bytes"] >= 58 * MIB
-    assert figures["step"]["peak_bytes"] < 50 * MIB
+    memory = read(tmp_path)
+    assert memory["phases"]["step"]["peak_bytes"] < 50 * MIB
+    assert memory["process_peak"] - memory["baseline_bytes"] > 58 * MIB  # the process did need it
 
 
 class Sampler(Callback):

@@ -185,3 +185,19 @@ def test_an_error_before_the_first_step_is_an_error(module, data, trainer_of, mo
 def test_settings_that_make_no_sense_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         Samples(**options)
+
+
+@pytest.mark.parametrize("estimator", ["Backprop", "RandomGradientEstimator"])
+def test_the_real_module_on_the_embedded_base_trains_to_the_same_bits(trainer_of, tmp_path, estimator):
+    from mep_lightning import PersonalizationModule, SubjectData, estimators
+
+    def learned(*callbacks):
+        parts = {"Backprop": {}, "RandomGradientEstimator": {"mu": 1e-3}}[estimator]
+        module = PersonalizationModule("tiny", "int8", estimator=getattr(estimators, estimator)(**parts))
+        torch.manual_seed(0)
+        trainer_of(*callbacks, max_steps=4).fit(module, SubjectData())
+        return module.adapter.theta.detach().clone()
+
+    with_samples = learned(Samples(every=2, count=1, steps=2))
+    assert torch.equal(with_samples, learned())
+    assert "step-000002.png" in names(tmp_path)

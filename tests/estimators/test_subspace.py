@@ -75,8 +75,7 @@ def test_directions_outside_the_paths_span_are_kept():
 
 def test_a_constant_feature_is_left_unscaled_and_never_touched():
     path = walk(12, 9).double()
-    path[:, 4] = 0.1
-    assert 0 < path[:, 4].std(correction=0) < 1e-15  # the mean rounds: a test of the std for zero would scale by this
+    path[:, 4] = 0.1  # its float64 mean rounds, and with some ways to sum its std is 1e-17
     sg, (projector, kept) = filled(path, 0.1), sklearn_projector(path, 0.1)
     assert sg.rank_kept == kept
     np.testing.assert_allclose((sg.basis.T @ sg.basis).numpy(), projector, atol=1e-5)

@@ -16,10 +16,14 @@ from mep_lightning.tiny.train.vae import train_vae
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints; trained stages are not repeated")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of checkpoints; trained stages are not repeated"
+    )
     parser.add_argument("--stage", choices=["vae", "diffusion", "encoders", "all"], default="all")
     parser.add_argument("--diffusion-steps", type=int, default=12_000)
-    parser.add_argument("--stop-at", type=int, default=None, help="stop the diffusion stage early, its average as it is")
+    parser.add_argument(
+        "--stop-at", type=int, default=None, help="stop the diffusion stage early, its average as it is"
+    )
     parser.add_argument("--publish", type=Path, default=None, help="where the finished folders go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

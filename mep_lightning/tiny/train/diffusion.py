@@ -116,8 +116,9 @@ def train_diffusion(
     snr = alphas / (1 - alphas)
     weights = snr.clamp_max(SNR_GAMMA) / snr
     torch.manual_seed(1)
-    model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    model["unet"].set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes on CPU
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    unet.set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes on a CPU
+    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     ema = Ema(model, 0.999)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -127,11 +128,11 @@ def train_diffusion(
         noise = torch.randn(latents.shape, generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, t)
-        embeds = model["text_encoder"](tokenize(tokenizer, captions)).last_hidden_state
-        predicted = model["unet"](noisy, t, embeds).sample.float()
+        embeds = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
+        predicted = unet(noisy, t, embeds).sample.float()
         error = (predicted - noise).pow(2).mean((1, 2, 3))
         return (weights[t] * error).mean(), {"eps": error.mean().item()}
 
     fit("diffusion", model, loss_fn, steps=steps, lr=8e-4, out=out, ema=ema, save_every=250, stop_at=stop_at)
     ema.copy_to(model)
-    return model["unet"].eval(), model["text_encoder"].eval()
+    return unet.eval(), text_encoder.eval()

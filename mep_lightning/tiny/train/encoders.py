@@ -1,8 +1,8 @@
 """Stage 3: the metric encoders, a small CLIP and a DINO-like vision transformer, trained on the world alone.
 
-The CLIP learns captions against pictures (Radford et al. 2021). The other learns identity without words: two photos of the
-same object, in other poses, light and backgrounds, attract each other (InfoNCE), which is what DINO's features are used for
-in personalisation: does it show this very subject?
+The CLIP learns captions against pictures (Radford et al. 2021). The other learns identity without words: two photos of
+the same object, in other poses, light and backgrounds, attract each other (InfoNCE), which is what DINO's features are
+used for in personalisation: does it show this very subject?
 """
 
 from __future__ import annotations
@@ -99,8 +99,10 @@ def train_dino(out: Path, steps: int = 2000, batch: int = 96) -> ViTModel:
 
 
 def family_labels(scenes: Scenes) -> Tensor:
-    """[N, N] rows summing to one over the scenes that show the same object (a permuted trait may leave it as it was)."""
-    keys = torch.cat([scenes.paint, scenes.second, scenes.kind[:, None], scenes.pattern[:, None], scenes.badge_u[:, None]], 1)
+    """[N, N] rows that sum to one over the scenes of the same object (a permuted trait may leave it as it was)."""
+    keys = torch.cat(
+        [scenes.paint, scenes.second, scenes.kind[:, None], scenes.pattern[:, None], scenes.badge_u[:, None]], 1
+    )
     same = (keys[:, None] == keys[None]).all(-1).float()
     return same / same.sum(1, keepdim=True)
 

@@ -79,7 +79,9 @@ def fit(
         if (step + 1) % log_every == 0:
             means = {k: sum(w[k] for w in window) / len(window) for k in window[-1]}
             pace = (time.monotonic() - began) / (step + 1 - start)
-            print(f"{name} {step + 1}/{steps}", *(f"{k} {v:.4f}" for k, v in means.items()), f"{pace:.2f} s", flush=True)
+            print(
+                f"{name} {step + 1}/{steps}", *(f"{k} {v:.4f}" for k, v in means.items()), f"{pace:.2f} s", flush=True
+            )
             window = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
             _save(path, step + 1, module, optimizer, ema)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from mep_lightning.tiny.train.diffusion import build_scheduler
@@ -30,7 +30,7 @@ MODEL_INDEX = {
 }
 
 
-def _half(module: nn.Module) -> nn.Module:
+def _half(module: Any) -> Any:
     return module.to(torch.float16)
 
 

@@ -1,0 +1,97 @@
+"""The token: its start, its file, and that no other token changes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.errors import UserError
+
+
+def attached(base, **kwargs):
+    adapter = TokenEmbedding(**kwargs)
+    adapter.attach(base, "ball")
+    return adapter
+
+
+def test_it_starts_as_a_copy_of_its_initialiser(tiny_base):
+    table = tiny_base.text_encoders[0].get_input_embeddings().weight
+    ball = tiny_base.tokenizers[0]("ball").input_ids[1]
+    for adapter in (attached(tiny_base), attached(tiny_base, init="ball"), attached(tiny_base, vectors=3)):
+        assert torch.equal(adapter.theta, table[ball].repeat(adapter.vectors, 1))
+    assert adapter.theta.requires_grad and not table.requires_grad
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_the_export_gives_diffusers_the_same_picture(tiny_base, tmp_path, vectors):
+    from diffusers import StableDiffusionPipeline
+
+    from mep_lightning.bases import encode_prompts
+    from mep_lightning.tiny import BASE
+
+    adapter = attached(tiny_base, vectors=vectors)
+    with torch.no_grad():
+        adapter.theta.add_(0.05 * torch.randn(vectors, 128, generator=torch.Generator().manual_seed(0)))
+    (path,) = adapter.export(tmp_path)
+    assert path.name == "learned_embeds.safetensors"
+    assert {k: tuple(v.shape) for k, v in load_file(path).items()} == {"<sks>": (vectors, 128)}
+
+    theirs = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    table = theirs.text_encoder.get_input_embeddings().weight.clone()
+    theirs.load_textual_inversion(str(path))
+    assert torch.equal(theirs.text_encoder.get_input_embeddings().weight[: len(table)], table)
+
+    prompt = "a photo of a <sks> ball on grass"
+    settings = dict(num_inference_steps=3, guidance_scale=3.0, output_type="pt")
+    theirs.set_progress_bar_config(disable=True)
+    a = theirs(prompt, generator=torch.Generator().manual_seed(1), **settings).images
+    with torch.no_grad(), tiny_base.borrowed_vae() as vae:
+        embeds = encode_prompts(tiny_base, [prompt], adapter.tokens())
+        empty = encode_prompts(tiny_base, [""])
+        pipe = tiny_base.pipeline(vae)
+        b = pipe(
+            prompt_embeds=embeds, negative_prompt_embeds=empty, generator=torch.Generator().manual_seed(1), **settings
+        ).images
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_an_export_loads_back(tiny_base, tmp_path):
+    adapter = attached(tiny_base, token="<my-ball>", vectors=2)
+    adapter.export(tmp_path)
+    other = TokenEmbedding()
+    other.load_export(tmp_path)
+    other.attach(tiny_base, "ball")
+    assert other.token == "<my-ball>" and torch.equal(other.theta, adapter.theta)
+    assert other.storage_bytes == 2 * 128 * 4
+
+
+def test_it_stays_fp32(tiny_base):
+    adapter = attached(tiny_base)
+    assert adapter.to(torch.bfloat16).theta.dtype == adapter.half().theta.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda base: TokenEmbedding("two words"), "without spaces"),
+        (lambda base: TokenEmbedding(vectors=0), "at least one"),
+        (lambda base: attached(base, init="xylophone"), "init 'xylophone' is"),
+        (lambda base: attached(base, token="ball</w>"), "already a word"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tiny_base, make, message):
+    with pytest.raises(UserError, match=message):
+        make(tiny_base)
+
+
+def test_damaged_or_foreign_exports_are_refused(tiny_base, tmp_path):
+    with pytest.raises(UserError, match="holds no learned_embeds"):
+        TokenEmbedding().load_export(tmp_path)
+    (tmp_path / "learned_embeds.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="is damaged"):
+        TokenEmbedding().load_export(tmp_path)
+    save_file({"<sks>": torch.zeros(1, 768)}, tmp_path / "learned_embeds.safetensors")
+    adapter = TokenEmbedding()
+    adapter.load_export(tmp_path)
+    with pytest.raises(UserError, match="768 dimensions, the base tiny takes 128"):
+        adapter.attach(tiny_base)

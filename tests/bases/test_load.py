@@ -1,0 +1,130 @@
+"""Loading a base: the right dtypes, and one sentence where it cannot be loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from mep_lightning.bases import identify, load_base
+from mep_lightning.errors import UserError
+from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.tiny import BASE
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_floating_precisions(precision, dtype):
+    base = load_base("tiny", precision)
+    assert {p.dtype for part in base.modules() for p in part.parameters()} == {dtype} and base.dtype == dtype
+
+
+def test_int8_quantises_every_linear_and_convolution_of_unet_and_text_encoder():
+    full, small = load_base("tiny", "fp32"), load_base("tiny", "int8")
+    for a, b in zip((full.unet, *full.text_encoders), (small.unet, *small.text_encoders), strict=True):
+        theirs = dict(b.named_modules())
+        for name, layer in a.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                kind = Int8Linear if isinstance(layer, torch.nn.Linear) else Int8Conv2d
+                assert isinstance(theirs[name], kind), name
+                error = (theirs[name].dequantize() - layer.weight).abs()
+                step = theirs[name].scale.view(-1, *(1,) * (error.dim() - 1))
+                assert (error <= 0.5001 * step).all()
+    weights = [p for p in (*small.unet.parameters(), *small.unet.buffers()) if p.dim() > 1]
+    bytes_ = sum(w.numel() * w.element_size() for w in weights)
+    assert bytes_ < 0.27 * sum(p.numel() * 4 for p in full.unet.parameters() if p.dim() > 1)
+    assert small.dtype == torch.float32  # on a CPU: bf16 would drown a small mu
+
+
+def test_the_int8_unet_predicts_what_the_full_one_does():
+    full, small = load_base("tiny", "fp32"), load_base("tiny", "int8")
+    g = torch.Generator().manual_seed(0)
+    x, t, e = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([50, 700]), torch.randn(2, 32, 128, generator=g)
+    with torch.no_grad():
+        a, b = full.unet(x, t, e).sample, small.unet(x, t, e).sample
+    assert 10 * torch.log10(a.square().mean() / (a - b).square().mean()) > 25
+
+
+def test_everything_is_frozen_and_in_eval_mode(tiny_base):
+    for part in tiny_base.modules():
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+def test_the_vae_can_be_freed_and_borrowed_again():
+    base = load_base("tiny")
+    before = base.vae.state_dict()
+    base.release_vae()
+    assert base.vae is None
+    with base.borrowed_vae() as vae:
+        assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())
+    assert base.vae is None
+
+
+def test_identify_reads_families_from_json(tmp_path):
+    assert identify("tiny") == identify(BASE)
+    assert identify("tiny").family == "tiny" and identify("tiny").resolution == 64
+
+    def variant(width, sample, prediction, name="StableDiffusionPipeline"):
+        folder = tmp_path / f"{width}{prediction}"
+        shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path, changes in (
+            ("unet/config.json", {"cross_attention_dim": width, "sample_size": sample}),
+            ("vae/config.json", {"block_out_channels": [1, 2, 3, 4]}),
+            ("scheduler/scheduler_config.json", {"prediction_type": prediction}),
+            ("model_index.json", {"_class_name": name}),
+        ):
+            content = json.loads((folder / path).read_text()) | changes
+            (folder / path).write_text(json.dumps(content))
+        return identify(folder)
+
+    assert variant(768, 64, "epsilon") == type(identify("tiny"))("sd1", 512, 8, "epsilon")
+    assert variant(1024, 96, "v_prediction") == type(identify("tiny"))("sd2", 768, 8, "v_prediction")
+    assert variant(2048, 128, "epsilon", "StableDiffusionXLPipeline").family == "sdxl"
+
+
+def copy_of_tiny(tmp_path):
+    return shutil.copytree(BASE, tmp_path / "base")
+
+
+def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
+    other = load_base(copy_of_tiny(tmp_path))
+    ours = tiny_base.unet.state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in other.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "unet"), "lacks unet in"),
+        (lambda f: (f / "unet/config.json").write_text("{"), "unet/config.json is not valid JSON"),
+        (lambda f: (f / "unet/config.json").unlink(), "lacks .*unet/config.json"),
+        (
+            lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish"),
+            "unet cannot be read .*fetch the base again",
+        ),
+        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae cannot be read"),
+        (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer"),
+    ],
+)
+def test_a_broken_folder_is_named_with_its_mend(tmp_path, spoil, message):
+    folder = copy_of_tiny(tmp_path)
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "/no/such/folder"])
+def test_a_base_that_is_not_there(name):
+    with pytest.raises(UserError, match="is no folder"):
+        load_base(name)
+
+
+def test_a_hub_id_without_a_network():
+    with pytest.raises(UserError, match="neither a folder here nor to be had from the hub"):
+        load_base("some-owner/some-model")
+
+
+def test_an_unknown_precision():
+    with pytest.raises(UserError, match="precision 'int3' is unknown: choose one of fp32"):
+        load_base("tiny", "int3")

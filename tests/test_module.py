@@ -1,0 +1,231 @@
+"""The training step: what is trained, what stays, and that a stopped run carries on bitwise."""
+
+import copy
+
+import pytest
+import torch
+from lightning import Trainer
+
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.callbacks import PUTS
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import (
+    Backprop,
+    OnePointEstimator,
+    RandomGradientEstimator,
+    SPSAEstimator,
+    SubspaceGradient,
+)
+from mep_lightning.module import step_generator
+from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.timesteps import SNRTimesteps
+
+ESTIMATORS = {
+    "backprop": Backprop,
+    "rge": lambda: RandomGradientEstimator(n=2, mu=1e-3, normalize=True),
+    "spsa": lambda: SPSAEstimator(n=1, mu=1e-3),
+    "one-point": lambda: OnePointEstimator(n=2, mu=1e-3),
+}
+
+
+def module(estimator="rge", **kwargs):
+    kwargs = {"precision": "fp32", "lr": 5e-3} | kwargs
+    return PersonalizationModule(estimator=ESTIMATORS[estimator](), adapter=TokenEmbedding(init="ball"), **kwargs)
+
+
+def trainer(steps, tmp_path, **kwargs):
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    return Trainer(max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, **quiet | kwargs)
+
+
+def fitted(steps, tmp_path, mod=None, **kwargs):
+    mod = mod or module()
+    run = trainer(steps, tmp_path, **kwargs)
+    run.fit(mod, SubjectData(seed=0))
+    return mod, run
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_takes_one_counted_step_a_batch(estimator, tmp_path):
+    mod, run = fitted(3, tmp_path, module(estimator))
+    assert run.global_step == 3
+    start = mod.base.text_encoders[0].get_input_embeddings().weight[mod.adapter._initial_id(mod.base, "ball")]
+    assert mod.adapter.theta.shape == (1, 128)
+    assert not torch.equal(mod.adapter.theta[0], start)
+
+
+def test_the_base_is_left_alone_and_never_checkpointed(tmp_path):
+    mod = module()
+    mod.load()
+    before = [copy.deepcopy(part.state_dict()) for part in (mod.base.unet, *mod.base.text_encoders)]
+    fitted(3, tmp_path, mod)
+    for state, part in zip(before, (mod.base.unet, *mod.base.text_encoders), strict=True):
+        assert all(torch.equal(state[k], v) for k, v in part.state_dict().items())
+    assert list(mod.state_dict()) == ["adapter.theta"]
+    assert mod.base.vae is None  # freed before the first step
+
+
+def test_directional_derivative_on_the_tiny_unet_is_jvp(tiny_base):
+    """(L(theta + mu e) - L(theta - mu e)) / 2 mu along e, in float64, against forward-mode autograd."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    mod = module("spsa")
+    base = copy.copy(tiny_base)
+    base.unet, base.text_encoders = copy.deepcopy(base.unet).double(), [copy.deepcopy(base.text_encoders[0]).double()]
+    base.dtype = torch.float64
+    mod.base, mod.class_word = base, "ball"
+    mod.adapter.attach(base)
+    theta = mod.adapter.theta.detach().double()
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "mean": torch.randn(1, 4, 16, 16, generator=g),
+        "std": torch.zeros(1, 4, 16, 16),
+        "prompts": ["a photo of a {}"],
+    }
+    draw = mod.draw(batch)
+    draw = type(draw)(draw.noisy.double(), draw.timestep, draw.target.double(), draw.prompts)
+
+    def loss(members):
+        return losses64(mod, members, draw)
+
+    estimator = SPSAEstimator(n=1, mu=1e-4, seed=3)
+    grad, losses = estimator.estimate(loss, theta, step=5)
+    from mep_lightning.estimators.perturbation import direction
+
+    e = direction(theta, 3, 5, 0)
+    with sdpa_kernel(SDPBackend.MATH):
+        primal, tangent = torch.func.jvp(lambda t: loss(t[None])[0], (theta,), (e,))
+    assert tangent.abs() > 1e-6
+    torch.testing.assert_close((grad * e).sum() / e.square().sum(), tangent, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.mean(), primal, rtol=1e-5, atol=0)
+
+    exact, _ = Backprop().estimate(loss, theta)
+    torch.testing.assert_close((exact * e).sum(), tangent, rtol=1e-8, atol=0)
+
+
+def losses64(mod, members, draw):
+    """The module's own losses, without its rounding to fp32."""
+    from mep_lightning.bases import encode_prompts, predict_noise
+
+    embeds = encode_prompts(mod.base, draw.prompts, mod.adapter.tokens(members))
+    predicted = predict_noise(mod.base.unet, draw.noisy, draw.timestep, embeds)
+    return (predicted.unflatten(0, (len(members), -1)) - draw.target).pow(2).flatten(1).mean(1)
+
+
+def test_members_see_the_same_data_noise_and_timestep():
+    mod = module()
+    mod.class_word = "ball"
+    mod.load()
+    draw = mod.draw({"mean": torch.randn(2, 4, 16, 16), "std": torch.ones(2, 4, 16, 16), "prompts": ["a {}", "my {}"]})
+    theta = mod.adapter.theta.detach()
+    with torch.no_grad():
+        together = mod.losses(torch.stack([theta, theta + 0.1, theta]), draw)
+    assert together[0] == together[2] != together[1]
+    assert draw.prompts == ["a <sks> ball", "my <sks> ball"]
+
+
+def test_the_same_seed_gives_the_same_token_and_another_seed_another(tmp_path):
+    runs = [fitted(4, tmp_path, module(seed=s))[0].adapter.theta for s in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("estimator", ["backprop", "rge"])
+def test_a_resumed_run_is_bitwise_the_same(estimator, tmp_path):
+    def fresh():
+        return module(estimator, subspace=SubspaceGradient(tau=4, nu=0.3))
+
+    whole, _ = fitted(14, tmp_path, fresh(), callbacks=[PUTS(500, 900)])
+    _, first = fitted(9, tmp_path, fresh(), callbacks=[PUTS(500, 900)])
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    second = trainer(14, tmp_path, callbacks=[PUTS(500, 900)])
+    resumed = fresh()
+    second.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert second.global_step == 14
+    assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
+    assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_int8_stays_int8_under_every_trainer_precision(precision, tmp_path):
+    mod, _ = fitted(2, tmp_path, module(precision="int8"), precision=precision)
+    layers = [m for part in mod.base.modules() for m in part.modules() if isinstance(m, (Int8Linear, Int8Conv2d))]
+    assert len(layers) > 100
+    assert all(m.weight.dtype == torch.int8 and m.scale.dtype == torch.float32 for m in layers)
+    plain = [
+        m
+        for m in mod.base.unet.modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and not isinstance(m, (Int8Linear, Int8Conv2d))
+    ]
+    assert not plain
+    assert mod.adapter.theta.dtype == torch.float32
+    assert all(s["exp_avg"].dtype == torch.float32 for s in mod.trainer.optimizers[0].state.values())
+
+
+def test_a_bf16_trainer_does_not_round_finite_differences(tmp_path):
+    plain, _ = fitted(3, tmp_path, module())
+    mixed, _ = fitted(3, tmp_path, module(), precision="bf16-mixed")
+    assert torch.equal(plain.adapter.theta, mixed.adapter.theta)
+
+
+def test_16_mixed_is_refused():
+    class Fake:
+        precision = "16-mixed"
+
+    mod = module()
+    mod._trainer = Fake()
+    with pytest.raises(UserError, match="trainer.precision 16-mixed .* 32-true"):
+        mod.setup("fit")
+
+
+def test_a_checkpoint_of_another_base_or_precision_is_refused(tmp_path):
+    _, run = fitted(1, tmp_path)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(UserError, match="precision 'fp32', not 'int8'"):
+        trainer(2, tmp_path).fit(
+            module(precision="int8"), SubjectData(), ckpt_path=tmp_path / "one.ckpt", weights_only=True
+        )
+
+
+def test_a_checkpoint_that_lacks_a_trainable_is_refused(tmp_path):
+    _, run = fitted(1, tmp_path)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    del saved["state_dict"]["adapter.theta"]
+    torch.save(saved, tmp_path / "less.ckpt")
+    with pytest.raises(UserError, match="lacks adapter.theta"):
+        trainer(2, tmp_path).fit(module(), SubjectData(), ckpt_path=tmp_path / "less.ckpt", weights_only=True)
+
+
+def test_puts_narrows_the_timesteps(tmp_path):
+    mod, _ = fitted(1, tmp_path, callbacks=[PUTS(500, 900)])
+    drawn = mod.timesteps.sample(4000, step_generator(0, 0))
+    assert drawn.dtype == torch.int64 and drawn.min() == 500 and drawn.max() == 899
+
+
+def test_snr_timesteps_follow_the_min_snr_weight(tiny_base):
+    alphas = tiny_base.scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    drawn = SNRTimesteps(alphas).sample(50_000, torch.Generator().manual_seed(0))
+    weight = snr.clamp_max(5) / snr
+    expected = (weight[:500].sum() / weight.sum()).item()
+    assert abs((drawn < 500).float().mean().item() - expected) < 0.01
+
+
+def test_training_lowers_the_loss_it_is_trained_on(tmp_path):
+    """30 exact steps on one fixed draw: the step must go downhill."""
+    mod = module("backprop", lr=1e-2)
+    mod.class_word = "ball"
+    mod.load()
+    data = SubjectData()
+    data.encode(mod.base)
+    draw = mod.draw(data.batch(0))
+    theta = mod.adapter.theta
+    optimizer = mod.configure_optimizers()
+    first = last = None
+    for _ in range(30):
+        grad, losses = mod.estimator.estimate(lambda m: mod.losses(m, draw), theta)
+        first, last = (losses[0] if first is None else first), losses[0]
+        theta.grad = grad
+        optimizer.step()
+    assert last < first
