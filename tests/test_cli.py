@@ -385,6 +385,18 @@ def test_a_mistake_is_answered_with_one_sentence(name, capsys):
     assert not Path("runs").exists() or not list(Path("runs").iterdir())  # no folder for a run that never began
 
 
+def test_photos_are_asked_for_before_gigabytes_are_read(capsys):
+    """The base is told by its JSON files; there are no weights to read here."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        Path("base", part).mkdir(parents=True)
+    Path("base/model_index.json").write_text("{}")
+    Path("base/unet/config.json").write_text('{"cross_attention_dim": 768, "sample_size": 64}')
+    Path("base/vae/config.json").write_text('{"block_out_channels": [1, 2, 3, 4]}')
+    Path("base/scheduler/scheduler_config.json").write_text("{}")
+    status, sentence = said(capsys, ["fit", "--config", "zoodip", "--model.base", "base"])
+    assert (status, sentence.split(";")[0]) == (2, "mep fit: data.path is missing")
+
+
 RECIPE_MISTAKES = {
     "model: [": "bad.yaml: line 1: not valid YAML",
     "- a": "bad.yaml: holds list, not settings",

@@ -119,8 +119,9 @@ def test_members_see_the_same_data_noise_and_timestep():
     mod.load()
     draw = mod.draw({"mean": torch.randn(2, 4, 16, 16), "std": torch.ones(2, 4, 16, 16), "prompts": ["a {}", "my {}"]})
     theta = mod.adapter.theta.detach()
+    other = theta + 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = mod.losses(torch.stack([theta, theta + 0.1, theta]), draw)
+        together = mod.losses(torch.stack([theta, other, theta]), draw)
     assert together[0] == together[2] != together[1]
     assert draw.prompts == ["a <sks> ball", "my <sks> ball"]
 

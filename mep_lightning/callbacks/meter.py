@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import threading
@@ -213,7 +214,10 @@ class _Cuda:
 
 
 class _Process:
-    """The process's resident memory: a thread's readings, and the kernel's high-water mark wherever it rose."""
+    """The process's resident memory: the kernel's high-water mark, reset for every segment, and a thread's readings.
+
+    Where the mark cannot be reset (no Linux, a locked container), it counts where it rose, and readings do the rest.
+    """
 
     def __init__(self, interval: float) -> None:
         self.interval = interval
@@ -225,7 +229,7 @@ class _Process:
     def start(self, held: int) -> int:
         self.tidy()
         now = self._now()
-        self._highest, self._mark = now, _high_water_mark()
+        self._highest, self._mark = now, _fresh_mark()
         self._baseline = max(now - held, 0)
         self._done.clear()
         self._thread = threading.Thread(target=self._watch, name="memory-meter", daemon=True)
@@ -236,7 +240,7 @@ class _Process:
         """(allocated, reserved, process) of the segment that ends now."""
         now, mark = self._now(), _high_water_mark()
         highest = max(self._highest, now, mark if mark > self._mark else 0)
-        self._highest, self._mark = now, mark
+        self._highest, self._mark = now, _fresh_mark()
         allocated = max(highest - self._baseline, 0)
         return allocated, allocated, highest
 
@@ -263,6 +267,13 @@ class _Process:
 
     def _now(self) -> int:
         return int(self._process.memory_info().rss)
+
+
+def _fresh_mark() -> int:
+    """Reset the high-water mark to what is held now, where the kernel lets us (proc(5), clear_refs); returns it."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb") as clear:
+        clear.write(b"5")
+    return _high_water_mark()
 
 
 def _high_water_mark() -> int:

@@ -114,6 +114,8 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         fill_in_auto(self.config)
+        if self.config.data.path is None and identify(self.config.model.base).family != "tiny":
+            raise UserError("data.path is missing; give it a folder of photos (only the base tiny brings its own).")
         make_absolute(self.config)
         self.request.run = self.request.run or self._new_run()
         self.config.trainer.default_root_dir = str(self.request.run.root)

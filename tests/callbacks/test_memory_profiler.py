@@ -253,7 +253,7 @@ def test_int8_weights_count_one_byte_each():
 
 
 class Heavy(LightningModule):
-    """Weights of 80 MiB, gradients and momentum of 40 MiB each; a step needs 160 MiB and a product of 40, saving 100.
+    """Weights of 80 MiB, gradients and momentum of 40 MiB each; a step needs 160 MiB and a product of 40.
 
     (From 32 MiB on, the C allocator gives every tensor pages of its own and returns them at once: exact figures.)
     """
@@ -307,7 +307,9 @@ def test_every_phase_of_a_run_is_measured_and_split(trainer_of, tmp_path):
     assert step["breakdown"]["weights"] == 80 * MIB + 4
     assert step["breakdown"]["gradients"] == 40 * MIB
     assert step["breakdown"]["optimizer"] == 40 * MIB
-    assert 195 * MIB <= step["breakdown"]["activations"] <= 265 * MIB
+    # Beside weights and momentum, forward holds 160 and the product's 40, backward 160 and the gradient's 40; one more 40 may be on its way.
+    assert 318 * MIB <= step["peak_bytes"] <= 375 * MIB
+    assert 158 * MIB <= step["breakdown"]["activations"] <= 215 * MIB
     assert 98 * MIB <= save["breakdown"]["other"] <= 125 * MIB
     assert memory["peak_phase"] == "step"
     assert memory["peak_bytes"] == max(figures["peak_bytes"] for figures in (load, step, save))
