@@ -307,7 +307,7 @@ def test_every_phase_of_a_run_is_measured_and_split(trainer_of, tmp_path):
     assert step["breakdown"]["weights"] == 80 * MIB + 4
     assert step["breakdown"]["gradients"] == 40 * MIB
     assert step["breakdown"]["optimizer"] == 40 * MIB
-    # Beside weights and momentum, forward holds 160 and the product's 40, backward 160 and the gradient's 40; one more 40 may be on its way.
+    # Forward: 160 and the product's 40 beside weights and momentum; backward: 160 and the gradient's 40, perhaps twice.
     assert 318 * MIB <= step["peak_bytes"] <= 375 * MIB
     assert 158 * MIB <= step["breakdown"]["activations"] <= 215 * MIB
     assert 98 * MIB <= save["breakdown"]["other"] <= 125 * MIB

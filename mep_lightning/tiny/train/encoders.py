@@ -41,7 +41,7 @@ def normalise(images: Tensor) -> Tensor:
     return (images - MEAN) / STD
 
 
-def train_clip(tokenizer: CLIPTokenizer, out: Path, steps: int = 2500, batch: int = 128) -> CLIPModel:
+def train_clip(tokenizer: CLIPTokenizer, out: Path, steps: int = 1200, batch: int = 128) -> CLIPModel:
     torch.manual_seed(2)
     clip = build_clip(tokenizer)
     ema = Ema(clip, 0.995)
@@ -71,7 +71,7 @@ def other_view(scenes: Scenes, generator: torch.Generator) -> Scenes:
     )
 
 
-def train_dino(out: Path, steps: int = 2000, batch: int = 96) -> ViTModel:
+def train_dino(out: Path, steps: int = 1000, batch: int = 96) -> ViTModel:
     torch.manual_seed(3)
     dino = build_dino()
     ema = Ema(dino, 0.995)
