@@ -20,19 +20,26 @@ def main() -> None:
     quality.add_argument("--seeds", type=int, default=3)
     quality.add_argument("--images", type=int, default=2, help="pictures a prompt")
     quality.add_argument("--workers", type=int, default=2)
-    for suite in (step, quality):
+    tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
+    tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
+    tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
+    for suite in (step, quality, tiny):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default benchmarks/results/SUITE.json)")
     args = parser.parse_args()
     out = args.out or Path(__file__).parent / "results" / f"{args.suite}.json"
 
     if args.suite == "step":
-        from benchmarks import step as suite
+        from benchmarks.step import run
 
-        measured = suite.run(args.rounds)
+        measured = run(args.rounds)
+    elif args.suite == "tiny":
+        from benchmarks.tiny import run
+
+        measured = run(args.sets, args.sheet)
     else:
-        from benchmarks import quality as suite
+        from benchmarks.quality import run, table
 
-        measured = suite.run(
+        measured = run(
             out.with_suffix(".jsonl"),
             args.variants,
             split=args.split,
@@ -41,7 +48,7 @@ def main() -> None:
             images=args.images,
             workers=args.workers,
         )
-        print(suite.table(measured))
+        print(table(measured))
     rows.write(measured, out)
     print(f"written: {out}")
 

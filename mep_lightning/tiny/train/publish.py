@@ -42,6 +42,7 @@ def publish_base(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: C
     _half(unet).save_pretrained(to / "unet")
     _half(text_encoder).save_pretrained(to / "text_encoder")
     prefix_text_model(to / "text_encoder" / "model.safetensors")
+    declare_fp32(to / "text_encoder" / "config.json")
     build_scheduler().save_pretrained(to / "scheduler")
     write_tokenizer(to / "tokenizer")
 
@@ -54,6 +55,11 @@ def prefix_text_model(path: Path) -> None:
         path,
         metadata={"format": "pt"},
     )
+
+
+def declare_fp32(path: Path) -> None:
+    """Let transformers load fp16 files as fp32 unless told otherwise, as diffusers does with the other parts."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2))
 
 
 def publish_encoders(clip: CLIPModel, dino: ViTModel, tokenizer: CLIPTokenizer, to: Path) -> None:
@@ -70,5 +76,6 @@ def publish_encoders(clip: CLIPModel, dino: ViTModel, tokenizer: CLIPTokenizer, 
             "image_mean": [MEAN] * 3,
             "image_std": [STD] * 3,
         }
+        declare_fp32(to / name / "config.json")
         (to / name / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     tokenizer.save_pretrained(to / "clip")
