@@ -6,6 +6,7 @@ scored by the embedded metric encoders; its row is kept at once, so that a stopp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -168,7 +169,8 @@ def run_cells(
 ) -> list[dict[str, Any]]:
     """All cells that `path` (JSON lines) lacks, in worker processes of one thread each; returns every cell."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    have = {(c["variant"], c["index"], c["seed"]) for c in done if c["split"] == split}
+    keys = {name: fingerprint(settings, split, images) for name, settings in variants.items()}
+    have = {(c["variant"], c["index"], c["seed"]) for c in done if c["key"] == keys.get(c["variant"])}
     todo = [
         (name, index, seed)
         for seed in range(seeds)
@@ -180,13 +182,28 @@ def run_cells(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
         jobs = {pool.submit(cell, n, variants[n], split, i, s, images): (n, i, s) for n, i, s in todo}
         for count, job in enumerate(as_completed(jobs), 1):
-            result = job.result() | {"index": jobs[job][1]}
+            result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]}
             done.append(result)
             log.write(json.dumps(result) + "\n")
             log.flush()
             shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
             print(f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}", flush=True)
-    return done
+    return [c for c in done if c["key"] == keys.get(c["variant"])]
+
+
+def fingerprint(settings: Settings, split: str, images: int) -> str:
+    """What a cell's figures depend on: settings with their defaults, pictures, and the embedded weights."""
+    from mep_lightning import defaults
+    from mep_lightning.tiny import WEIGHTS
+
+    digest = hashlib.sha256()
+    for path in sorted(WEIGHTS.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    resolved = [
+        defaults.lookup(method, "tiny", settings.get("precision", "int8")) for method in ("zoodip", "textual_inversion")
+    ]
+    digest.update(json.dumps([settings, resolved, split, images], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def summarise(cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:

@@ -54,7 +54,7 @@ class SubjectData(LightningDataModule):
         templates: object, style, or a list of prompts, each with {} where the subject goes.
         flip: let half of the samples be mirrored.
         repeats: how often an epoch shows each photo; None makes an epoch that never ends, for `Trainer(max_steps=…)`.
-        seed: of the order of photos, flips and templates.
+        seed: of the order of photos, flips and templates; None takes the module's.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SubjectData(LightningDataModule):
         templates: Literal["object", "style"] | list[str] = "object",
         flip: bool = False,
         repeats: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if crop not in ("center", "letterbox"):
@@ -218,9 +218,9 @@ class SubjectData(LightningDataModule):
     def _draw(self, n: int) -> tuple[int, str]:
         """Row and template of sample n. Python's generator is seeded through SHA-512: same draws on every machine."""
         size = len(self._photos)
-        order = random.Random(f"mep order {self.seed} {n // size}")
+        order = random.Random(f"mep order {self.seed or 0} {n // size}")
         index = sorted(range(size), key=lambda _: order.random())[n % size]
-        rng = random.Random(f"mep sample {self.seed} {n}")
+        rng = random.Random(f"mep sample {self.seed or 0} {n}")
         mirrored = rng.random() < 0.5 and self.flip
         template = self.templates[int(rng.random() * len(self.templates))]
         caption = self._photos[index].caption

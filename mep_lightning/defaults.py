@@ -15,14 +15,16 @@ FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
 _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("*", "tiny", "*", {"resolution": 64, "guidance": 3.0, "sampling_steps": 20}),
-    ("*", "sd1", "*", {"resolution": 512, "guidance": 7.5, "sampling_steps": 50}),
-    ("*", "sd2", "*", {"resolution": 768, "guidance": 7.5, "sampling_steps": 50}),
-    ("*", "sdxl", "*", {"resolution": 1024, "guidance": 7.5, "sampling_steps": 50}),
+    ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20}),
+    ("*", "sd1", "*", {"guidance": 7.5, "sampling_steps": 50}),
+    ("*", "sd2", "*", {"guidance": 7.5, "sampling_steps": 50}),
+    ("*", "sdxl", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("zoodip", "*", "*", {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900}),
     ("zoodip", "sd2", "*", {"lr": 1e-2, "mu": 1e-2}),
     ("zoodip", "sdxl", "*", {"mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 1000}),
     ("zoodip", "*", "int4", {"mu": 1e-2}),
+    ("zoodip", "*", "bf16", {"mu": 1e-2}),  # 1e-3 drowns in half precision's rounding
+    ("zoodip", "*", "fp16", {"mu": 1e-2}),
     ("zoodip", "tiny", "*", {"max_steps": 2_000}),
     ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
     ("textual_inversion", "tiny", "*", {"max_steps": 1_000}),
@@ -33,7 +35,7 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
 
     Returns:
-        lr, eps, max_steps, resolution (pixels), guidance, sampling_steps; also mu, puts_low and puts_high where the
+        lr, eps, max_steps, guidance, sampling_steps; also mu, puts_low and puts_high where the
         method has them.
 
     Raises:

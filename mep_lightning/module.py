@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Generator, Tensor
 
 from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import Base, encode_prompts, identify, load_base, predict_noise
-from mep_lightning.data import sample_latents
+from mep_lightning.data import SubjectData, sample_latents
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.phases import phase
@@ -26,6 +27,8 @@ from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
 ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+ROUNDING = {"bf16": 1e-2, "fp16": 1e-2}
+"""The least mu whose finite difference is not mostly rounding, where the base's activations are in half precision."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,14 @@ class PersonalizationModule(LightningModule):
         """Load the base, attach the adapter, encode the photos; the autoencoder is gone before the first step."""
         if self._trainer is not None and self.trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
             raise UserError(
-                f"trainer.precision {self.trainer.precision} scales losses behind hand-made gradients: "
-                f"choose one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
+                f"trainer.precision {self.trainer.precision} cannot train hand-made gradients in fp32: choose "
+                f"one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
             )
         data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         if data is not None:
             self.class_word = getattr(data, "class_word", None)
             data.token = getattr(self.adapter, "token", None)  # captions may name it
+            data.seed = self.seed if getattr(data, "seed", None) is None else data.seed
         self.load(self.trainer.strategy.root_device if self._trainer is not None else "cpu")
         if data is not None and stage == "fit":
             with phase("encode"):
@@ -115,9 +119,11 @@ class PersonalizationModule(LightningModule):
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
-        if self.base is None:
+        if self.base is None or self.base.device != torch.device(device):
             self._fill_in_defaults()
+            self.base = None  # the old one goes before the new one comes
             self.base = load_base(self.base_name, self.precision, device)
+        self.timesteps.follow(self.base.scheduler.alphas_cumprod)
         self.adapter.attach(self.base, self.class_word)
         return self.base
 
@@ -125,8 +131,16 @@ class PersonalizationModule(LightningModule):
         values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
         self.lr = values["lr"] if self.lr == "auto" else self.lr
         self.eps = values["eps"] if self.eps == "auto" else self.eps
-        if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.mu == "auto":
-            self.estimator.mu = values["mu"]
+        if isinstance(self.estimator, ZerothOrderEstimator):
+            if self.estimator.mu == "auto":
+                if "mu" not in values:
+                    raise UserError(f"mu is auto, and {self.method} has no default for it: give the estimator a number")
+                self.estimator.mu = values["mu"]
+            if self.precision in ROUNDING and self.estimator.step_size < ROUNDING[self.precision]:
+                rank_zero_warn(
+                    f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training "
+                    f"may diverge: take mu {ROUNDING[self.precision]:g} or more, or precision int8 or fp32"
+                )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapter, in fp32."""
@@ -154,13 +168,13 @@ class PersonalizationModule(LightningModule):
         optimizer.step()
         if self.subspace:
             self.subspace.observe(theta.detach())
-        self.log("train/loss", losses[0], prog_bar=True, batch_size=len(draw.prompts))
+        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=len(draw.prompts))
         self.log("train/grad_norm", grad.norm(), batch_size=len(draw.prompts))
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps and texts of this step, a pure function of (seed, step, batch)."""
         base, generator = self._loaded(), step_generator(self.seed, self.global_step)
-        mean, std = batch["mean"].float(), batch["std"].float()  # [B, C, H, W]
+        mean, std = self._moments(batch)  # [B, C, H, W]
         latents = sample_latents(mean, std, _normal(mean, generator), base.scaling_factor)
         noise = _normal(mean, generator)
         timestep = self.timesteps.sample(len(mean), generator).to(mean.device)
@@ -170,6 +184,16 @@ class PersonalizationModule(LightningModule):
         phrase = self.adapter.phrase(self.class_word)
         prompts = [fill(prompt, phrase) for prompt in batch["prompts"]]
         return Draw(noisy.to(base.dtype), timestep, target.float(), prompts)
+
+    def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The batch's latents in fp32: afresh from the data, as a bf16-true Trainer has rounded the batch's own."""
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, SubjectData) and "rows" in batch:
+            mean, std = data.at(max(data.latents), batch["rows"])
+        else:
+            mean, std = batch["mean"].float(), batch["std"].float()
+        device = self._loaded().device
+        return mean.to(device), std.to(device)
 
     def losses(self, members: Tensor, draw: Draw) -> Tensor:
         """Squared error of what each member predicts, in one forward.
@@ -223,15 +247,28 @@ class PersonalizationModule(LightningModule):
         saved = checkpoint.get("mep")
         if saved is None:
             raise UserError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
-        for key, mine in (("base", self.base_name), ("precision", self.precision)):
-            if saved[key] != mine:
+        mine = {"base": self.base_name, "precision": self.precision, "method": self.method, "seed": self.seed}
+        for key, value in mine.items():
+            if saved[key] != value:
                 raise UserError(
-                    f"the checkpoint was trained with {key} {saved[key]!r}, not {mine!r}: set model.{key} to it"
+                    f"the checkpoint was trained with {key} {saved[key]!r}, not {value!r}: set model.{key} to it"
                 )
+        if (saved["subspace"] is None) != (self.subspace is None):
+            raise UserError(
+                "the checkpoint was trained with"
+                + ("out" if self.subspace else "")
+                + " model.subspace: resume likewise"
+            )
         missing = [name for name in self.state_dict() if name not in checkpoint["state_dict"]]
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
-        if self.subspace and saved["subspace"] is not None:
+        for name, value in self.state_dict().items():
+            shape = checkpoint["state_dict"][name].shape
+            if shape != value.shape:
+                raise UserError(
+                    f"the checkpoint's {name} is {list(shape)}, this run's {list(value.shape)}: resume with its adapter"
+                )
+        if self.subspace:
             self.subspace.load_state_dict(saved["subspace"])
 
 

@@ -13,13 +13,16 @@ from mep_lightning.errors import UserError
 class TimestepSampler(ABC):
     """Draws timesteps; all state is in the generator."""
 
+    def follow(self, alphas_cumprod: Tensor) -> None:  # noqa: B027 (most samplers need no schedule)
+        """Take the schedule of a base, cumulative alphas [T], where none was given."""
+
     @abstractmethod
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
         """Draw timesteps, int64 [B]."""
 
 
 class PartialUniformTimesteps(TimestepSampler):
-    """Partial Uniform Timestep Sampling: t ~ U{low .. high - 1} (ZOODiP, arXiv 2503.14868, section 3.4).
+    """Partial Uniform Timestep Sampling: t ~ U{low .. high - 1} (ZOODiP, arXiv 2503.14868, section 3).
 
     Args:
         low: T_L, the first timestep that may be drawn.
@@ -52,13 +55,23 @@ class SNRTimesteps(TimestepSampler):
     so that an unweighted loss over these draws has the weighted loss's gradient up to a constant.
 
     Args:
-        alphas_cumprod: the schedule's cumulative alphas, [T].
+        alphas_cumprod: the schedule's cumulative alphas, [T]; None takes those of the module's base.
         gamma: where the weight stops growing.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, gamma: float = 5.0):
-        snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
-        self.probability = (snr.clamp_max(gamma) / snr).float()
+    def __init__(self, alphas_cumprod: Tensor | None = None, gamma: float = 5.0):
+        self.gamma = gamma
+        self.probability: Tensor | None = None
+        if alphas_cumprod is not None:
+            self.follow(alphas_cumprod)
+
+    def follow(self, alphas_cumprod: Tensor) -> None:
+        """Take the schedule of a base."""
+        alphas = alphas_cumprod.double().cpu()
+        snr = alphas / (1 - alphas)
+        self.probability = (snr.clamp_max(self.gamma) / snr).float()
 
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
+        if self.probability is None:
+            raise UserError("SNRTimesteps has no schedule yet: give it alphas_cumprod, or to a PersonalizationModule")
         return torch.multinomial(self.probability, batch_size, replacement=True, generator=generator)

@@ -1,6 +1,7 @@
 """The training step: what is trained, what stays, and that a stopped run carries on bitwise."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ ESTIMATORS = {
 }
 
 
-def module(estimator="rge", **kwargs):
+def module(estimator="rge", vectors=1, **kwargs):
     kwargs = {"precision": "fp32", "lr": 5e-3} | kwargs
-    return PersonalizationModule(estimator=ESTIMATORS[estimator](), adapter=TokenEmbedding(init="ball"), **kwargs)
+    adapter = TokenEmbedding(init="ball", vectors=vectors)
+    return PersonalizationModule(estimator=ESTIMATORS[estimator](), adapter=adapter, **kwargs)
 
 
 def trainer(steps, tmp_path, **kwargs):
@@ -131,15 +133,17 @@ def test_the_same_seed_gives_the_same_token_and_another_seed_another(tmp_path):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("estimator", ["backprop", "rge"])
-def test_a_resumed_run_is_bitwise_the_same(estimator, tmp_path):
+def test_a_resumed_run_is_bitwise_the_same(estimator, precision, tmp_path):
     def fresh():
         return module(estimator, subspace=SubspaceGradient(tau=4, nu=0.3))
 
-    whole, _ = fitted(14, tmp_path, fresh(), callbacks=[PUTS(500, 900)])
-    _, first = fitted(9, tmp_path, fresh(), callbacks=[PUTS(500, 900)])
+    settings = dict(callbacks=[PUTS(500, 900)], precision=precision)
+    whole, _ = fitted(14, tmp_path, fresh(), **settings)
+    _, first = fitted(9, tmp_path, fresh(), **settings)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    second = trainer(14, tmp_path, callbacks=[PUTS(500, 900)])
+    second = trainer(14, tmp_path, **settings)
     resumed = fresh()
     second.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert second.global_step == 14
@@ -163,9 +167,10 @@ def test_int8_stays_int8_under_every_trainer_precision(precision, tmp_path):
     assert all(s["exp_avg"].dtype == torch.float32 for s in mod.trainer.optimizers[0].state.values())
 
 
-def test_a_bf16_trainer_does_not_round_finite_differences(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_bf16_trainer_does_not_round_finite_differences(precision, tmp_path):
     plain, _ = fitted(3, tmp_path, module())
-    mixed, _ = fitted(3, tmp_path, module(), precision="bf16-mixed")
+    mixed, _ = fitted(3, tmp_path, module(), precision=precision)
     assert torch.equal(plain.adapter.theta, mixed.adapter.theta)
 
 
@@ -179,13 +184,53 @@ def test_16_mixed_is_refused():
         mod.setup("fit")
 
 
-def test_a_checkpoint_of_another_base_or_precision_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: module(precision="int8"), "precision 'fp32', not 'int8'"),
+        (lambda: module(seed=7), "seed 0, not 7"),
+        (lambda: module("backprop"), "method 'zoodip', not 'textual_inversion'"),
+        (lambda: module(subspace=SubspaceGradient()), "trained without model.subspace"),
+        (lambda: module(vectors=2), r"adapter.theta is \[1, 128\], this run's \[2, 128\]"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(other, message, tmp_path):
     _, run = fitted(1, tmp_path)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(UserError, match="precision 'fp32', not 'int8'"):
-        trainer(2, tmp_path).fit(
-            module(precision="int8"), SubjectData(), ckpt_path=tmp_path / "one.ckpt", weights_only=True
-        )
+    with pytest.raises(UserError, match=message):
+        trainer(2, tmp_path).fit(other(), SubjectData(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_v_prediction_trains_on_v():
+    mod = module()
+    mod.class_word = "ball"
+    base = mod.load()
+    batch = {"mean": torch.randn(2, 4, 16, 16), "std": torch.zeros(2, 4, 16, 16), "prompts": ["a {}", "the {}"]}
+    epsilon = mod.draw(batch)
+    base.info = dataclasses.replace(base.info, prediction="v_prediction")
+    v = mod.draw(batch)
+    assert torch.equal(epsilon.noisy, v.noisy) and torch.equal(epsilon.timestep, v.timestep)
+    alpha = base.scheduler.alphas_cumprod[v.timestep].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    latents = batch["mean"] * base.scaling_factor
+    torch.testing.assert_close(v.target, alpha * epsilon.target - sigma * latents, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_with_a_small_mu_is_said_aloud():
+    with pytest.warns(UserWarning, match=r"mu 0.001 drowns in the rounding of a bf16 base"):
+        module(precision="bf16").load()
+    automatic = PersonalizationModule(precision="bf16", estimator=RandomGradientEstimator(mu="auto"))
+    automatic.class_word = "ball"
+    automatic.load()
+    assert automatic.estimator.mu == 1e-2
+
+
+def test_several_vectors_batches_and_flips_together(tmp_path):
+    mod = module(vectors=2, precision="int8", subspace=SubspaceGradient(tau=4, nu=0.1))
+    trainer(6, tmp_path).fit(mod, SubjectData(batch_size=2, flip=True))
+    start = mod.base.text_encoders[0].get_input_embeddings().weight[mod.adapter._initial_id(mod.base, "ball")]
+    assert mod.adapter.theta.shape == (2, 128)
+    assert not torch.equal(mod.adapter.theta[0], start) and not torch.equal(*mod.adapter.theta)
 
 
 def test_a_checkpoint_that_lacks_a_trainable_is_refused(tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mep_lightning.bases import Base
@@ -41,20 +40,12 @@ class Adapter(nn.Module, ABC):
     def load_export(self, directory: Path) -> None:
         """Read back what `export` wrote."""
 
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes of what is trained, in fp32."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow moves to a device, refuse casts."""
-        super()._apply(lambda tensor: fn(tensor).float() if tensor.is_floating_point() else fn(tensor), recurse)
-        return self
 
-    def extra_repr(self) -> str:
-        theta = getattr(self, "theta", None)
-        return (
-            "not attached"
-            if theta is None or isinstance(theta, torch.nn.UninitializedParameter)
-            else str(tuple(theta.shape))
-        )
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)  # never through half precision
+
+        super()._apply(move, recurse)
+        return self

@@ -53,13 +53,14 @@ class TokenEmbedding(Adapter):
         self.theta.data = self.theta.data.to(base.device)
 
     def _initial_id(self, base: Base, class_word: str | None) -> int:
-        word = (class_word or "object") if self.init == "auto" else self.init
+        word = (class_word or "object").split()[-1] if self.init == "auto" else self.init  # "teddy bear": the noun
         ids = token_ids(base.tokenizers[0], [word])[0].tolist()
         inner = ids[1 : ids.index(base.tokenizers[0].eos_token_id)]
-        if self.init == "auto" and len(inner) > 1:
-            return inner[-1]  # "teddy bear": the noun is the last
         if len(inner) != 1:
-            raise UserError(f"init {word!r} is {len(inner)} tokens of the base {base.name}: give a word that is one")
+            raise UserError(
+                f"init {word!r} is {len(inner)} tokens of the base {base.name}: give a word that is one, such as "
+                "--model.adapter.init_args.init toy"
+            )
         return inner[0]
 
     def phrase(self, class_word: str | None) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Base:
     vae: AutoencoderKL | None
     scheduler: DDPMScheduler
     scaling_factor: float
+    _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def family(self) -> str:
@@ -62,6 +63,17 @@ class Base:
     def modules(self) -> list[nn.Module]:
         """All parts that hold weights now."""
         return [m for m in (self.unet, *self.text_encoders, self.vae) if m is not None]
+
+    def tokenizer_with(self, counts: Mapping[str, int]) -> Any:
+        """The tokenizer that also knows new tokens, `counts` vectors each; kept, as copying a vocabulary takes long."""
+        from mep_lightning.bases.conditioning import with_tokens
+
+        if not counts:
+            return self.tokenizers[0]
+        key = tuple(counts.items())
+        if key not in self._enlarged:
+            self._enlarged[key] = with_tokens(self.tokenizers[0], counts)
+        return self._enlarged[key]
 
     def release_vae(self) -> None:
         """Free the autoencoder: after the photos are encoded, training never needs it."""

@@ -29,7 +29,7 @@ def with_tokens(tokenizer: Any, counts: Mapping[str, int]) -> Any:
     known = tokenizer.get_vocab()
     names = [name for token, count in counts.items() for name in vector_names(token, count)]
     for name in names:
-        if name in known:
+        if name in known or f"{name.lower()}</w>" in known:
             raise UserError(f"the token {name!r} is already a word of the base: choose another, such as <sks>")
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(names)
@@ -53,16 +53,16 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 
 @contextmanager
-def injected(text_encoder: nn.Module, vectors: Tensor, members: int) -> Iterator[None]:
-    """Let ids from the vocabulary's end on mean `vectors`, while the embedding table stays untouched.
+def injected(text_encoder: nn.Module, vectors: Tensor, first: int, members: int) -> Iterator[None]:
+    """Let ids from `first` on mean `vectors`, while the embedding table stays untouched.
 
     Args:
         text_encoder: a CLIP text encoder; its batch is member-major, [V * N, T].
         vectors: [V, n, D] (or [n, D] with one member).
+        first: the first new id, the tokenizer's length before any was added (a table may be padded beyond it).
         members: V.
     """
     table: nn.Embedding = text_encoder.get_input_embeddings()  # type: ignore[operator]
-    first = table.num_embeddings
     vectors = vectors if vectors.dim() == 3 else vectors[None]
     seen: list[Tensor] = []
 
@@ -98,15 +98,33 @@ def encode_prompts(base: Base, prompts: Sequence[str], tokens: Tokens | None = N
     """
     tokens = tokens or {}
     counts = {name: values.shape[-2] for name, values in tokens.items()}
-    tokenizer, encoder = base.tokenizers[0], base.text_encoders[0]
-    ids = token_ids(with_tokens(tokenizer, counts) if counts else tokenizer, [expand(p, counts) for p in prompts])
-    ids = ids.to(base.device)
+    encoder = base.text_encoders[0]
+    ids = token_ids(base.tokenizer_with(counts), [expand(prompt, counts) for prompt in prompts])
     if not tokens:
-        return encoder(ids).last_hidden_state
+        return encoder(ids.to(base.device)).last_hidden_state
+    first = len(base.tokenizers[0])
+    _refuse_cut_tokens(prompts, counts, ids >= first)
     members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
     if len(members) > 1:
         raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
     count = members.pop()
     stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
-    with injected(encoder, stacked, count):
-        return encoder(ids.repeat(count, 1)).last_hidden_state
+    with injected(encoder, stacked.to(base.device), first, count):
+        return encoder(ids.to(base.device).repeat(count, 1)).last_hidden_state
+
+
+def _refuse_cut_tokens(prompts: Sequence[str], counts: Mapping[str, int], new: Tensor) -> None:
+    """A token that a long prompt pushes out of the encoder's window would silently learn nothing.
+
+    Args:
+        prompts: N texts.
+        counts: vectors a token.
+        new: [N, T], where trained vectors stand.
+    """
+    for prompt, found in zip(prompts, new.sum(1).tolist(), strict=True):
+        wanted = sum(prompt.count(token) * count for token, count in counts.items())
+        if found < wanted:
+            raise UserError(
+                f"the prompt {prompt!r} with its {wanted} trained vectors is longer than the {new.shape[1]} tokens "
+                "that the base reads: shorten it, or train fewer vectors"
+            )

@@ -9,6 +9,7 @@ from pathlib import Path
 from mep_lightning.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
+VARIANTS = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -42,8 +43,8 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     if str(name) == "tiny":
         folder = TINY_FOLDER
         hint = "reinstall mep-lightning, its weights did not come along"
-    elif Path(name).is_dir():
-        folder, hint = Path(name), "give a folder that diffusers' save_pretrained wrote"
+    elif Path(name).expanduser().is_dir():
+        folder, hint = Path(name).expanduser(), "give a folder that diffusers' save_pretrained wrote"
     elif Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise UserError(f"base {str(name)!r} is no folder: give an existing one, a hub id such as owner/name, or tiny")
     else:
@@ -57,9 +58,10 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
 def _download(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt"] + (["*/*.safetensors"] if weights else [])
+    files = ["unet/diffusion_pytorch_model*", "vae/diffusion_pytorch_model*", "text_encoder*/model*"]
+    patterns = ["*.json", "*.txt"] + ([f"{name}.safetensors" for name in files] if weights else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=VARIANTS))
     except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
         raise UserError(
             f"base {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): "
@@ -81,6 +83,10 @@ def identify(name: str | Path) -> Family:
         family = {128: "tiny", 768: "sd1", 1024: "sd2"}.get(width, "")
     if not family:
         raise UserError(f"base {str(name)!r} is of no known family (cross_attention_dim {width} in unet/config.json)")
+    if unet.get("in_channels", 4) != 4:
+        raise UserError(
+            f"base {str(name)!r} takes {unet['in_channels']} channels, as inpainting models do: use a text-to-image one"
+        )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = scheduler.get("prediction_type", "epsilon")
     return Family(family, unet["sample_size"] * factor, factor, prediction)

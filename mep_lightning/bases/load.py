@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base
 from mep_lightning.bases.families import identify, locate
+from mep_lightning.bases.weights import fill_
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -20,14 +21,14 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def activation_dtype(precision: str, device: torch.device) -> torch.dtype:
+def activation_dtype(precision: str, device: torch.device, family: str) -> torch.dtype:
     """What a precision computes in.
 
     int8 weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu drowns in bf16's
-    rounding, so bf16 is never chosen silently.
+    rounding, so bf16 is never chosen silently. `tiny` is small enough for fp32 everywhere.
     """
     if precision == "int8":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return torch.float16 if device.type == "cuda" and family != "tiny" else torch.float32
     return DTYPES[precision]
 
 
@@ -48,14 +49,16 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
     folder, info = locate(name), identify(name)
     if info.family == "sdxl":
         raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
-    dtype = activation_dtype(precision, device)
+    dtype = activation_dtype(precision, device, info.family)
     with phase("load"):
-        unet = _load(UNet2DConditionModel, folder / "unet", dtype)
-        text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype)
-        for module in (unet, text_encoder):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(_read(UNet2DConditionModel.load_config, folder / "unet"))
+            text_encoder = CLIPTextModel(_read(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
+        for module, part in ((unet, "unet"), (text_encoder, "text_encoder")):
             if precision == "int8":
                 quantize_module_(module)
-            module.to(device)
+            fill_(module, folder / part, dtype, device)
+            module.eval().requires_grad_(False)
         vae = load_vae(folder, device, dtype)
         return Base(
             name=str(name),
@@ -74,19 +77,22 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The autoencoder; in fp32 on a CPU unless bf16 was asked for."""
-    return _load(AutoencoderKL, folder / "vae", dtype).to(device)
+    """The autoencoder, which stays in floats."""
+    module = _read(
+        lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True), folder / "vae"
+    )
+    return module.eval().requires_grad_(False).to(device)
 
 
-def _load(kind: type, folder: Path, dtype: torch.dtype) -> Any:
+def _read(read: Callable[[Path], Any], folder: Path) -> Any:
+    """What one of the libraries reads from a part's folder, or a sentence where it cannot."""
     try:
-        module: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever a broken folder makes the loaders raise, the mend is the same
+        return read(folder)
+    except Exception as error:  # whatever a broken folder makes them raise, the mend is the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights"
         ) from error
-    return module.eval().requires_grad_(False)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

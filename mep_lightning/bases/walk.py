@@ -7,7 +7,6 @@ member has its own rows. The result is exact.
 
 from __future__ import annotations
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -68,9 +67,13 @@ def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor,
 def _forkable(unet: UNet2DConditionModel) -> bool:
     """Whether text enters only through cross-attention, the first of it in a plain transformer of a down block."""
     config = unet.config
-    plain = config.addition_embed_type is None and config.class_embed_type is None and not config.center_input_sample
+    through_time = (config.addition_embed_type, config.class_embed_type, config.time_embedding_act_fn)
+    plain = not any((*through_time, config.center_input_sample, config.encoder_hid_dim_type, unet.training))
     transformers = [a for block in unet.down_blocks for a in getattr(block, "attentions", [])]
-    return plain and bool(transformers) and isinstance(transformers[0], Transformer2DModel) and not unet.training
+    if not plain or unet.mid_block is None or not transformers or not isinstance(transformers[0], Transformer2DModel):
+        return False
+    first = transformers[0].transformer_blocks[0]
+    return first.norm_type == "layer_norm" and not first.only_cross_attention and first.attn2 is not None
 
 
 def _forking_transformer(transformer: Transformer2DModel, walk: _Fork, embeds: Tensor) -> Tensor:
@@ -113,17 +116,3 @@ def _second_half(unet: UNet2DConditionModel, walk: _Fork, embeds: Tensor) -> Ten
         else:
             x = block(hidden_states=x, res_hidden_states_tuple=taken, temb=temb, upsample_size=size)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)) if unet.conv_norm_out else x)
-
-
-def shared_share(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, embeds: Tensor) -> float:
-    """The share of one member's FLOPs that all members share, measured (0 where nothing is)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def flops(members: int) -> int:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            predict_noise(unet, latents, timestep, embeds.repeat(members, 1, 1))
-        return counter.get_total_flops()
-
-    one, two, three = flops(1), flops(2), flops(3)
-    return 1 - (three - two) / one

@@ -41,7 +41,6 @@ AUTO_KEYS = {
     "model.lr": "lr",
     "model.eps": "eps",
     "model.estimator.init_args.mu": "mu",
-    "data.resolution": "resolution",
     "trainer.max_steps": "max_steps",
     "samples.steps": "sampling_steps",
     "samples.guidance": "guidance",
@@ -222,7 +221,10 @@ def fill_in_auto(config: Namespace) -> None:
     Raises:
         UserError: the method is unknown, or has no value for a setting that is `auto`.
     """
-    values = defaults.lookup(_method(config), identify(config.model.base).family, config.model.precision)
+    info = identify(config.model.base)
+    values = defaults.lookup(_method(config), info.family, config.model.precision)
+    if config.data.resolution == "auto":
+        config.data.resolution = info.resolution
 
     def value(key: str, column: str) -> Any:
         if column not in values:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from mep_lightning.estimators.estimator import Estimator, LossFn
 
+HALF_PRECISION_SCALE = 2.0**10
+"""Keeps fp16's gradients from underflowing; a power of two changes no digit of any other dtype's."""
+
 
 class Backprop(Estimator):
     """One member, theta itself, and reverse-mode autograd."""
@@ -23,5 +26,5 @@ class Backprop(Estimator):
         with torch.enable_grad():
             point = theta.detach().requires_grad_()
             losses = loss_fn(point.unsqueeze(0))  # [1]
-            (grad,) = torch.autograd.grad(losses.sum(), point)
-        return grad, losses.detach()
+            (grad,) = torch.autograd.grad(losses.sum() * HALF_PRECISION_SCALE, point)
+        return grad / HALF_PRECISION_SCALE, losses.detach()

@@ -77,6 +77,31 @@ def test_several_tokens_in_one_prompt(tiny_base):
     torch.testing.assert_close(a, c)
 
 
+def test_a_padded_table_does_not_hide_the_vectors(tiny_base):
+    import copy
+
+    base = copy.copy(tiny_base)
+    encoder = copy.deepcopy(base.text_encoders[0])
+    table = encoder.get_input_embeddings()
+    padded = torch.nn.Embedding(table.num_embeddings + 46, table.embedding_dim)
+    padded.weight.data[: table.num_embeddings] = table.weight.data
+    encoder.set_input_embeddings(padded)
+    base.text_encoders = [encoder]
+    vectors = torch.randn(1, 128, generator=torch.Generator().manual_seed(0)) * 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encode_prompts(base, PROMPTS, {"<sks>": vectors}), encode_prompts(tiny_base, PROMPTS, {"<sks>": vectors})
+        )
+
+
+def test_a_token_that_is_cut_off_is_refused(tiny_base):
+    long = "a photo of a ball on grass and " * 5 + "a <sks> ball"
+    with pytest.raises(UserError, match="longer than the 32 tokens"):
+        encode_prompts(tiny_base, [long], {"<sks>": torch.zeros(1, 128)})
+    with pytest.raises(UserError, match="with its 40 trained vectors"):
+        encode_prompts(tiny_base, ["a <sks> ball"], {"<sks>": torch.zeros(40, 128)})
+
+
 def test_a_token_that_is_already_a_word_is_refused(tiny_base):
     with pytest.raises(UserError, match="already a word"):
-        with_tokens(tiny_base.tokenizers[0], {"ball</w>": 1})
+        with_tokens(tiny_base.tokenizers[0], {"ball": 1})

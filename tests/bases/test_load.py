@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import identify, load_base
 from mep_lightning.errors import UserError
@@ -128,3 +131,55 @@ def test_a_hub_id_without_a_network():
 def test_an_unknown_precision():
     with pytest.raises(UserError, match="precision 'int3' is unknown: choose one of fp32"):
         load_base("tiny", "int3")
+
+
+def rewrite(folder, change):
+    """Change the U-Net's tensors on disk."""
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
+    folder = copy_of_tiny(tmp_path)
+    rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if k != "conv_in.weight"})
+    for precision in ("fp32", "int8"):
+        with pytest.raises(UserError, match="unet lacks conv_in.weight"):
+            load_base(folder, precision)
+    rewrite(folder, lambda tensors: tensors | {"conv_in.weight": torch.zeros(64, 9, 3, 3)})
+    with pytest.raises(UserError, match=r"conv_in.weight in .* is \[64, 9, 3, 3\], the model takes \[64, 4, 3, 3\]"):
+        load_base(folder)
+
+
+def test_shards_are_read_by_their_index(tmp_path, tiny_base):
+    folder = copy_of_tiny(tmp_path)
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names = sorted(tensors)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for part, keys in parts.items():
+        save_file({k: tensors[k] for k in keys}, folder / "unet" / part)
+    index = {"weight_map": {k: part for part, keys in parts.items() for k in keys}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    ours = tiny_base.unet.state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in load_base(folder).unet.state_dict().items())
+
+
+def test_an_int8_base_never_exists_in_floats_and_maps_no_file(tmp_path):
+    """Peak memory of loading fp32 files in int8, in a process of its own."""
+    folder = copy_of_tiny(tmp_path)
+    rewrite(folder, lambda tensors: {k: v.float() for k, v in tensors.items()})
+    size = (folder / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+    script = f"""
+import json, torch
+from mep_lightning.bases import load_base
+from mep_lightning.callbacks.meter import _fresh_mark, _high_water_mark
+load_base("tiny", "int8")  # whatever is imported or allocated once
+before = _fresh_mark()
+base = load_base({str(folder)!r}, "int8")
+print(json.dumps([_high_water_mark() - before, "/unet/" in open("/proc/self/maps").read()]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rise, mapped = json.loads(done.stdout.splitlines()[-1])
+    assert not mapped
+    assert rise < 0.8 * size, f"{rise / size:.2f} of the file"

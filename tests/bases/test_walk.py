@@ -3,8 +3,9 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
-from mep_lightning.bases.walk import predict_noise, shared_share
+from mep_lightning.bases.walk import predict_noise
 
 LAYOUTS = {
     "tiny": dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2),
@@ -58,6 +59,18 @@ def test_equals_a_full_forward_a_member(layout, members, batch, side):
     torch.testing.assert_close(walked, each, rtol=1e-11, atol=1e-12)
 
 
+def shared_share(model, latents, t, embeds):
+    """The share of one member's FLOPs that all members share."""
+
+    def flops(members):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            predict_noise(model, latents, t, embeds.repeat(members, 1, 1))
+        return counter.get_total_flops()
+
+    return 1 - (flops(3) - flops(2)) / flops(1)
+
+
 def test_members_share_what_no_text_has_touched():
     latents, t, embeds = inputs(1, 1)
     assert 0.02 < shared_share(unet(**LAYOUTS["sd1"]), latents, t, embeds) < 0.5
@@ -74,3 +87,11 @@ def test_gradients_flow_to_every_members_text():
     each = model(latents.repeat(3, 1, 1, 1), t.repeat(3), embeds).sample
     (full,) = torch.autograd.grad(each.square().sum(), embeds)
     torch.testing.assert_close(walked, full, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("extra", [{"only_cross_attention": True}, {"class_embed_type": "timestep"}])
+def test_a_unet_whose_text_enters_elsewhere_is_not_forked(extra):
+    from mep_lightning.bases.walk import _forkable
+
+    assert _forkable(unet(**LAYOUTS["sd1"]))
+    assert not _forkable(unet(**LAYOUTS["sd1"], **extra))

@@ -19,7 +19,7 @@ GPU_BLOCKS = 1 << 20
 def _philox_normal(
     seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None
 ) -> Tensor:
-    normals = torch.empty(-(-numel // 4), 4, device=device)
+    normals = torch.empty(-(-numel // 4), 4, dtype=torch.float32, device=device)
     chunk = CPU_BLOCKS if normals.device.type == "cpu" else GPU_BLOCKS
     for start in range(0, len(normals), chunk):
         rows = normals[start : start + chunk]
@@ -30,7 +30,7 @@ def _philox_normal(
 
 @_philox_normal.register_fake
 def _(seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None) -> Tensor:
-    return torch.empty(numel, device=device)
+    return torch.empty(numel, dtype=torch.float32, device=device)
 
 
 @defined_by(reference.philox_normal)

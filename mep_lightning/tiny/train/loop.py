@@ -64,7 +64,8 @@ def fit(
     start = _resume(path, module, optimizer, ema)
     module.train()
     began, window = time.monotonic(), []
-    for step in range(start, min(steps, stop_at or steps)):
+    end = min(steps, stop_at or steps)
+    for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         with torch.autocast("cpu", torch.bfloat16):
@@ -83,7 +84,7 @@ def fit(
                 f"{name} {step + 1}/{steps}", *(f"{k} {v:.4f}" for k, v in means.items()), f"{pace:.2f} s", flush=True
             )
             window = []
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == end:
             _save(path, step + 1, module, optimizer, ema)
 
 

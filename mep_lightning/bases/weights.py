@@ -1,0 +1,97 @@
+"""Reading weights tensor by tensor: a quantised model never exists in floats, and no file stays mapped in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mep_lightning.errors import UserError
+from mep_lightning.quantization import Int8Weight
+
+
+def fill_(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a module that was built on the meta device its weights, one tensor in flight at a time.
+
+    Args:
+        module: its int8 layers quantise what they are given, everything else becomes `dtype`.
+        folder: holds safetensors, in one file or in shards.
+        dtype: of norms, biases, embeddings and layers that are not quantised.
+        device: where everything goes.
+
+    Raises:
+        UserError: no weights in the folder, a damaged file, or a tensor that is missing or of another shape.
+    """
+    for key, tensor in _tensors(folder):
+        owner, name = _find(module, key)
+        if owner is None:
+            continue  # such as position_ids, which older files hold and newer models make
+        if isinstance(owner, Int8Weight) and name == "weight":
+            owner.quantize_(tensor.to(device, torch.float32))
+            continue
+        expected = getattr(owner, name)
+        if expected.shape != tensor.shape:
+            raise UserError(
+                f"{key} in {folder} is {list(tensor.shape)}, the model takes {list(expected.shape)}: config.json and "
+                "weights do not belong together, fetch the base again"
+            )
+        value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if name in owner._parameters:
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+        else:
+            owner.register_buffer(name, value)
+    _make_position_ids(module, device)
+    missing = [name for name, value in _values(module) if value.is_meta]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
+
+
+def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _find(module: nn.Module, key: str) -> tuple[nn.Module | None, str]:
+    """The submodule that a key of a file belongs to, and its name there; with and without the `text_model.` prefix."""
+    for candidate in (key, key.removeprefix("text_model."), f"text_model.{key}"):
+        path, _, name = candidate.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(owner._parameters.get(name, owner._buffers.get(name)), Tensor):
+            return owner, name
+    return None, ""
+
+
+def _make_position_ids(module: nn.Module, device: torch.device) -> None:
+    """CLIP's position ids are no weights: they are made, not read."""
+    for part in module.modules():
+        ids = part._buffers.get("position_ids")
+        if ids is not None and ids.is_meta:
+            part._buffers["position_ids"] = torch.arange(ids.shape[-1], device=device).expand(ids.shape)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _files(folder):
+        try:
+            with safe_open(path, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    yield key, tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}): fetch the base again") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors to read: the shards of an index, or the one plain file, or the one variant there is."""
+    for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise UserError(f"{folder} holds no safetensors: fetch the base again with safetensors weights")
+    return files[:1]
