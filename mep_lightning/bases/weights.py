@@ -81,7 +81,9 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in _files(folder):
         try:
             with safe_open(path, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                keys = list(tensors.keys())
+            for key in keys:
+                with safe_open(path, "pt") as tensors:  # opened anew, or the pages already read would stay mapped
                     yield key, tensors.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error}): fetch the base again") from None

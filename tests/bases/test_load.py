@@ -104,7 +104,7 @@ def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
         (lambda f: (f / "unet/config.json").unlink(), "lacks .*unet/config.json"),
         (
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish"),
-            "unet cannot be read .*fetch the base again",
+            "diffusion_pytorch_model.safetensors cannot be read .*fetch the base again",
         ),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae cannot be read"),
         (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer"),
