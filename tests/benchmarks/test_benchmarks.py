@@ -1,0 +1,52 @@
+"""The suites: what they write down is what was measured, and old figures are not taken for new ones."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import quality, rows, step
+
+
+def test_results_say_where_and_with_what_they_were_measured(tmp_path):
+    rows.write([rows.row("step", "case", "seconds a step", 0.5, "s", 1.0, 2.0)], tmp_path / "new" / "a.json")
+    written = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert set(written) == {"device", "torch", "date", "commit", "rows"} and written["torch"] == torch.__version__
+    assert set(written["rows"][0]) == {"suite", "case", "metric", "value", "unit", "baseline", "ratio"}
+
+
+def test_both_sides_run_in_turn():
+    order = []
+    seconds = rows.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
+    assert order == ["a", "b"] * 4 and {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
+    assert rows.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
+    cells = [
+        dict.fromkeys((*quality.SCORES, "seconds"), value) | {"variant": "zo", "subject": subject, "seed": seed}
+        for seed, subject, value in [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 4.0)]
+    ]
+    (dino,) = [r for r in quality.summarise(cells, ["zo", "absent"]) if r["metric"] == "dino"]
+    assert dino["value"] == 2.5 and dino["spread"] == pytest.approx(0.70711, abs=1e-5)
+    assert (dino["subjects"], dino["seeds"]) == (2, 2)
+
+
+def test_a_cell_counts_only_for_the_settings_it_was_measured_with():
+    base = quality.fingerprint(quality.ZOODIP, "test", 2)
+    assert base == quality.fingerprint(dict(quality.ZOODIP), "test", 2)
+    others = [
+        quality.fingerprint(quality.ZOODIP | {"mu": 1e-2}, "test", 2),
+        quality.fingerprint(quality.ZOODIP, "tune", 2),
+        quality.fingerprint(quality.ZOODIP, "test", 1),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_the_step_suite_compares_equal_losses():
+    module, draw = step.build("fp32", 2)
+    members = module.adapter.theta.detach() + 0.01 * torch.randn(3, 1, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            module.losses(members, draw), step.one_after_the_other(module, members, draw), rtol=1e-5, atol=1e-6
+        )
