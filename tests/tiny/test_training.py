@@ -3,8 +3,11 @@
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPTokenizer
 
+from mep_lightning.tiny import BASE, CLIP
 from mep_lightning.tiny.train.loop import Ema, fit, learning_rate
+from mep_lightning.tiny.train.text import write_tokenizer
 
 
 def train(tmp_path, stop_at=None):
@@ -38,6 +41,13 @@ def test_the_average_is_copied_into_the_module(tmp_path):
     ema.copy_to(model)
     assert torch.equal(model.weight, ema.values["weight"])
     assert "ema.weight" in load_file(tmp_path / "toy.safetensors")
+
+
+def test_the_tokenizer_comes_out_the_same_and_is_the_one_that_ships(tmp_path):
+    ids = write_tokenizer(tmp_path).get_vocab()
+    assert ids == write_tokenizer(tmp_path / "again").get_vocab()
+    assert ids == CLIPTokenizer.from_pretrained(BASE / "tokenizer").get_vocab()
+    assert ids == CLIPTokenizer.from_pretrained(CLIP).get_vocab()
 
 
 def test_the_learning_rate_warms_up_and_comes_down():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
@@ -23,16 +25,34 @@ def vocabulary_words() -> list[str]:
     return sorted({word for line in lines for word in re.findall("[a-z]+", line.lower())})
 
 
-def write_tokenizer(directory: Path) -> CLIPTokenizer:
-    """Learn merges until every word of the world is one token; write vocab.json and merges.txt for any reader."""
-    words = vocabulary_words()
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)
-    learner.train_from_iterator([" ".join(words)], trainer)
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token: always the commonest pair, ties by the alphabet.
 
+    (The `tokenizers` trainer breaks ties at random, and training must be able to carry on with the same ids.)
+    """
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for pieces in spellings for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spellings = [_merged(pieces, best) for pieces in spellings]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in pieces:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+def write_tokenizer(directory: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer to which every word of the world is one token, as vocab.json and merges.txt for any reader."""
+    words = vocabulary_words()
+    merges = learn_merges(words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + [BOS, EOS]
     directory.mkdir(parents=True, exist_ok=True)
