@@ -64,7 +64,7 @@ def test_sample_photos_show_one_subject_in_five_places():
 
 
 def test_samples_follow_their_captions(tiny_base):
-    """Of 32 unseen captions, the metric CLIP finds the own picture for most: rendered by the world, drawn by the base."""
+    """Of 32 unseen captions, the metric CLIP finds most of their own pictures, rendered or drawn by the base."""
     captions, images = captioned(50)
     clip = ClipEncoder(CLIP)
     assert top1(clip, captions, to_pil(images)) >= 0.9
