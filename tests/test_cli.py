@@ -116,7 +116,7 @@ def test_config_yaml_holds_what_auto_became(trained):
     assert config["model"]["lr"] == values["lr"]
     assert config["model"]["eps"] == values["eps"]
     assert config["model"]["estimator"]["init_args"]["mu"] == values["mu"]
-    assert config["data"]["resolution"] == values["resolution"] == 64
+    assert config["data"]["resolution"] == 64
     assert config["data"]["class_word"] == "ball"
     (puts,) = config["trainer"]["callbacks"]
     assert puts["init_args"] == {"low": values["puts_low"], "high": values["puts_high"]}
@@ -631,3 +631,29 @@ def test_doctor_shows_versions_devices_and_every_kernel(capsys):
     assert torch.__version__.split("+")[0] in shown
     assert "cpu" in shown
     assert all(name in shown for name in kernels.__all__)
+
+
+def test_a_run_folder_that_is_a_file_is_named(tmp_path, capsys):
+    Path("taken").write_text("")
+    status, sentence = said(capsys, ["fit", "--config", "zoodip", "--run", "taken"])
+    assert status == 2 and "taken is a file; name another folder" in sentence
+
+
+def test_a_refused_resume_leaves_the_settings_as_they_were(trained, capsys):
+    shutil.copytree(trained, "kept")
+    settings = Path("kept/config.yaml").read_text()
+    status, sentence = said(
+        capsys, ["fit", "--run", "kept", "--resume", "--trainer.max_steps", 12, "--model.precision", "fp32"]
+    )
+    assert status == 2 and "precision 'int8', not 'fp32'" in sentence
+    assert Path("kept/config.yaml").read_text() == settings
+
+
+def test_a_settings_file_cannot_make_predict_call_what_it_names(trained, capsys):
+    shutil.copytree(trained, "shared")
+    settings = yaml.safe_load(Path("shared/config.yaml").read_text())
+    settings["model"]["adapter"] = {"class_path": "os.system", "init_args": {"command": "touch called"}}
+    Path("shared/config.yaml").write_text(yaml.safe_dump(settings))
+    status, sentence = said(capsys, ["predict", "--run", "shared", "--prompts", "a <sks> ball"])
+    assert status == 2 and "model.adapter is none of TokenEmbedding" in sentence
+    assert not Path("called").exists()

@@ -99,7 +99,7 @@ def test_directional_derivative_on_the_tiny_unet_is_jvp(tiny_base):
     with sdpa_kernel(SDPBackend.MATH):
         primal, tangent = torch.func.jvp(lambda t: loss(t[None])[0], (theta,), (e,))
     assert tangent.abs() > 1e-6
-    torch.testing.assert_close((grad * e).sum() / e.square().sum(), tangent, rtol=1e-5, atol=0)
+    torch.testing.assert_close((grad * e).sum() / e.square().sum(), tangent, rtol=1e-4, atol=0)
     torch.testing.assert_close(losses.mean(), primal, rtol=1e-5, atol=0)
 
     exact, _ = Backprop().estimate(loss, theta)

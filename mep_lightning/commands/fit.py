@@ -133,9 +133,9 @@ def read_request(configs: Sequence[str], settings: list[str], run: str | None, r
         if not folder.config.is_file():
             raise UserError(f"{folder.root} holds no config.yaml to resume from; give the folder of an earlier run.")
         paths = [folder.config, *paths]
+    elif folder is not None and folder.root.exists() and not folder.root.is_dir():
+        raise UserError(f"{folder.root} is a file; name another folder with --run.")
     elif folder is not None and is_first_process() and not folder.is_empty:
-        if not folder.root.is_dir():
-            raise UserError(f"{folder.root} is a file; name another folder with --run.")
         mend = (
             "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
         )

@@ -141,11 +141,13 @@ def _adapter(run: RunFolder, said: dict[str, Any]) -> Adapter:
     """An empty adapter of the kind that was trained."""
     part = said.get("adapter")
     if part:
-        import importlib
-
-        module, _, name = part["class_path"].rpartition(".")
-        adapter: Adapter = getattr(importlib.import_module(module), name)(**(part.get("init_args") or {}))
-        return adapter
+        kinds = {kind.__name__: kind for kind in EXPORTS.values()}  # nothing else that a settings file names is called
+        try:
+            return kinds[str(part["class_path"]).rpartition(".")[2]](**(part.get("init_args") or {}))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{run.config}: model.adapter is none of {', '.join(kinds)} with its settings; put the run's file back."
+            ) from None
     return next((EXPORTS[path.name]() for path in _exports(run)), TokenEmbedding())
 
 
@@ -166,4 +168,6 @@ def _read_weights(run: RunFolder, module: PersonalizationModule) -> None:
         state = torch.load(newest, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
         raise UserError(f"{newest} cannot be read ({type(error).__name__}); train the run again.") from error
-    module.load_state_dict(state, strict=False)
+    if missing := [name for name in module.state_dict() if name not in state]:
+        raise UserError(f"{newest} lacks {missing[0]}: it is damaged or of another adapter; train the run again.")
+    module.load_state_dict(state)

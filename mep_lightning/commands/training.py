@@ -196,6 +196,7 @@ def _fit(cli: FitCLI) -> int:
     if 0 < trainer.max_steps <= first_step:
         say("Nothing is left to train; add --trainer.max_steps with a larger number to go on.")
         return 0
+    before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
         save_config(cli.config, run)
     started = time.monotonic()
@@ -203,6 +204,10 @@ def _fit(cli: FitCLI) -> int:
         trainer.fit(
             model, datamodule=data, ckpt_path=str(run.last_checkpoint) if first_step else None, weights_only=True
         )
+    except UserError:  # a refused resume leaves the run's settings as they were
+        if before is not None and is_first_process():
+            write_atomically(run.config, before)
+        raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return _stopped(run, trainer, signal.SIGINT)
     if cli.stopper.received is not None:
