@@ -1,7 +1,7 @@
 """What `auto` becomes: values keyed by (method, family, precision), the papers' own where they give one.
 
 Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
-5,000 steps at 5e-3 from the same supplement. `tiny` was tuned on its tuning subjects (docs/reproduction.md tells how).
+5,000 steps at 5e-3 from the same supplement. `tiny` takes the same values with fewer steps.
 """
 
 from __future__ import annotations
