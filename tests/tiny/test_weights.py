@@ -1,6 +1,7 @@
 """The embedded base as it ships: its layout, its size, and that it can carry the world."""
 
 import json
+from itertools import combinations
 
 import torch
 from safetensors import safe_open
@@ -61,6 +62,10 @@ def test_sample_photos_show_one_subject_in_five_places():
     photos, class_word = sample_photos()
     assert class_word == "ball" and len(photos) == 5
     assert all(photo.size == (64, 64) and photo.mode == "RGB" for _, photo in photos)
+    backgrounds = [photo.resize((1, 1), box=(0, 0, 64, 6)).getpixel((0, 0)) for _, photo in photos]
+    assert all(max(abs(x - y) for x, y in zip(a, b, strict=True)) > 8 for a, b in combinations(backgrounds, 2))
+    features = DinoEncoder(DINO).encode_images([photo for _, photo in photos])
+    assert (features @ features.T).min() > 0.7  # kin of other subjects stay below, see the test of the encoder
 
 
 def test_samples_follow_their_captions(tiny_base):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mep_lightning.bases.conditioning import token_ids
 from mep_lightning.tiny.captions import scene_caption
-from mep_lightning.tiny.train.loop import Ema, fit
+from mep_lightning.tiny.train.loop import Ema, device_of, fit
 from mep_lightning.tiny.train.text import build_text_encoder
 from mep_lightning.tiny.world import Scenes, random_scenes, render
 
@@ -68,14 +69,14 @@ class CachedScenes:
 
     @torch.no_grad()
     def _encode(self, vae: AutoencoderKL) -> dict[str, Tensor]:
-        means, stds = [], []
+        means, stds, device = [], [], device_of(vae)
         for scenes, _ in self.parts:
             images = render(scenes) * 2 - 1
             for chunk in images.split(50):
-                with torch.autocast("cpu", torch.bfloat16):
-                    posterior = vae.encode(chunk).latent_dist
-                means.append(posterior.mean.half())
-                stds.append(posterior.std.half())
+                with torch.autocast(device.type, torch.bfloat16):
+                    posterior = vae.encode(chunk.to(device)).latent_dist
+                means.append(posterior.mean.half().cpu())
+                stds.append(posterior.std.half().cpu())
         return {"mean": torch.cat(means), "std": torch.cat(stds)}
 
     def scaling_factor(self) -> float:
@@ -95,20 +96,15 @@ class CachedScenes:
         return latents, captions
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [B, 32], padded to full length as Stable Diffusion does."""
-    out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return out.input_ids
-
-
 def train_diffusion(
     data: CachedScenes,
     scaling_factor: float,
     tokenizer: CLIPTokenizer,
     out: Path,
-    steps: int = 12_000,
+    steps: int = 7_000,
     batch: int = 64,
     stop_at: int | None = None,
+    device: str = "cpu",
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Noise prediction, weighted by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556, eq. 5 for epsilon)."""
     scheduler = build_scheduler()
@@ -117,8 +113,9 @@ def train_diffusion(
     weights = snr.clamp_max(SNR_GAMMA) / snr
     torch.manual_seed(1)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
-    unet.set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes on a CPU
-    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    if device == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes there
+    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     ema = Ema(model, 0.999)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -128,10 +125,10 @@ def train_diffusion(
         noise = torch.randn(latents.shape, generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, t)
-        embeds = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
-        predicted = unet(noisy, t, embeds).sample.float()
-        error = (predicted - noise).pow(2).mean((1, 2, 3))
-        return (weights[t] * error).mean(), {"eps": error.mean().item()}
+        embeds = text_encoder(token_ids(tokenizer, captions).to(device)).last_hidden_state
+        predicted = unet(noisy.to(device), t.to(device), embeds).sample.float()
+        error = (predicted - noise.to(device)).pow(2).mean((1, 2, 3))
+        return (weights[t].to(device) * error).mean(), {"eps": error.mean().item()}
 
     fit("diffusion", model, loss_fn, steps=steps, lr=8e-4, out=out, ema=ema, save_every=250, stop_at=stop_at)
     ema.copy_to(model)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, ViTConfig, ViTModel
 
+from mep_lightning.bases.conditioning import token_ids
 from mep_lightning.tiny.captions import scene_caption
-from mep_lightning.tiny.train.diffusion import tokenize
 from mep_lightning.tiny.train.loop import Ema, fit
 from mep_lightning.tiny.train.text import text_config
 from mep_lightning.tiny.world import BACKGROUNDS, Scenes, random_scenes, random_view, render
@@ -41,18 +41,20 @@ def normalise(images: Tensor) -> Tensor:
     return (images - MEAN) / STD
 
 
-def train_clip(tokenizer: CLIPTokenizer, out: Path, steps: int = 1200, batch: int = 128) -> CLIPModel:
+def train_clip(
+    tokenizer: CLIPTokenizer, out: Path, steps: int = 1200, batch: int = 128, device: str = "cpu"
+) -> CLIPModel:
     torch.manual_seed(2)
-    clip = build_clip(tokenizer)
+    clip = build_clip(tokenizer).to(device)
     ema = Ema(clip, 0.995)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         generator, rng = torch.Generator().manual_seed(4_000_000 + step), random.Random(step)
         scenes, named = random_scenes(batch, generator)
         captions = [scene_caption(scenes, named, i, rng, keep=0.9) for i in range(batch)]
-        result = clip(input_ids=tokenize(tokenizer, captions), pixel_values=normalise(render(scenes)))
-        logits = result.logits_per_image.float()
-        target = torch.arange(batch)
+        ids, images = token_ids(tokenizer, captions).to(device), normalise(render(scenes)).to(device)
+        logits = clip(input_ids=ids, pixel_values=images).logits_per_image.float()
+        target = torch.arange(batch, device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"top1": (logits.argmax(0) == target).float().mean().item()}
 
@@ -71,9 +73,9 @@ def other_view(scenes: Scenes, generator: torch.Generator) -> Scenes:
     )
 
 
-def train_dino(out: Path, steps: int = 1000, batch: int = 96) -> ViTModel:
+def train_dino(out: Path, steps: int = 1000, batch: int = 96, device: str = "cpu") -> ViTModel:
     torch.manual_seed(3)
-    dino = build_dino()
+    dino = build_dino().to(device)
     ema = Ema(dino, 0.995)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -86,12 +88,12 @@ def train_dino(out: Path, steps: int = 1000, batch: int = 96) -> ViTModel:
             kin.append(scenes.replace(**{trait: getattr(scenes, trait)[order]}))
         family = Scenes(**{f: torch.cat([getattr(k, f) for k in kin]) for f in vars(scenes)})
         images = torch.cat([render(other_view(family, generator)), render(other_view(family, generator))])
-        features = dino(pixel_values=normalise(images)).last_hidden_state[:, 0]  # [2N, D]
+        features = dino(pixel_values=normalise(images).to(device)).last_hidden_state[:, 0]  # [2N, D]
         a, b = F.normalize(features.float(), dim=-1).chunk(2)
         logits = a @ b.T / DINO_TEMPERATURE
-        same = family_labels(family)
+        same = family_labels(family).to(device)
         loss = (soft_cross_entropy(logits, same) + soft_cross_entropy(logits.T, same.T)) / 2
-        return loss, {"top1": same[torch.arange(len(same)), logits.argmax(1)].gt(0).float().mean().item()}
+        return loss, {"top1": same.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean().item()}
 
     fit("dino", dino, loss_fn, steps=steps, lr=1e-3, out=out, ema=ema, weight_decay=0.05)
     ema.copy_to(dino)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from mep_lightning.run_folder import replacing
 
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
 
@@ -35,6 +36,10 @@ class Ema:
             p.copy_(self.values[name])
 
 
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then half a cosine down to a fiftieth of the peak."""
     if step < warmup:
@@ -56,7 +61,7 @@ def fit(
     log_every: int = 100,
     stop_at: int | None = None,
 ) -> None:
-    """Train `module` for `steps` steps of `loss_fn(step)`; carries on from `out/<name>.safetensors` where it is.
+    """Train `module`, where it lies, for `steps` steps of `loss_fn(step)`; carries on from `out/<name>.safetensors`.
 
     `stop_at` ends early, within the schedule of `steps`."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
@@ -68,7 +73,7 @@ def fit(
     for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_of(module).type, torch.bfloat16):
             loss, seen = loss_fn(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -94,9 +99,8 @@ def _save(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optim
         tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
     if ema:
         tensors |= {f"ema.{k}": v for k, v in ema.values.items()}
-    partial = path.with_suffix(".partial")
-    save_file({k: v.clone() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        save_file({k: v.clone() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
 
 
 def _resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> int:
@@ -115,6 +119,7 @@ def _resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema
             state["state"].setdefault(int(index), {})[field] = value
     optimizer.load_state_dict(state)
     if ema:
-        ema.values = {k[4:]: v for k, v in tensors.items() if k.startswith("ema.")}
+        for name, value in ema.values.items():
+            value.copy_(tensors[f"ema.{name}"])
         ema.steps = step
     return step

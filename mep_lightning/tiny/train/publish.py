@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from mep_lightning.tiny.train.diffusion import build_scheduler
 from mep_lightning.tiny.train.encoders import MEAN, STD
@@ -64,18 +66,11 @@ def declare_fp32(path: Path) -> None:
 
 def publish_encoders(clip: CLIPModel, dino: ViTModel, tokenizer: CLIPTokenizer, to: Path) -> None:
     """CLIP and the DINO-like encoder in transformers' formats, with what an image processor must know."""
+    side = {"height": 64, "width": 64}
+    seen = {"size": side, "resample": 3, "image_mean": [MEAN] * 3, "image_std": [STD] * 3}  # 3 is bicubic
+    processors = {"clip": CLIPImageProcessorPil(crop_size=side, **seen), "dino": ViTImageProcessorPil(**seen)}
     for name, model in (("clip", clip), ("dino", dino)):
         _half(model).save_pretrained(to / name)
-        processor = {
-            "do_resize": True,
-            "size": {"height": 64, "width": 64},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [MEAN] * 3,
-            "image_std": [STD] * 3,
-        }
         declare_fp32(to / name / "config.json")
-        (to / name / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+        processors[name].save_pretrained(to / name)
     tokenizer.save_pretrained(to / "clip")

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mep_lightning.run_folder import write_atomically
 from mep_lightning.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from mep_lightning.tiny.captions import PLACES
 from mep_lightning.tiny.world import BADGES, CLASSES, COLORS, PATTERNS
@@ -55,9 +56,10 @@ def write_tokenizer(directory: Path) -> CLIPTokenizer:
     merges = learn_merges(words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + [BOS, EOS]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(dict.fromkeys(tokens))}))
-    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    # whole or not at all: two stages may start at once
+    write_atomically(directory / "vocab.json", json.dumps(vocabulary))
+    write_atomically(directory / "merges.txt", "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
     tokenizer = CLIPTokenizer(
         vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=MAX_TOKENS
     )

@@ -37,15 +37,15 @@ def psnr(reconstruction: Tensor, image: Tensor) -> float:
     return 10 * math.log10(4 / (reconstruction.clamp(-1, 1) - image).pow(2).mean().item())
 
 
-def train_vae(out: Path, steps: int = 4000, batch: int = 16) -> AutoencoderKL:
+def train_vae(out: Path, steps: int = 4000, batch: int = 16, device: str = "cpu") -> AutoencoderKL:
     """Squared error, plus absolute error on edges (small marks survive), plus a whisper of KL."""
     torch.manual_seed(0)
-    vae = build_vae()
+    vae = build_vae().to(device)
     ema = Ema(vae, 0.999)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(1_000_000 + step)
-        image = render(random_scenes(batch, generator)[0]) * 2 - 1
+        image = render(random_scenes(batch, generator)[0]).to(device) * 2 - 1
         posterior = vae.encode(image).latent_dist
         reconstruction = vae.decode(posterior.sample(generator)).sample.float()
         error = (reconstruction - image).pow(2).mean()
