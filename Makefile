@@ -1,7 +1,6 @@
 # The four things that one does with a checkout. Everything is installed in .venv; set PYTHON to use another interpreter.
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
-RUN ?= runs/demo
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -11,7 +10,7 @@ endif
 .PHONY: demo test lint gpu
 
 demo: $(SETUP)
-	$(PYTHON) -m mep_lightning.cli fit --config quickstart --run $(RUN)
+	$(PYTHON) -m mep_lightning.cli fit --config quickstart
 
 test: $(SETUP)
 	$(PYTHON) -m pytest

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 
 from mep_lightning.commands.chatter import debugging, quiet_before_imports
 from mep_lightning.commands.recipes import nearest
 from mep_lightning.errors import UserError
+from mep_lightning.run_folder import TEMPORARY
 
 COMMANDS = {
     "fit": "learn a subject from a folder of photos",
@@ -57,25 +59,34 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `mep ... | head` does
         return 141
     except Exception as error:
-        if debugging() or (told := sentence_about(error)) is None:
+        if debugging() or (told := sentence_about(error, command)) is None:
             raise
         return _say(command, *told)
 
 
-def sentence_about(error: Exception) -> tuple[str, int] | None:
+def sentence_about(error: Exception, command: str) -> tuple[str, int] | None:
     """What to tell a user about an error, and the exit status; None where only a traceback helps."""
     kind = type(error).__name__
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'the run folder'}: the disk is full; make room and carry on with --resume.", 1
-    if isinstance(error, PermissionError) and error.filename:
-        return f"{error.filename}: no permission; change its rights or give another folder.", 2
+        again = "carry on with --resume" if command == "fit" else "try again"
+        return f"{_place(error) or 'the run folder'}: the disk is full; make room and {again}.", 1
+    if isinstance(error, OSError) and error.filename:  # the system's no to a path; libraries' own OSErrors name none
+        mend = "change its rights or give another one" if isinstance(error, PermissionError) else "give another path"
+        return f"{_place(error)} cannot be used ({error.strerror}); {mend}.", 2
     if kind == "OutOfMemoryError":
         return "out of GPU memory; try --model.precision int8, a lower --data.resolution or --data.batch_size 1.", 1
     if kind == "MisconfigurationException":  # Lightning's own word for wrong Trainer settings
         return f"wrong trainer setting: {error}", 2
     return None
+
+
+def _place(error: OSError) -> str:
+    """The path that an error is about; for a file that is only written to be renamed, its folder."""
+    path = os.fsdecode(error.filename or "")
+    folder, name = os.path.split(path)
+    return folder or "." if name.startswith(TEMPORARY) else path
 
 
 def _say(command: str, message: str, status: int) -> int:

@@ -1,5 +1,19 @@
-"""The one exception that users see as a sentence."""
+"""The exceptions that users see as a sentence."""
 
 
 class UserError(ValueError):
     """Wrong input: one sentence that names the file or key and the mend. The command line prints it and exits 2."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that training cannot go on from. The message does not name the file: who opened it knows it."""
+
+
+SEEDS = 2**63
+"""How many seeds there are: what torch takes, with room above for one seed a picture."""
+
+
+def refuse_unless(fine: bool, name: str, value: object, mend: str) -> None:
+    """Raise a `UserError` that says what `name` is and what to use, unless it is fine."""
+    if not fine:
+        raise UserError(f"{name} is {value}; use {mend}.")

@@ -6,6 +6,7 @@ of the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import Base, encode_prompts, identify, load_base, predict_noise
 from mep_lightning.data import SubjectData, sample_latents
-from mep_lightning.errors import UserError
+from mep_lightning.errors import SEEDS, CheckpointError, UserError, refuse_unless
 from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.phases import phase
 from mep_lightning.templates import fill
@@ -82,6 +83,11 @@ class PersonalizationModule(LightningModule):
         method: str | None = None,
     ):
         super().__init__()
+        refuse_unless(isinstance(lr, str) or 0 < lr < math.inf, "model.lr", lr, "a number above 0, or auto")
+        refuse_unless(isinstance(eps, str) or 0 < eps < math.inf, "model.eps", eps, "a number above 0, or auto")
+        refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
+        refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
+        refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
         self.automatic_optimization = False
         self.strict_loading = False
         self.base_name, self.precision, self.seed = str(base), precision, seed
@@ -131,6 +137,8 @@ class PersonalizationModule(LightningModule):
         values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
         self.lr = values["lr"] if self.lr == "auto" else self.lr
         self.eps = values["eps"] if self.eps == "auto" else self.eps
+        if getattr(self.adapter, "vectors", None) == "auto":
+            self.adapter.vectors = values["vectors"]
         if isinstance(self.estimator, ZerothOrderEstimator):
             if self.estimator.mu == "auto":
                 if "mu" not in values:
@@ -182,7 +190,7 @@ class PersonalizationModule(LightningModule):
         v_prediction = base.info.prediction == "v_prediction"
         target = base.scheduler.get_velocity(latents, noise, timestep) if v_prediction else noise
         phrase = self.adapter.phrase(self.class_word)
-        prompts = [fill(prompt, phrase) for prompt in batch["prompts"]]
+        prompts = [fill(prompt, phrase, self.class_word) for prompt in batch["prompts"]]
         return Draw(noisy.to(base.dtype), timestep, target.float(), prompts)
 
     def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -242,30 +250,33 @@ class PersonalizationModule(LightningModule):
         """Check by hand (loading is not strict) that the checkpoint is of this run and complete.
 
         Raises:
-            UserError: another base or precision, or a trainable that is missing.
+            CheckpointError: another base or precision, or something that is missing.
         """
         saved = checkpoint.get("mep")
-        if saved is None:
-            raise UserError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
+        if not isinstance(saved, dict):
+            raise CheckpointError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
         mine = {"base": self.base_name, "precision": self.precision, "method": self.method, "seed": self.seed}
+        for key in (*mine, "subspace"):
+            if key not in saved:
+                raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
         for key, value in mine.items():
             if saved[key] != value:
-                raise UserError(
+                raise CheckpointError(
                     f"the checkpoint was trained with {key} {saved[key]!r}, not {value!r}: set model.{key} to it"
                 )
         if (saved["subspace"] is None) != (self.subspace is None):
-            raise UserError(
+            raise CheckpointError(
                 "the checkpoint was trained with"
                 + ("out" if self.subspace else "")
                 + " model.subspace: resume likewise"
             )
         missing = [name for name in self.state_dict() if name not in checkpoint["state_dict"]]
         if missing:
-            raise UserError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
         for name, value in self.state_dict().items():
             shape = checkpoint["state_dict"][name].shape
             if shape != value.shape:
-                raise UserError(
+                raise CheckpointError(
                     f"the checkpoint's {name} is {list(shape)}, this run's {list(value.shape)}: resume with its adapter"
                 )
         if self.subspace:

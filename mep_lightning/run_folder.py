@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+TEMPORARY = ".tmp-"
+"""How the names begin of files that are written to be renamed."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -98,13 +101,17 @@ class RunFolder:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to, and puts it in `path`'s place when the body succeeds: write, fsync, rename.
 
-    A crash, a full disk or an exception leaves the old file as it was. The path to write to keeps the suffix.
+    A crash, a full disk or an exception leaves the old file as it was. The path to write to keeps the suffix. The file
+    gets the mode that any new file gets, whatever wrote it: safetensors makes files that only their owner can read.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

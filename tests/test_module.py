@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -275,3 +276,20 @@ def test_training_lowers_the_loss_it_is_trained_on(tmp_path):
         theta.grad = grad
         optimizer.step()
     assert last < first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"lr": lr} for lr in (-1.0, 0.0, math.nan, math.inf)),
+        *({"eps": eps} for eps in (0.0, -1e-8, math.nan)),
+        *({"betas": betas} for betas in ((0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9))),
+        *({"weight_decay": decay} for decay in (-0.1, math.nan)),
+        *({"seed": seed} for seed in (-1, 2**63)),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"model.{name} is .*; use "):
+        PersonalizationModule(**settings)

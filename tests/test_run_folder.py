@@ -1,8 +1,11 @@
 """The run's folder: names that are never shared, files that are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
 
@@ -49,6 +52,20 @@ def test_the_file_to_write_keeps_its_suffix(tmp_path):
         assert temporary.suffix == ".png"
         temporary.write_bytes(b"\x89PNG")
     assert (tmp_path / "grid.png").read_bytes() == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_a_file_gets_the_mode_that_the_users_umask_asks_for(tmp_path, umask, mode):
+    def write() -> int:
+        with replacing(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)  # which makes a file of mode 0600
+        return (tmp_path / "a.safetensors").stat().st_mode & 0o777
+
+    before = os.umask(umask)
+    try:
+        assert write() == mode
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize(("made", "empty"), [((), True), (("config.yaml",), False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from mep_lightning import defaults
-from mep_lightning.errors import UserError
+from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.generate import evaluating, generate
-from mep_lightning.evaluation.prompts import fill, prompts_for
+from mep_lightning.evaluation.prompts import prompts_for
 from mep_lightning.run_folder import RunFolder
+from mep_lightning.templates import fill
 
 
 class Samples(Callback):
@@ -54,9 +56,27 @@ class Samples(Callback):
             raise UserError("Samples prompts is empty: give at least one prompt or leave it out.")
         if prompts is None and count < 1:
             raise UserError(f"Samples count is {count}: set it to 1 or more, or leave the callback out.")
+        refuse_unless(0 <= seed < SEEDS, "samples.seed", seed, f"0 to {SEEDS - 1}")
+        refuse_unless(isinstance(steps, str) or steps >= 1, "samples.steps", steps, "1 or more, or auto")
+        refuse_unless(isinstance(guidance, str) or math.isfinite(guidance), "samples.guidance", guidance, "a number")
+        refuse_unless(batch_size >= 1, "samples.batch_size", batch_size, "1 or more")
         self.every, self.prompts, self.count, self.seed = every, prompts, count, seed
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
         self._shown_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse prompts that would show nothing of what is learned, before anything is loaded."""
+        token = getattr(getattr(pl_module, "adapter", None), "token", None)
+        for template in self.prompts or []:
+            if token is not None and token not in fill(template, token, ""):
+                raise UserError(f"samples.prompts: {template!r} lacks the subject; put {{}} or {token} where it goes.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse more steps than the base's schedule has, before training."""
+        scheduler = getattr(getattr(pl_module, "base", None), "scheduler", None)
+        if scheduler is not None and not isinstance(self.steps, str):
+            total = len(scheduler.alphas_cumprod)
+            refuse_unless(self.steps <= total, "samples.steps", self.steps, f"{total}, the base's timesteps, or less")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The photos, and what the untrained adapter makes of the prompts; a resumed run keeps its first pictures."""

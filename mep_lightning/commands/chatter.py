@@ -59,9 +59,12 @@ def quiet_after_imports() -> None:
             library = __import__(f"{name}.utils.logging", fromlist=["logging"])
             library.set_verbosity_error()
             library.disable_progress_bar()
-    warnings.formatwarning = _note
+    warnings.showwarning = _note
 
 
-def _note(message: Warning | str, *_: object, **__: object) -> str:
-    """What is left to warn of concerns the user, whom a file and a line of our code would not help."""
-    return f"Note: {message}\n"
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """What is left to warn of concerns the user, whom a file and a line of our code would not help.
+
+    It goes where results go: what stands on stderr is why a command failed.
+    """
+    print(f"Note: {message}", flush=True)

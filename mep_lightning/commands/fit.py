@@ -1,4 +1,4 @@
-"""`mep fit`: reads the recipes, finds the run's folder and refuses what cannot work, all before torch is imported."""
+"""`mep fit`: reads the recipes and finds the run's folder, before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder
 
 RUNS = "runs"
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
 
 EPILOG = """\
 most used settings (each can also stand in a YAML file):
@@ -66,29 +64,8 @@ class FitRequest:
 
     def says(self, key: str) -> bool:
         """Whether a recipe or the command line sets a key."""
-        return self.on_command_line(key) is not None or any(mentions(recipe, key) for _, recipe in self.recipes)
-
-    def raw(self, key: str) -> Any:
-        """The last value given to a key, as written; None where there is none."""
-        if (value := self.on_command_line(key)) is not None:
-            return value
-        for _, recipe in reversed(self.recipes):
-            if mentions(recipe, key):
-                node: Any = recipe
-                for part in key.split("."):
-                    node = node.get(part) if isinstance(node, dict) else None
-                return node
-        return None
-
-    def on_command_line(self, key: str) -> str | None:
-        """The last value that the command line gives a key."""
-        value = None
-        for index, word in enumerate(self.settings):
-            if word == f"--{key}":
-                value = next(iter(self.settings[index + 1 :]), "")
-            elif word.startswith(f"--{key}="):
-                value = word.partition("=")[2]
-        return value
+        said = any(word.partition("=")[0] == f"--{key}" for word in self.settings)
+        return said or any(mentions(recipe, key) for _, recipe in self.recipes)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -100,7 +77,6 @@ def run(argv: Sequence[str]) -> int:
 
         return show_all_options(["--help"] if options.help_all else settings)
     request = read_request(options.config or [], settings, options.run, options.resume)
-    refuse_early(request)
 
     from mep_lightning.commands.training import train
 
@@ -143,20 +119,6 @@ def read_request(configs: Sequence[str], settings: list[str], run: str | None, r
     if not paths and not any(word.startswith("--print_config") for word in settings):
         raise UserError(f"say what to do with --config RECIPE: a YAML file or one of {', '.join(recipe_names())}.")
     return FitRequest([(path, read_recipe(path)) for path in paths], settings, folder, resume)
-
-
-def refuse_early(request: FitRequest) -> None:
-    """Refuses what would fail late or silently.
-
-    Lightning divides hand-made gradients by the loss scale under 16-mixed, and on a CPU it rewrites the setting before
-    any module can see it; so the raw words are looked at here.
-    """
-    precision = request.raw("trainer.precision")
-    if precision is not None and SYNONYMS.get(str(precision), str(precision)) not in PRECISIONS:
-        raise UserError(
-            f"trainer.precision {precision} cannot train this, as its loss scaling spoils hand-made gradients; choose "
-            f"one of {', '.join(PRECISIONS)}, and --model.precision for the frozen base."
-        )
 
 
 def is_first_process() -> bool:

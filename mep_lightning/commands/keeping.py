@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import csv
+import io
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
+
+NEEDED = (
+    *("global_step", "state_dict", "loops.fit_loop", "lr_schedulers", "pytorch-lightning_version"),
+    *("optimizer_states.state", "optimizer_states.param_groups"),
+)
+"""What a checkpoint must hold for Lightning to go on; of lists the first element is looked at."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,6 +36,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with phase("save"), replacing(path) as temporary:
             torch.save(checkpoint, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that training can go on from, as far as Lightning needs it; the module looks after its own part.
+
+    Raises:
+        UserError: it cannot be read, or lacks something; the message names the file and the key.
+    """
+    mend = "delete it to begin this run from its first step"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the unpickler raise
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); {mend}.") from error
+    for key in NEEDED:
+        node = checkpoint
+        for part in key.split("."):
+            node = node[0] if isinstance(node, list) and node else node
+            if not isinstance(node, dict) or part not in node:
+                raise UserError(f"{path} lacks {key}: it is damaged, or of another program; {mend}.")
+            node = node[part]
+    return checkpoint
 
 
 class LastCheckpoint(Checkpoint):
@@ -95,53 +124,50 @@ class StopAfterStep(Callback):
             print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
 
-class RunLog(CSVLogger):
-    """Logs to `log.csv` in the run's folder; a resumed run continues it from its own first step.
+class RunLog(Logger):
+    """Logs to `log.csv` in the run's folder, a row at a time; a resumed run continues it from its own first step.
 
     Args:
         run: the run's folder.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(save_dir=run.root, name="", version="", flush_logs_every_n_steps=50)
-        self._run = run
+    name = version = None  # the run's folder says it all
 
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: config.yaml in the same folder holds every setting."""
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._columns: list[str] = []
 
     @property
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _ContinuedLog(self._run)
-        return self._experiment
+    def save_dir(self) -> str:
+        return str(self._run.root)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml in the same folder holds every setting."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row. Rows that the run wrote after its last checkpoint are dropped first: they are made again."""
+        row = {"step": step, **metrics}
+        if not row.keys() <= set(self._columns):
+            rows = _read_log(self._run.log)
+            if not self._columns:
+                rows = [old for old in rows if int(old["step"]) < (step or 0)]
+            self._columns = sorted({*row, *(name for old in rows for name in old)})
+            header = {name: name for name in self._columns}
+            write_atomically(self._run.log, _csv(self._columns, [header, *rows]))
+        with open(self._run.log, "a", encoding="utf-8", newline="") as file:
+            file.write(_csv(self._columns, [row]))
 
 
-class _ContinuedLog(_ExperimentWriter):
-    """Lightning's writer, without its habit of deleting the file of the run that is being resumed."""
+def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
-    def __init__(self, run: RunFolder) -> None:
-        self.NAME_METRICS_FILE = run.log.name
-        self._earlier: list[dict[str, str]] = []
-        super().__init__(log_dir=str(run.root))
-        if run.log.is_file():
-            with open(run.log, newline="") as file:
-                reader = csv.DictReader(file)
-                self._earlier = list(reader)
-                self.metrics_keys = list(reader.fieldnames or [])
 
-    def _check_log_dir_exists(self) -> None:
-        """Accepts a folder that holds files: the run's folder always does."""
-
-    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics_dict, step)
-        if self._earlier and step is not None:
-            self._drop_from(step)
-
-    def _drop_from(self, step: int) -> None:
-        """Drops the rows that the run wrote after its last checkpoint, once: they are being made again."""
-        kept = [row for row in self._earlier if row.get("step", "").isdecimal() and int(row["step"]) < step]
-        if len(kept) < len(self._earlier):
-            lines = [",".join(self.metrics_keys)]
-            lines += [",".join(row.get(key) or "" for key in self.metrics_keys) for row in kept]
-            write_atomically(self.metrics_file_path, "\n".join(lines) + "\n")
-        self._earlier = []
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows that are whole; none where there is no log yet."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if None not in row and (row.get("step") or "").isdecimal()]

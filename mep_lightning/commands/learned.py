@@ -11,13 +11,17 @@ import torch
 
 from mep_lightning import PersonalizationModule, defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
-from mep_lightning.bases import identify
+from mep_lightning.bases import Base, identify
+from mep_lightning.bases.load import PRECISIONS
 from mep_lightning.commands.recipes import nearest, read_recipe
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder
+from mep_lightning.templates import fill
 
 EXPORTS = {"learned_embeds.safetensors": TokenEmbedding}
 """Exported file -> the adapter that reads it."""
+TEXTS = ("model.base", "model.precision", "model.method", "data.path", "data.class_word")
+"""Settings that are read here, and that must be text if they are there."""
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Learned:
 
     Attributes:
         module: loaded; `prompt_embeds` and `evaluation.generate` work.
-        folder: what it was opened from; results are written below it.
+        folder: the run, or the folder that holds an export alone; results are written below it.
         settings: config.yaml, where there is one.
         class_word: what the subject is, where known.
         values: the defaults of its method and base, such as guidance and sampling_steps.
@@ -43,20 +47,30 @@ class Learned:
         """The learned token's name."""
         return str(self.module.adapter.token)
 
-    def fill(self, prompt: str) -> str:
-        """A prompt with `{}` replaced by the subject.
+    @property
+    def base(self) -> Base:
+        """The loaded base."""
+        assert self.module.base is not None
+        return self.module.base
+
+    def is_in(self, text: str) -> bool:
+        """Whether a prompt names the subject; the tokenizer finds a token wherever it stands, as in "<sks>'s hat"."""
+        return self.token in text
+
+    def prompt(self, template: str) -> str:
+        """A prompt with the subject where `{}` (or `{0} {1}`) stands.
 
         Raises:
             UserError: the prompt names a token that was not learned.
         """
-        text = prompt.replace("{}", self.module.adapter.phrase(self.class_word))
+        text = fill(template, self.module.adapter.phrase(self.class_word), self.class_word)
         for name in re.findall(r"<[^<>\s]+>", text):
             if name != self.token:
                 guess = nearest(name, [self.token])
                 mend = "write" if guess is None else "did you mean"
                 raise UserError(
-                    f"the prompt {prompt!r} names {name}, which {self.folder.root} has not learned; {mend} {self.token}"
-                    f"{'.' if guess is None else '?'}"
+                    f"the prompt {template!r} names {name}, which {self.folder.root} has not learned; "
+                    f"{mend} {self.token}{'.' if guess is None else '?'}"
                 )
         return text
 
@@ -71,28 +85,38 @@ def open_learned(
     """Loads the base of a run and puts the learned adapter in.
 
     Args:
-        folder: a run's folder, or one that holds an export; a config.yaml in it, or above it, says the base.
-        base: instead of what config.yaml says.
-        precision: instead of what config.yaml says.
-        class_word: instead of what config.yaml says.
+        folder: a run's folder, its `adapter/`, or another one that holds an export; the run's config.yaml says the
+            base, and without one the export itself.
+        base: instead of what they say.
+        precision: instead of what they say.
+        class_word: instead of what they say.
         device: "auto" takes a GPU where there is one.
 
     Raises:
         UserError: nothing learned is there, or the base is not known.
     """
-    run = RunFolder(Path(folder).expanduser())
-    if not run.root.is_dir():
-        raise UserError(f"{run.root} does not exist; give --run the folder of a run or of an export.")
-    settings = _settings(run)
+    opened = RunFolder(Path(folder).expanduser())
+    if not opened.root.is_dir():
+        raise UserError(f"{opened.root} does not exist; give --run the folder of a run or of an export.")
+    run = _run_of(opened)
+    settings = _settings(run.config)
     said = settings.get("model") or {}
-    base = base or said.get("base")
+    weights = _newest_weights(opened)
+    adapter = _adapter(run, weights, said)
+    if weights.suffix == ".safetensors":
+        adapter.load_export(weights.parent)
+    origin = {} if settings else adapter.origin
+    base = base or said.get("base") or origin.get("base")
     if base is None:
-        raise UserError(f"{run.root} holds no config.yaml that says its base; add --base tiny, a folder or a hub id.")
-    adapter = _adapter(run, said)
-    kept_in: Any = precision or said.get("precision") or "fp32"
+        raise UserError(f"{run.root}: no config.yaml says its base; add --base tiny, a folder or a hub id.")
+    kept_in: Any = precision or said.get("precision") or origin.get("precision") or "fp32"
+    if kept_in not in PRECISIONS:
+        where = f"{run.config}: " if settings else f"{weights}: "
+        raise UserError(f"{where}model.precision is {kept_in!r}; put the file back, or add --precision.")
     module = PersonalizationModule(base, kept_in, adapter=adapter, method=said.get("method"))
-    _read_weights(run, module)
-    class_word = class_word or _class_word(settings)
+    if weights.suffix != ".safetensors":
+        _load_checkpoint(weights, module)
+    class_word = class_word or _class_word(settings) or origin.get("class_word")
     module.class_word = class_word
     values = defaults.lookup(module.method, identify(base).family, module.precision)
     module.load(pick_device(device))
@@ -116,12 +140,26 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _settings(run: RunFolder) -> dict[str, Any]:
-    """config.yaml of the folder, or of the run above its `adapter/`."""
-    for path in (run.config, run.root.resolve().parent / run.config.name):
-        if path.is_file():
-            return read_recipe(path)
-    return {}
+def _run_of(folder: RunFolder) -> RunFolder:
+    """The run that a folder belongs to: the one above it for a run's `adapter/`, or else itself."""
+    above = RunFolder(folder.root.resolve().parent)
+    is_part = above.adapter == folder.root.resolve() and above.config.is_file()
+    return above if is_part and not folder.config.is_file() else folder
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """config.yaml, where there is one.
+
+    Raises:
+        UserError: it cannot be read, or a setting that is needed here is of the wrong kind.
+    """
+    settings = read_recipe(path) if path.is_file() else {}
+    for key in TEXTS:
+        section, name = key.split(".")
+        value = settings.get(section, {}).get(name)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {key} is {value!r}, not text; put the run's file back.")
+    return settings
 
 
 def _class_word(settings: dict[str, Any]) -> str | None:
@@ -137,10 +175,9 @@ def _exports(run: RunFolder) -> list[Path]:
     return [path for folder in (run.adapter, run.root) for name in EXPORTS if (path := folder / name).is_file()]
 
 
-def _adapter(run: RunFolder, said: dict[str, Any]) -> Adapter:
+def _adapter(run: RunFolder, weights: Path, said: dict[str, Any]) -> Adapter:
     """An empty adapter of the kind that was trained."""
-    part = said.get("adapter")
-    if part:
+    if part := said.get("adapter"):
         kinds = {kind.__name__: kind for kind in EXPORTS.values()}  # nothing else that a settings file names is called
         try:
             return kinds[str(part["class_path"]).rpartition(".")[2]](**(part.get("init_args") or {}))
@@ -148,11 +185,11 @@ def _adapter(run: RunFolder, said: dict[str, Any]) -> Adapter:
             raise UserError(
                 f"{run.config}: model.adapter is none of {', '.join(kinds)} with its settings; put the run's file back."
             ) from None
-    return next((EXPORTS[path.name]() for path in _exports(run)), TokenEmbedding())
+    return EXPORTS.get(weights.name, TokenEmbedding)()
 
 
-def _read_weights(run: RunFolder, module: PersonalizationModule) -> None:
-    """Takes the export, or the checkpoint of a run that was killed after its last export."""
+def _newest_weights(run: RunFolder) -> Path:
+    """The export, or the checkpoint of a run that was killed after its last export."""
     candidates = [*_exports(run), *([run.last_checkpoint] if run.last_checkpoint.is_file() else [])]
     if not candidates:
         names = " or ".join(EXPORTS)
@@ -160,14 +197,14 @@ def _read_weights(run: RunFolder, module: PersonalizationModule) -> None:
             f"{run.root} holds neither {names} nor {run.last_checkpoint.relative_to(run.root)}; "
             "give the folder of a run that has trained, or of an export."
         )
-    newest = max(candidates, key=lambda path: path.stat().st_mtime)
-    if newest.suffix == ".safetensors":
-        module.adapter.load_export(newest.parent)
-        return
+    return max(candidates, key=lambda path: path.stat().st_mtime)
+
+
+def _load_checkpoint(path: Path, module: PersonalizationModule) -> None:
     try:
-        state = torch.load(newest, map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise UserError(f"{newest} cannot be read ({type(error).__name__}); train the run again.") from error
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); train the run again.") from error
     if missing := [name for name in module.state_dict() if name not in state]:
-        raise UserError(f"{newest} lacks {missing[0]}: it is damaged or of another adapter; train the run again.")
+        raise UserError(f"{path} lacks {missing[0]}: it is damaged or of another adapter; train the run again.")
     module.load_state_dict(state)

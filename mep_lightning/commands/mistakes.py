@@ -10,6 +10,7 @@ from typing import Any
 
 from mep_lightning.commands.options import unknown_arguments
 from mep_lightning.commands.recipes import mentions, nearest
+from mep_lightning.errors import UserError
 
 PART = re.compile(r"given class_path '([\w.]+)'")
 KEY = re.compile(r'[Pp]arser key "([^"]+)":?\s*(.*)', re.DOTALL)
@@ -73,6 +74,19 @@ def sentence(message: str, parser: Any, sources: Sources) -> str:
     elif missing := re.search(r"dot import path string: (\S+)", rest):
         return _unknown_part(key, missing[1], parser, sources)
     return _wrong_value(key, rest, sources)
+
+
+def missing_package(error: ValueError, cause: ModuleNotFoundError) -> UserError:
+    """What to tell the user about a part, such as a logger, whose package is not installed.
+
+    Args:
+        error: jsonargparse's, which names the part.
+        cause: the part's own, which names the package in quotes.
+    """
+    part, package = PART.search(str(error)), re.search(r"['`]([\w.-]+)", str(cause))
+    who = part[1].rpartition(".")[2] if part else "A part of this run"
+    name = package[1] if package else str(cause)
+    return UserError(f"{who} needs the package {name}, which is not installed; run: pip install {name}")
 
 
 def _unknown_key(key: str, known: list[str], sources: Sources) -> str:

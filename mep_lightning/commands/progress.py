@@ -34,15 +34,14 @@ class StepProgress(ProgressBar):
         if not self._enabled or not trainer.is_global_zero:
             return
         live = sys.stderr.isatty()
-        resizable = live and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo-terminals say 0
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             initial=trainer.global_step,
             unit="step",
             mininterval=0.2 if live else 30,
             miniters=None if live else 1,
-            dynamic_ncols=resizable,
-            ncols=None if resizable else 100,
+            ncols=_columns(),
+            nrows=20,  # tqdm hides its line on a terminal that says it has none
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             file=sys.stderr if live else _Lines(),
             smoothing=0.1,
@@ -55,6 +54,7 @@ class StepProgress(ProgressBar):
         due = self._bar._time() - self._bar.last_print_t >= self._bar.mininterval
         if due or self._bar.last_print_n == self._bar.initial:  # reading the loss waits for a GPU: seldom
             self._bar.set_postfix_str(self._postfix(trainer), refresh=False)
+            self._bar.ncols = _columns()
         self._bar.update(steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,6 +81,12 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _columns() -> int:
+    """The terminal's width now; some pseudo-terminals say 0."""
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    return columns - 1 if columns > 1 else 100
 
 
 class _Lines:

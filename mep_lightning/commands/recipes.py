@@ -12,6 +12,8 @@ import yaml
 import mep_lightning
 from mep_lightning.errors import UserError
 
+SECTIONS = {"model", "data", "trainer", "checkpoint", "samples", "memory", "export"}
+
 
 def recipes_folder() -> Path:
     """The folder of the packaged recipes: inside the package when installed, beside it in a source checkout."""
@@ -66,6 +68,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not settings; write lines such as `model: {{...}}`.")
+    for section in SECTIONS & content.keys():
+        if not isinstance(content[section], dict):
+            raise UserError(f"{path}: {section} is {content[section]!r}, not settings; write `{section}: {{...}}`.")
     return content
 
 

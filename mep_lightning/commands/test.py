@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mep_lightning.commands.drawing import add_options, check_options, draw, open_run, prepare_folder
 from mep_lightning.commands.options import Options
-from mep_lightning.commands.predict import (
-    add_generation_options,
-    check_generation_options,
-    save_pictures,
-    show_progress,
-)
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -41,44 +36,63 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--data", metavar="DIR", help="the subject's photos (default: those it was trained on)")
     parser.add_argument("--clip", metavar="ID_OR_DIR", help="CLIP checkpoint (default: ViT-B/32; for tiny its own)")
     parser.add_argument("--dino", metavar="ID_OR_DIR", help="DINO checkpoint (default: ViT-S/16; for tiny its own)")
-    add_generation_options(parser)
+    add_options(parser)
     options = parser.parse_args(list(argv))
-    check_generation_options(options)
-    if options.images_per_prompt < 1:
-        raise UserError(f"--images-per-prompt is {options.images_per_prompt}; use 1 or more.")
+    check_options(options)
+    refuse_unless(options.images_per_prompt >= 1, "--images-per-prompt", options.images_per_prompt, "1 or more")
     templates = read_prompts(Path(options.prompts).expanduser()) if options.prompts else None
 
-    from mep_lightning.commands.chatter import quiet_after_imports
-    from mep_lightning.commands.learned import open_learned
-    from mep_lightning.evaluation import default_encoders, evaluate, fill, generate, prompts_for, write_report
+    learned = open_run(options)
+    from mep_lightning.evaluation import ClipEncoder, DinoEncoder, default_encoders, evaluate, write_report
 
-    quiet_after_imports()
-    learned = open_learned(options.run, options.base, options.precision, options.class_word, options.device)
     data = _data(learned, options.data)
-    base = learned.module.base
-    assert base is not None
-    phrase, word = learned.module.adapter.phrase(data.class_word), data.class_word
-    texts = [learned.fill(fill(template, phrase, word)) for template in templates or prompts_for(word, base.family)]
-    prompts = [text for text in texts for _ in range(options.images_per_prompt)]
-    seeds = [options.seed + i for _ in texts for i in range(options.images_per_prompt)]
-    steps = options.steps or learned.values["sampling_steps"]
-    guidance = learned.values["guidance"] if options.guidance is None else options.guidance
-    print(f"Drawing {len(prompts)} pictures of {len(texts)} prompts, {steps} steps each.", flush=True)
-    images = generate(learned.module, prompts, seeds, steps=steps, guidance=guidance, progress=show_progress)
-    how = {"steps": steps, "guidance": guidance}
-    save_pictures(learned.folder.root / "evaluation", images, prompts, seeds, how)
+    learned.class_word = data.class_word  # the sample photos bring their own
+    texts = _texts(learned, templates)
+    checkpoints = default_encoders(learned.base.family)
+    clip, dino = options.clip or checkpoints[0], options.dino or checkpoints[1]
+    clip_encoder, dino_encoder = ClipEncoder(clip), DinoEncoder(dino)  # a wrong name is told before hours of drawing
+    run, folder = learned.folder, learned.folder.root / "evaluation"
+    prepare_folder(folder)
+    print(f"Drawing {options.images_per_prompt} pictures of each of {len(texts)} prompts.", flush=True)
+    drawn = draw(learned, texts, options.images_per_prompt, options)
+    for stale in folder.glob("*-seed*.png"):  # of an earlier test, perhaps of other prompts
+        stale.unlink()
+    drawn.save(folder)
 
-    clip, dino = default_encoders(base.family)
-    clip, dino = options.clip or clip, options.dino or dino
-    scores = evaluate(images, prompts, data.photos, clip=clip, dino=dino, token=learned.token, device=base.device)
-    details = {"prompts": len(texts), "images_per_prompt": options.images_per_prompt, "seed": options.seed, **how}
-    write_scores(learned.folder.metrics, scores, details | {"clip": _name(clip), "dino": _name(dino)})
-    if learned.folder.config.is_file():
-        write_report(learned.folder)
+    scores = evaluate(
+        drawn.images,
+        drawn.prompts,
+        data.photos,
+        clip=clip_encoder,
+        dino=dino_encoder,
+        token=learned.token,
+        device=learned.base.device,
+    )
+    details = {"prompts": len(texts), "images_per_prompt": options.images_per_prompt, "seed": options.seed, **drawn.how}
+    write_scores(run.metrics, scores, details | {"clip": _name(clip), "dino": _name(dino)})
+    written = [folder, run.metrics]
+    if run.config.is_file():
+        written.append(write_report(run))
     for name, score in scores.items():
         print(f"{name:<12}{score:.4f}")
-    print(f"Pictures, metrics.json and report.html are in {learned.folder.root}.")
+    print(f"In {run.root}: {', '.join(path.name for path in written)}.")
     return 0
+
+
+def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
+    """The prompts with the subject filled in: those of a file, or the base's own.
+
+    Raises:
+        UserError: a prompt without the subject, whose pictures would show nothing of what was learned.
+    """
+    from mep_lightning.evaluation import prompts_for
+
+    texts = []
+    for template in templates or prompts_for(learned.class_word or "", learned.base.family):
+        texts.append(learned.prompt(template))
+        if not learned.is_in(texts[-1]):
+            raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} or {learned.token} where it goes.")
+    return texts
 
 
 def read_prompts(path: Path) -> list[str]:

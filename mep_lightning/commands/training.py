@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import shlex
 import shutil
@@ -10,12 +9,9 @@ import signal
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,31 +19,33 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mep_lightning import PersonalizationModule, SubjectData, defaults
+from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their short names)
 from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify
 from mep_lightning.callbacks import PUTS, Export, MemoryProfiler, Samples  # noqa: F401
 from mep_lightning.commands.chatter import debugging, quiet_after_imports
 from mep_lightning.commands.fit import RUNS, FitRequest, is_first_process, say
-from mep_lightning.commands.keeping import AtomicCheckpointIO, LastCheckpoint, RunLog, StopAfterStep
-from mep_lightning.commands.mistakes import Sources, sentence
+from mep_lightning.commands.keeping import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    RunLog,
+    StopAfterStep,
+    read_checkpoint,
+)
+from mep_lightning.commands.mistakes import Sources, missing_package, sentence
 from mep_lightning.commands.progress import StepProgress
-from mep_lightning.errors import UserError
+from mep_lightning.commands.settings import (
+    fill_in_auto,
+    make_absolute,
+    refuse_changes,
+    refuse_impossible,
+    save_config,
+)
+from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.evaluation import write_report
 from mep_lightning.run_folder import RunFolder, write_atomically
 
-AUTO_KEYS = {
-    "model.lr": "lr",
-    "model.eps": "eps",
-    "model.estimator.init_args.mu": "mu",
-    "trainer.max_steps": "max_steps",
-    "samples.steps": "sampling_steps",
-    "samples.guidance": "guidance",
-}
-"""Setting -> its column in the table of defaults; timestep ranges are found wherever they stand."""
-AUTO_RANGE = {"low": "puts_low", "high": "puts_high"}
-RANGES = ("PUTS", "PartialUniformTimesteps")
 RUN_VARIABLE = "MEP_RUN"
 
 
@@ -102,14 +100,12 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(Export, "export")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            if debugging():
-                raise
-            raise UserError(
-                sentence(error.message, parser, Sources(self.request.recipes, self.request.settings))
-            ) from error
+        if self.request.resume:  # alone and first, so that its mistakes are told as its own
+            kept = self.request.recipes[:1]
+            self.before = _parsed(parser, ["--config", str(kept[0][0])], Sources(kept, []))
+        sources = Sources(self.request.recipes, self.request.settings)
+        self.config = _parsed(parser, args, sources)
+        refuse_impossible(self.config, sources.where)
 
     def before_instantiate_classes(self) -> None:
         fill_in_auto(self.config)
@@ -117,6 +113,10 @@ class FitCLI(LightningCLI):
             raise UserError("data.path is missing; give it a folder of photos (only the base tiny brings its own).")
         make_absolute(self.config)
         self.request.run = self.request.run or self._new_run()
+        if self.request.resume:
+            fill_in_auto(self.before)
+            make_absolute(self.before)
+            refuse_changes(self.before, self.config, self.request.run)
         self.config.trainer.default_root_dir = str(self.request.run.root)
 
     def instantiate_classes(self) -> None:
@@ -124,11 +124,11 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse wraps what a constructor says about its arguments
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
+            while cause is not None and not isinstance(cause, (UserError, ModuleNotFoundError)):
                 cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
-            raise cause from None
+            raise (missing_package(error, cause) if isinstance(cause, ModuleNotFoundError) else cause) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.request.run is not None
@@ -161,6 +161,16 @@ class FitCLI(LightningCLI):
         return RunFolder.new(RUNS, self.config.model.method or "run")
 
 
+def _parsed(parser: LightningArgumentParser, args: Any, sources: Sources) -> Namespace:
+    """Settings, or one sentence about the mistake in them."""
+    try:
+        return parser.parse_args(args)
+    except ArgumentError as error:
+        if debugging():
+            raise
+        raise UserError(sentence(error.message, parser, sources)) from error
+
+
 def train(request: FitRequest) -> int:
     """Trains as requested and returns the exit status.
 
@@ -187,15 +197,18 @@ def _fit(cli: FitCLI) -> int:
     assert run is not None
     os.environ[RUN_VARIABLE] = str(run.root)
     first_step = _step_of(run.last_checkpoint) if cli.request.resume else 0
+    if 0 < trainer.max_steps <= first_step:
+        say(
+            f"{run.root} is at step {first_step}. Nothing is left to train; add --trainer.max_steps with a larger "
+            "number to go on."
+        )
+        return 0
     data.setup("fit")  # a damaged photo is named before gigabytes are read
     cli.config.data.class_word = data.class_word
     say(
         f"{model.method} on {model.base_name} ({model.precision}) with {data.summary()}.",
         f"{_span(first_step, trainer.max_steps)} Everything goes to {run.root}.",
     )
-    if 0 < trainer.max_steps <= first_step:
-        say("Nothing is left to train; add --trainer.max_steps with a larger number to go on.")
-        return 0
     before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
         save_config(cli.config, run)
@@ -204,9 +217,11 @@ def _fit(cli: FitCLI) -> int:
         trainer.fit(
             model, datamodule=data, ckpt_path=str(run.last_checkpoint) if first_step else None, weights_only=True
         )
-    except UserError:  # a refused resume leaves the run's settings as they were
+    except UserError as error:  # a refused resume leaves the run's settings as they were
         if before is not None and is_first_process():
             write_atomically(run.config, before)
+        if isinstance(error, CheckpointError):
+            raise UserError(f"{run.last_checkpoint}: {error}") from error
         raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return _stopped(run, trainer, signal.SIGINT)
@@ -216,88 +231,8 @@ def _fit(cli: FitCLI) -> int:
     _report(run)
     say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
     prompt = f"a photo of a {model.adapter.phrase(model.class_word)}"
-    say(f'Next: mep predict --run {shlex.quote(str(run.root))} --prompts "{prompt}"')
+    say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
     return 0
-
-
-def fill_in_auto(config: Namespace) -> None:
-    """Replaces every `auto` that depends on the base by the method's own value, in place.
-
-    Raises:
-        UserError: the method is unknown, or has no value for a setting that is `auto`.
-    """
-    info = identify(config.model.base)
-    values = defaults.lookup(_method(config), info.family, config.model.precision)
-    if config.data.resolution == "auto":
-        config.data.resolution = info.resolution
-
-    def value(key: str, column: str) -> Any:
-        if column not in values:
-            raise UserError(f"{key} is auto, and {config.model.method} has no default for it; give it a number.")
-        return values[column]
-
-    for key, column in AUTO_KEYS.items():
-        if config.get(key) == "auto":
-            config[key] = value(key, column)
-    for part in _parts(config):
-        if part["class_path"].rpartition(".")[2] not in RANGES:
-            continue
-        for name, column in AUTO_RANGE.items():
-            if part["init_args"].get(name) == "auto":
-                part["init_args"][name] = value(f"{name} of {part['class_path'].rpartition('.')[2]}", column)
-
-
-def make_absolute(config: Namespace) -> None:
-    """Makes the folders in the settings independent of where `mep` was called, so that a run resumes from anywhere."""
-    if config.data.path is not None:
-        config.data.path = str(Path(config.data.path).expanduser().absolute())
-    if config.model.base != "tiny" and Path(config.model.base).expanduser().is_dir():
-        config.model.base = str(Path(config.model.base).expanduser().absolute())
-
-
-def _method(config: Namespace) -> str:
-    """The method whose defaults hold: the recipe's word, or what the estimator amounts to."""
-    if config.model.method is None:
-        estimator = config.model.estimator
-        path = estimator["class_path"] if estimator else "mep_lightning.estimators.Backprop"
-        module, _, name = path.rpartition(".")
-        kind = getattr(__import__(module, fromlist=[name]), name)
-        config.model.method = "zoodip" if getattr(kind, "forward_only", False) else "textual_inversion"
-    return str(config.model.method)
-
-
-def _parts(node: Any) -> Iterator[Any]:
-    """Every `class_path` with its `init_args` in a configuration."""
-    if isinstance(node, list):
-        children = node
-    elif isinstance(node, (Namespace, dict)):
-        if node.get("class_path") and node.get("init_args") is not None:
-            yield node
-        children = list(vars(node).values() if isinstance(node, Namespace) else node.values())
-    else:
-        return
-    for child in children:
-        yield from _parts(child)
-
-
-def save_config(config: Namespace, run: RunFolder) -> None:
-    """Writes config.yaml: every setting of the run, readable by `--config` and by `--resume`."""
-    settings = _plain(config.as_dict())
-    settings.pop("config", None)
-    settings["trainer"].pop("default_root_dir", None)  # the folder may be moved
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
-    write_atomically(run.config, f"# Written by mep fit; carry on with: mep fit --run {run.root} --resume\n{text}")
-
-
-def _plain(node: Any) -> Any:
-    """What YAML can hold."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple, set)):
-        return [_plain(item) for item in node]
-    if isinstance(node, enum.Enum):
-        return _plain(node.value)
-    return node if node is None or isinstance(node, (bool, int, float, str)) else str(node)
 
 
 def show_all_options(arguments: list[str]) -> int:
@@ -311,12 +246,7 @@ def _step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was saved at; 0 when the run was stopped before its first."""
     if not checkpoint.is_file():
         return 0
-    try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({type(error).__name__}); delete it to begin this run from its first step."
-        ) from error
+    return int(read_checkpoint(checkpoint)["global_step"])
 
 
 def _span(first_step: int, max_steps: int) -> str:

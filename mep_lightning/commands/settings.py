@@ -1,0 +1,173 @@
+"""The settings of a run: what `auto` becomes, what cannot work, what a resumed run may not change, and config.yaml."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from mep_lightning import defaults
+from mep_lightning.bases import identify
+from mep_lightning.errors import UserError
+from mep_lightning.module import ALLOWED_TRAINER_PRECISIONS
+from mep_lightning.run_folder import RunFolder, write_atomically
+
+AUTO_KEYS = {
+    "model.lr": "lr",
+    "model.eps": "eps",
+    "model.adapter.init_args.vectors": "vectors",
+    "model.estimator.init_args.mu": "mu",
+    "trainer.max_steps": "max_steps",
+    "samples.steps": "sampling_steps",
+    "samples.guidance": "guidance",
+}
+"""Setting -> its column in the table of defaults; timestep ranges are found wherever they stand."""
+AUTO_RANGE = {"low": "puts_low", "high": "puts_high"}
+RANGES = ("PUTS", "PartialUniformTimesteps")
+PRECISION_SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes."""
+
+
+def refuse_impossible(config: Namespace, where: Callable[[str], str]) -> None:
+    """Refuses settings that Lightning would rewrite before any module can see them, or answer with a traceback.
+
+    Args:
+        config: everything asked for.
+        where: how a sentence about a key begins, such as with the file that holds it.
+
+    Raises:
+        UserError: 16-bit precision, whose scaled losses spoil hand-made gradients, or a seed out of range.
+    """
+    precision = str(config.trainer.precision)
+    if PRECISION_SYNONYMS.get(precision, precision) not in ALLOWED_TRAINER_PRECISIONS:
+        raise UserError(
+            f"{where('trainer.precision')}trainer.precision {precision} cannot train this, as its loss scaling spoils "
+            f"hand-made gradients; choose one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}, and model.precision for the "
+            "frozen base."
+        )
+    seed = config.seed_everything
+    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"{where('seed_everything')}seed_everything is {seed}; use 0 to {LARGEST_SEED}.")
+
+
+def fill_in_auto(config: Namespace) -> None:
+    """Replaces every `auto` that depends on the base by the method's own value, in place.
+
+    Raises:
+        UserError: the method is unknown, or has no value for a setting that is `auto`.
+    """
+    info = identify(config.model.base)
+    values = defaults.lookup(_method(config), info.family, config.model.precision)
+    if config.data.resolution == "auto":
+        config.data.resolution = info.resolution
+
+    def value(key: str, column: str) -> Any:
+        if column not in values:
+            raise UserError(f"{key} is auto, and {config.model.method} has no default for it; give it a number.")
+        return values[column]
+
+    for key, column in AUTO_KEYS.items():
+        if config.get(key) == "auto":
+            config[key] = value(key, column)
+    for part in _parts(config):
+        if part["class_path"].rpartition(".")[2] not in RANGES:
+            continue
+        for name, column in AUTO_RANGE.items():
+            if part["init_args"].get(name) == "auto":
+                part["init_args"][name] = value(f"{name} of {part['class_path'].rpartition('.')[2]}", column)
+
+
+def make_absolute(config: Namespace) -> None:
+    """Makes the folders in the settings independent of where `mep` was called, so that a run resumes from anywhere."""
+    if config.data.path is not None:
+        config.data.path = str(Path(config.data.path).expanduser().absolute())
+    if config.model.base != "tiny" and Path(config.model.base).expanduser().is_dir():
+        config.model.base = str(Path(config.model.base).expanduser().absolute())
+
+
+def refuse_changes(before: Namespace, now: Namespace, run: RunFolder) -> None:
+    """A resumed run goes on as it began: what is learned, and from what, stays; Trainer and callbacks may change.
+
+    Args:
+        before: what the run's config.yaml says.
+        now: what is asked for.
+        run: named in the message.
+
+    Raises:
+        UserError: a setting of model or data differs.
+    """
+    was, is_now = (
+        dict(leaf for part in ("model", "data") for leaf in _flat(part, config[part].as_dict()))
+        for config in (before, now)
+    )
+    for key in {**was, **is_now}:
+        old, new = was.get(key), is_now.get(key)
+        moved = key == "data.path" and old is not None and new is not None
+        if old != new and not moved and key != "data.repeats":  # an epoch's length draws nothing
+            raise UserError(
+                f"{key} is {json.dumps(new, ensure_ascii=False)}, but {run.root} was begun with "
+                f"{json.dumps(old, ensure_ascii=False)}; leave it out, or start a new run with it."
+            )
+
+
+def _flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys as users write them, each with its value; a part's own key has its class's name."""
+    if not isinstance(node, dict):
+        yield key, _plain(node)
+        return
+    if "class_path" in node:
+        yield key, node["class_path"].rpartition(".")[2]
+        node = node.get("init_args") or {}
+    for name, value in node.items():
+        yield from _flat(f"{key}.{name}", value)
+
+
+def _method(config: Namespace) -> str:
+    """The method whose defaults hold: the recipe's word, or what the estimator amounts to."""
+    if config.model.method is None:
+        estimator = config.model.estimator
+        path = estimator["class_path"] if estimator else "mep_lightning.estimators.Backprop"
+        module, _, name = path.rpartition(".")
+        kind = getattr(__import__(module, fromlist=[name]), name)
+        config.model.method = "zoodip" if getattr(kind, "forward_only", False) else "textual_inversion"
+    return str(config.model.method)
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    """Every `class_path` with its `init_args` in a configuration."""
+    if isinstance(node, list):
+        children = node
+    elif isinstance(node, (Namespace, dict)):
+        if node.get("class_path") and node.get("init_args") is not None:
+            yield node
+        children = list(vars(node).values() if isinstance(node, Namespace) else node.values())
+    else:
+        return
+    for child in children:
+        yield from _parts(child)
+
+
+def save_config(config: Namespace, run: RunFolder) -> None:
+    """Writes config.yaml: every setting of the run, readable by `--config` and by `--resume`."""
+    settings = _plain(config.as_dict())
+    settings.pop("config", None)
+    settings["trainer"].pop("default_root_dir", None)  # the folder may be moved
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(run.config, f"# Written by mep fit; carry on with: mep fit --run {run.root} --resume\n{text}")
+
+
+def _plain(node: Any) -> Any:
+    """What YAML can hold."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple, set)):
+        return [_plain(item) for item in node]
+    if isinstance(node, enum.Enum):
+        return _plain(node.value)
+    return node if node is None or isinstance(node, (bool, int, float, str)) else str(node)

@@ -1,0 +1,59 @@
+"""The live line of `mep fit`."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+import mep_lightning
+
+LINE = r"100%.* 3/3 \[\d+:\d+<\d+:\d+, +[\d.]+(step/s|s/step), loss \d\.\d+, \d+\.\d+ GiB\]$"
+
+THREE_STEPS = """
+from types import SimpleNamespace
+import torch
+from mep_lightning.commands.progress import StepProgress
+
+trainer = SimpleNamespace(is_global_zero=True, max_steps=3, global_step=0, should_stop=False)
+trainer.callback_metrics = {"train/loss": torch.tensor(0.25)}
+trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+bar = StepProgress()
+bar.on_train_start(trainer, None)
+for trainer.global_step in (1, 2, 3):
+    bar.on_train_batch_end(trainer, None)
+bar.on_train_end(trainer, None)
+"""
+
+
+def test_progress_shows_steps_time_left_speed_loss_and_memory(fit, capsys):
+    assert fit("--run", "r", steps=3) == 0
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(LINE, last), last
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 90), (1, 90), (24, 90)])
+def test_the_line_is_there_on_a_terminal_of_any_size(rows, columns):
+    """Some pseudo-terminals say that they have no rows or columns; tqdm alone would show nothing there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(Path(mep_lightning.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", THREE_STEPS], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    last = shown.decode().strip().split("\r")[-1].strip()
+    assert re.search(LINE, last), shown.decode()
+    assert len(last) <= (columns or 101)
