@@ -25,8 +25,11 @@ from benchmarks.rows import Row, row
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
 Settings = dict[str, Any]
 
+BACKPROP: Settings = {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "puts": False}
 ZOODIP: Settings = {
+    "method": "zoodip",
     "estimator": "RandomGradientEstimator",
+    "precision": "int8",
     "n": 2,
     "normalize": True,
     "tau": 128,
@@ -35,14 +38,9 @@ ZOODIP: Settings = {
 }
 NAIVE: Settings = ZOODIP | {"tau": None, "puts": False}
 VARIANTS: dict[str, Settings] = {
-    "untrained": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "max_steps": 0},
-    "textual_inversion": {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32"},
-    "textual_inversion+puts": {
-        "method": "textual_inversion",
-        "estimator": "Backprop",
-        "precision": "fp32",
-        "puts": True,
-    },
+    "untrained": BACKPROP | {"max_steps": 0},
+    "textual_inversion": BACKPROP,
+    "textual_inversion+puts": BACKPROP | {"puts": True},
     "zoodip": ZOODIP,
     "zo": NAIVE,
     "zo+sg": ZOODIP | {"puts": False},
@@ -54,48 +52,48 @@ VARIANTS: dict[str, Settings] = {
 }
 
 
+def resolve(settings: Settings) -> Settings:
+    """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
+    from mep_lightning import defaults
+
+    timesteps = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in ("puts_low", "puts_high")}
+    return defaults.lookup(settings["method"], "tiny", settings["precision"]) | timesteps | settings
+
+
 def train(settings: Settings, data: Any, seed: int) -> Any:
-    """One run of one method through a Trainer; returns the trained module."""
+    """One run of one method through a Trainer, with resolved settings; returns the trained module."""
     from lightning import Trainer
 
-    from mep_lightning import PersonalizationModule, defaults
+    from mep_lightning import PersonalizationModule
     from mep_lightning import estimators as parts
     from mep_lightning.adapters import TokenEmbedding
     from mep_lightning.callbacks import PUTS
 
-    method, precision = settings.get("method", "zoodip"), settings.get("precision", "int8")
-    values = defaults.lookup(method, "tiny", precision) | settings
     kind = getattr(parts, settings["estimator"])
-    estimator = kind() if kind is parts.Backprop else kind(settings["n"], values["mu"], settings["normalize"])
     module = PersonalizationModule(
-        precision=precision,
-        adapter=TokenEmbedding(),
-        estimator=estimator,
+        precision=settings["precision"],
+        adapter=TokenEmbedding(vectors=settings["vectors"]),
+        estimator=kind() if kind is parts.Backprop else kind(settings["n"], settings["mu"], settings["normalize"]),
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings.get("tau") else None,
-        lr=values["lr"],
-        eps=values["eps"],
+        lr=settings["lr"],
+        eps=settings["eps"],
         seed=seed,
-        method=method,
+        method=settings["method"],
     )
-    if settings.get("puts"):
-        puts = defaults.lookup("zoodip", "tiny", precision) | settings
-        callbacks = [PUTS(puts["puts_low"], puts["puts_high"])]
-    else:
-        callbacks = []
+    if settings["max_steps"] == 0:
+        module.class_word = data.class_word
+        module.load()
+        return module
     trainer = Trainer(
-        max_steps=values["max_steps"],
-        callbacks=callbacks,
+        max_steps=settings["max_steps"],
+        callbacks=[PUTS(settings["puts_low"], settings["puts_high"])] if settings["puts"] else [],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if values["max_steps"]:
-        trainer.fit(module, data)
-    else:
-        module.class_word = data.class_word
-        module.load()
+    trainer.fit(module, data)
     return module
 
 
@@ -121,11 +119,11 @@ def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
 
 
 def cell(variant: str, settings: Settings, split: str, index: int, seed: int, images: int) -> dict[str, Any]:
-    """Train and score one cell."""
+    """Train and score one cell, with resolved settings."""
     _quiet()
     import torch
 
-    from mep_lightning import SubjectData, defaults
+    from mep_lightning import SubjectData
     from mep_lightning.evaluation import evaluate, generate
     from mep_lightning.tiny import CLIP, DINO, evaluation_prompts
     from mep_lightning.tiny.subjects import subject
@@ -139,13 +137,11 @@ def cell(variant: str, settings: Settings, split: str, index: int, seed: int, im
         began = time.monotonic()
         module = train(settings, data, seed)
         seconds = time.monotonic() - began
-    values = defaults.lookup("zoodip", "tiny", "int8")
     token = module.adapter.token
     prompts = [p.format(token, who.class_word) for p in evaluation_prompts() for _ in range(images)]
     seeds = [i % images + 1000 * seed for i in range(len(prompts))]
-    pictures = generate(
-        module, prompts, seeds, steps=values["sampling_steps"], guidance=values["guidance"], batch_size=16
-    )
+    steps, guidance = settings["sampling_steps"], settings["guidance"]
+    pictures = generate(module, prompts, seeds, steps=steps, guidance=guidance, batch_size=16)
     scores = evaluate(pictures, prompts, who.photos(), clip=CLIP, dino=DINO, token=token)
     scores["heldout_loss"] = heldout_loss(module, who)
     return {"variant": variant, "subject": who.name, "split": split, "seed": seed, "seconds": seconds, **scores}
@@ -169,6 +165,7 @@ def run_cells(
 ) -> list[dict[str, Any]]:
     """All cells that `path` (JSON lines) lacks, in worker processes of one thread each; returns every cell."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    variants = {name: resolve(settings) for name, settings in variants.items()}
     keys = {name: fingerprint(settings, split, images) for name, settings in variants.items()}
     have = {(c["variant"], c["index"], c["seed"]) for c in done if c["key"] == keys.get(c["variant"])}
     todo = [
@@ -192,17 +189,13 @@ def run_cells(
 
 
 def fingerprint(settings: Settings, split: str, images: int) -> str:
-    """What a cell's figures depend on: settings with their defaults, pictures, and the embedded weights."""
-    from mep_lightning import defaults
+    """What a cell's figures depend on: resolved settings, subjects, pictures, and the embedded weights."""
     from mep_lightning.tiny import WEIGHTS
 
     digest = hashlib.sha256()
     for path in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(path.read_bytes())
-    resolved = [
-        defaults.lookup(method, "tiny", settings.get("precision", "int8")) for method in ("zoodip", "textual_inversion")
-    ]
-    digest.update(json.dumps([settings, resolved, split, images], sort_keys=True).encode())
+    digest.update(json.dumps([settings, split, images], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from benchmarks.rows import Row, interleaved, median_ratio, row
-from mep_lightning import PersonalizationModule, load_base
+from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import encode_prompts
 from mep_lightning.data import sample_latents
@@ -31,9 +31,7 @@ def build(precision: str, n: int) -> tuple[PersonalizationModule, Draw]:
     module = PersonalizationModule(
         precision=precision, adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=n, mu=1e-3)
     )
-    base = load_base("tiny", precision)
-    module.base = base
-    module.adapter.attach(base)
+    base = module.load()
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(1, 4, 16, 16, generator=generator)
     latents = sample_latents(mean, torch.zeros_like(mean), torch.zeros_like(mean), 1.0)

@@ -108,6 +108,19 @@ def caption_to_template(caption: str, class_word: str, token: str | None = None)
     return f"{{}}, {caption}"
 
 
-def fill(template: str, phrase: str) -> str:
-    """Put the subject's phrase into the hole; other braces in a caption are left alone, as `str.format` would not."""
-    return template.replace("{}", phrase)
+def fill(template: str, phrase: str, class_word: str | None = None) -> str:
+    """Put a subject into a prompt; other braces are left alone, as `str.format` would not.
+
+    Args:
+        template: a prompt with `{}` (or DreamBooth's `{0} {1}`) where the subject goes; without either it stays.
+        phrase: the adapter's phrase for the subject, such as `<sks> ball`.
+        class_word: the phrase's last part, needed only where `{0}` and `{1}` stand apart.
+    """
+    token = phrase.removesuffix(class_word).strip() if class_word else phrase
+    text = template.replace("{0} {1}", phrase).replace("{}", phrase)
+    return tidy(text.replace("{0}", token).replace("{1}", class_word or ""))
+
+
+def tidy(text: str) -> str:
+    """Single spaces, and none before a comma or full stop."""
+    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))

@@ -22,7 +22,7 @@ class TimestepSampler(ABC):
 
 
 class PartialUniformTimesteps(TimestepSampler):
-    """Partial Uniform Timestep Sampling: t ~ U{low .. high - 1} (ZOODiP, arXiv 2503.14868, section 3).
+    """Partial Uniform Timestep Sampling: t ~ U{low .. high - 1} (ZOODiP, arXiv 2503.14868).
 
     Args:
         low: T_L, the first timestep that may be drawn.

@@ -1,12 +1,13 @@
 """The recipes in configs/: every key explained, every one of them runs."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mep_lightning import defaults
+from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.cli import main
 from mep_lightning.commands.recipes import find_recipe, mentions, read_recipe, recipe_names, recipes_folder
 
@@ -24,6 +25,16 @@ def test_every_key_is_explained_in_a_comment_above_it(name):
     for above, line in zip(["", *lines], lines, strict=False):
         if re.match(r"\s*(- )?[\w+]+:", line):
             assert re.match(r"\s*# \S.*[.!?:)]$", above), f"{name}: {line.strip()!r} is not explained"
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("section", "part"), [("model", PersonalizationModule), ("data", SubjectData)])
+def test_a_method_names_everything_that_can_be_set(name, section, part):
+    """As a key, or, where a value would undo another recipe's, as an option in a comment."""
+    text = find_recipe(name).read_text()
+    comments = "".join(line for line in re.findall(r"# .*", text) if not line.startswith("# Use:"))
+    named = {*read_recipe(find_recipe(name))[section], *re.findall(rf"--{section}\.(\w+)", comments)}
+    assert set(inspect.signature(part).parameters) - named == set()
 
 
 @pytest.mark.parametrize("name", RECIPES)

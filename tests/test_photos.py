@@ -185,7 +185,10 @@ def test_letterbox_keeps_everything_between_white_bars():
     assert np.array_equal(boxed[8:48], UPRIGHT)
     assert (boxed[:8] == 255).all()
     assert (boxed[48:] == 255).all()
-    assert square(image(UPRIGHT), 112, "letterbox").size == (112, 112)
+    doubled = np.asarray(square(image(UPRIGHT), 112, "letterbox"))
+    assert doubled.shape == (112, 112, 3)
+    assert (doubled[:16] == 255).all() and (doubled[96:] == 255).all()
+    assert not (doubled[16:96] == 255).all(axis=(1, 2)).any()
 
 
 # --- folders
@@ -357,6 +360,15 @@ def test_caption_with_a_token_without_brackets():
 
 def test_fill_leaves_other_braces_alone():
     assert fill("a {} {with braces}", "<sks> ball") == "a <sks> ball {with braces}"
+
+
+def test_fill_takes_every_way_of_writing_the_subject():
+    assert fill("a photo of {}", "<sks> ball", "ball") == "a photo of <sks> ball"
+    assert fill("{0}, a {1}", "<sks> ball", "ball") == "<sks>, a ball"
+    assert fill("a red {0} {1}", "<style>") == "a red <style>"
+    assert fill("a {0} {1}, on grass", "<style>") == "a <style>, on grass"
+    assert fill("{1} and {0} , both", "<style>") == "and <style>, both"
+    assert fill("a plain picture", "<sks> ball", "ball") == "a plain picture"
 
 
 def test_templates_of_textual_inversion():

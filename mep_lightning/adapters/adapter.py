@@ -19,6 +19,13 @@ class Adapter(nn.Module, ABC):
     """
 
     theta: nn.Parameter
+    origin: dict[str, str]
+    """What it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision" and
+    "class_word". `attach` fills it in, exports keep it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origin = {}
 
     @abstractmethod
     def attach(self, base: Base, class_word: str | None = None) -> None:
@@ -34,11 +41,11 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def export(self, directory: Path) -> list[Path]:
-        """Write the files that other programs load; returns their paths."""
+        """Write the files that other programs load, each whole or not at all (`run_folder.replacing`); their paths."""
 
     @abstractmethod
     def load_export(self, directory: Path) -> None:
-        """Read back what `export` wrote."""
+        """Read back what `export` wrote, `origin` included."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow moves to a device, refuse casts."""

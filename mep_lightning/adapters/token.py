@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mep_lightning.adapters.adapter import Adapter
 from mep_lightning.bases import Base
 from mep_lightning.bases.conditioning import token_ids, with_tokens
 from mep_lightning.errors import UserError
+from mep_lightning.run_folder import replacing
 
 FILE = "learned_embeds.safetensors"
+PREFIX = "mep."
+"""What our keys in a file's metadata start with."""
 
 
 class TokenEmbedding(Adapter):
@@ -23,23 +27,28 @@ class TokenEmbedding(Adapter):
     Args:
         token: the token's name in prompts.
         init: a word whose embedding it starts from; "auto" is the class word. It must be one token of the base.
-        vectors: how many vectors it has; all start the same.
+        vectors: how many vectors it has; all start the same. "auto" is what the module's table of defaults says for the
+            base, and 1 without a module.
 
     Raises:
         UserError: the token has spaces, or `vectors` is not positive.
     """
 
-    def __init__(self, token: str = "<sks>", init: str = "auto", vectors: int = 1):
+    def __init__(self, token: str = "<sks>", init: str = "auto", vectors: int | Literal["auto"] = "auto"):
         super().__init__()
         if not token or len(token.split()) != 1:
             raise UserError(f"the token {token!r} must be one word without spaces, such as <sks>")
-        if vectors < 1:
+        if vectors != "auto" and vectors < 1:
             raise UserError(f"vectors is {vectors}: a token needs at least one")
         self.token, self.init, self.vectors = token, init, vectors
         self.register_parameter("theta", None)
 
     def attach(self, base: Base, class_word: str | None = None) -> None:
         """Start from the embedding of `init`; `theta` is [vectors, D]."""
+        if self.theta is not None:
+            self.vectors = len(self.theta)
+        elif self.vectors == "auto":
+            self.vectors = 1
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
         table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
         if self.theta is None:
@@ -51,17 +60,21 @@ class TokenEmbedding(Adapter):
                 f"{table.shape[1]}: use the base it was trained on"
             )
         self.theta.data = self.theta.data.to(base.device)
+        self.origin = {"base": base.address, "precision": base.precision}
+        if class_word:
+            self.origin["class_word"] = class_word
 
     def _initial_id(self, base: Base, class_word: str | None) -> int:
         word = (class_word or "object").split()[-1] if self.init == "auto" else self.init  # "teddy bear": the noun
-        ids = token_ids(base.tokenizers[0], [word])[0].tolist()
-        inner = ids[1 : ids.index(base.tokenizers[0].eos_token_id)]
-        if len(inner) != 1:
+        ids = _ids(base, word)
+        if len(ids) != 1:
+            known = [word for word in _common_words(base) if len(_ids(base, word)) == 1]
+            example = f", such as --model.adapter.init_args.init {known[0]}" if known else ""
+            others = f" (it also knows {', '.join(known[1:])})" if base.family == "tiny" else ""
             raise UserError(
-                f"init {word!r} is {len(inner)} tokens of the base {base.name}: give a word that is one, such as "
-                "--model.adapter.init_args.init toy"
+                f"init {word!r} is {len(ids)} tokens of the base {base.name}: give a word that is one{example}{others}"
             )
-        return inner[0]
+        return ids[0]
 
     def phrase(self, class_word: str | None) -> str:
         return f"{self.token} {class_word}" if class_word else self.token
@@ -72,10 +85,9 @@ class TokenEmbedding(Adapter):
     def export(self, directory: Path) -> list[Path]:
         """`learned_embeds.safetensors`, {token: [vectors, D]}: what diffusers' `load_textual_inversion` reads."""
         path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({self.token: self.theta.detach().float().cpu().contiguous()}, partial)
-        partial.replace(path)
+        metadata = {f"{PREFIX}{key}": value for key, value in self.origin.items()}
+        with replacing(path) as temporary:
+            save_file({self.token: self.theta.detach().float().cpu().contiguous()}, temporary, metadata)
         return [path]
 
     def load_export(self, directory: Path) -> None:
@@ -83,7 +95,9 @@ class TokenEmbedding(Adapter):
         if not path.exists():
             raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
         try:
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                metadata = file.metadata() or {}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): export it again") from None
         (self.token, values), *more = tensors.items()
@@ -91,6 +105,7 @@ class TokenEmbedding(Adapter):
             raise UserError(f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions]")
         self.vectors = len(values)
         self.theta = nn.Parameter(values.to(torch.float32))
+        self.origin = {key.removeprefix(PREFIX): metadata[key] for key in metadata if key.startswith(PREFIX)}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """A checkpoint may come before `attach`: take the shape it has."""
@@ -98,3 +113,18 @@ class TokenEmbedding(Adapter):
         if self.theta is None and saved is not None:
             self.theta = nn.Parameter(saved.clone().float())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _ids(base: Base, word: str) -> list[int]:
+    """The tokens that a base spells a word with, without those that begin and end a prompt."""
+    ids = token_ids(base.tokenizers[0], [word])[0].tolist()
+    return ids[1 : ids.index(base.tokenizers[0].eos_token_id)]
+
+
+def _common_words(base: Base) -> list[str]:
+    """Words to suggest as `init`: what `tiny` can draw, and nouns that every large vocabulary has."""
+    if base.family == "tiny":
+        from mep_lightning.tiny.world import CLASSES
+
+        return list(CLASSES)
+    return ["toy", "object", "thing", "person", "style"]

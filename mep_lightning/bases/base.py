@@ -49,6 +49,12 @@ class Base:
     _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     @property
+    def address(self) -> str:
+        """Where it is found again from anywhere on this machine: its name, or a local folder's absolute path."""
+        is_local = self.name != "tiny" and Path(self.name).expanduser().is_dir()
+        return str(self.folder.resolve()) if is_local else self.name
+
+    @property
     def family(self) -> str:
         return self.info.family
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from mep_lightning.run_folder import RunFolder
 class Export(Callback):
     """Write `adapter/` in the run's folder when training ends, fails, or is stopped with Ctrl-C.
 
-    The module needs an `adapter` with `export(directory) -> paths`. Files are written aside and moved into place one by
-    one, so that a crash never leaves half a file. A run that fails before its first step writes nothing: an earlier
-    export stays as it was.
+    The module needs an `adapter` with `export(directory) -> paths`. A run that fails before its first step writes
+    nothing: an earlier export stays as it was.
     """
 
     def __init__(self) -> None:
@@ -42,7 +39,7 @@ class Export(Callback):
         """Training reached its end."""
         self._training = False
         if trainer.is_global_zero:
-            export(pl_module, RunFolder(Path(trainer.default_root_dir)).adapter)
+            _export(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Training failed or was stopped; Lightning calls this for Ctrl-C too, and ignores further ones meanwhile."""
@@ -52,25 +49,11 @@ class Export(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            export(pl_module, RunFolder(Path(trainer.default_root_dir)).adapter)
+            _export(trainer, pl_module)
         except Exception as error:  # the exception on its way is the one that the user must see
             rank_zero_warn(f"The adapter could not be exported ({error}); the last checkpoint holds it.")
 
 
-def export(module: Any, directory: Path) -> list[Path]:
-    """Export a module's adapter into a folder, each file whole or not at all.
-
-    Returns:
-        The files written.
-    """
-    aside = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+def _export(trainer: Trainer, module: Any) -> None:
     with phase("save"):
-        try:
-            aside.mkdir(parents=True, exist_ok=True)
-            written = [Path(path).relative_to(aside) for path in module.adapter.export(aside)]
-            for path in written:
-                (directory / path).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(aside / path, directory / path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return [directory / path for path in written]
+        module.adapter.export(RunFolder(Path(trainer.default_root_dir)).adapter)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mep_lightning import phases
 from mep_lightning.callbacks.meter import MemoryMeter, tensor_bytes
+from mep_lightning.errors import refuse_unless
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
 
 NOTED_STEPS = 3
@@ -39,14 +40,15 @@ class MemoryProfiler(Callback):
       the rest is `activations` in encode, step and sample (temporary buffers included), `other` elsewhere.
     - `peak_phase`: the innermost phase at the highest peak.
 
-    Nothing happens per step but an attribute test; on a CPU a thread reads the process's memory every `interval`.
+    Nothing happens per step but an attribute test. On a CPU the peaks are the kernel's own high-water mark on Linux;
+    elsewhere a thread reads the process's memory, and a peak between two readings is missed.
 
     Args:
-        interval: seconds between two readings on a CPU. The kernel's own high-water mark fills the gaps whenever the
-            process reaches a new peak.
+        interval: seconds between two readings of that thread, above 0.
     """
 
     def __init__(self, interval: float = 0.01) -> None:
+        refuse_unless(interval > 0, "memory.interval", interval, "seconds above 0, such as 0.01")
         self.interval = interval
         self._meter: MemoryMeter | None = None
         self._trainer: Trainer | None = None

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -94,13 +95,17 @@ class MemoryMeter:
     Args:
         device: CUDA's own counters are read there; anywhere else the process's memory.
         count: what is known to be held now, {"weights", "gradients", "optimizer"} in bytes.
-        interval: seconds between readings of the process's memory.
+        interval: seconds between readings of the process's memory, where no kernel keeps its high-water mark.
     """
 
     def __init__(self, device: torch.device, count: Callable[[], dict[str, int]], interval: float = 0.01) -> None:
         self.device = device
         self._count = count
-        self._source = _Cuda(device) if device.type == "cuda" else _Process(interval)
+        self._source: _Cuda | _Process
+        if device.type == "cuda":
+            self._source = _Cuda(device)
+        else:
+            self._source = _Process() if _Process.is_readable() else _PolledProcess(interval)
         self._open: list[str] = []
         self._phases: dict[str, Peak] = {}
         self._known = dict.fromkeys(KINDS, 0)
@@ -214,75 +219,74 @@ class _Cuda:
 
 
 class _Process:
-    """The process's resident memory: the kernel's high-water mark, reset for every segment, and a thread's readings.
+    """The process's resident memory on Linux: the kernel's high-water mark, reset for every segment."""
 
-    Where the mark cannot be reset (no Linux, a locked container), it counts where it rose, and readings do the rest.
-    """
+    STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # proc(5)
+    _baseline = 0
 
-    def __init__(self, interval: float) -> None:
-        self.interval = interval
-        self._process = psutil.Process()
-        self._baseline = self._highest = self._mark = 0
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+    @classmethod
+    def is_readable(cls) -> bool:
+        """Whether the kernel keeps a mark and lets us reset it: not off Linux, nor in a container that locks it."""
+        try:
+            return cls().take() > 0
+        except (OSError, IndexError):
+            return False
+
+    def take(self) -> int:
+        """The most held since the last call, in bytes; the mark falls to what is held now."""
+        mark = int(self.STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        self.RESET.write_text("5")
+        return mark
 
     def start(self, held: int) -> int:
         self.tidy()
-        now = self._now()
-        self._highest, self._mark = now, _fresh_mark()
-        self._baseline = max(now - held, 0)
-        self._done.clear()
-        self._thread = threading.Thread(target=self._watch, name="memory-meter", daemon=True)
-        self._thread.start()
+        self._baseline = max(self.take() - held, 0)
         return self._baseline
 
     def peak(self) -> tuple[int, int, int]:
         """(allocated, reserved, process) of the segment that ends now."""
-        now, mark = self._now(), _high_water_mark()
-        highest = max(self._highest, now, mark if mark > self._mark else 0)
-        self._highest, self._mark = now, _fresh_mark()
+        highest = self.take()
         allocated = max(highest - self._baseline, 0)
         return allocated, allocated, highest
 
     def tidy(self) -> None:
         """Let the C allocator return what is free, so that a phase is not charged for what an earlier one freed."""
         if sys.platform == "linux":
-            try:
+            with contextlib.suppress(AttributeError):  # another C library than glibc
                 ctypes.CDLL(None).malloc_trim(0)
-            except AttributeError:  # another C library
-                return
-            self._highest = self._now()
+        self.take()
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+
+class _PolledProcess(_Process):
+    """Everywhere else: a thread reads what is held every `interval` seconds; a peak between two readings is missed."""
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self._process = psutil.Process()
+        self._highest = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-meter", daemon=True)
+
+    def take(self) -> int:
+        """The most read since the last call, in bytes."""
+        now = self._now()
+        highest, self._highest = max(self._highest, now), now
+        return highest
+
+    def start(self, held: int) -> int:
+        self._thread.start()
+        return super().start(held)
 
     def stop(self) -> None:
         self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval):
-            now = self._now()
-            if now > self._highest:
-                self._highest = now
+            self._highest = max(self._highest, self._now())
 
     def _now(self) -> int:
         return int(self._process.memory_info().rss)
-
-
-def _fresh_mark() -> int:
-    """Reset the high-water mark to what is held now, where the kernel lets us (proc(5), clear_refs); returns it."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb") as clear:
-        clear.write(b"5")
-    return _high_water_mark()
-
-
-def _high_water_mark() -> int:
-    """The most this process ever held, in bytes; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0

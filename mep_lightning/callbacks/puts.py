@@ -1,4 +1,4 @@
-"""Partial Uniform Timestep Sampling (ZOODiP, section 4.3) for any module that has a `timesteps` attribute."""
+"""Partial Uniform Timestep Sampling (ZOODiP, arXiv 2503.14868) for any module that has a `timesteps` attribute."""
 
 from __future__ import annotations
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from mep_lightning.errors import UserError
 from mep_lightning.estimators.perturbation import Probe, combine, displaced
 from mep_lightning.estimators.zeroth_order import SPSAEstimator, ZerothOrderEstimator
 
 
 @contextmanager
 def displaced_in_place(
-    params: Sequence[Tensor], probe: Probe, mu: float, seed: int, step: int, originals: Sequence[Tensor]
+    params: Mapping[int, Tensor], probe: Probe, mu: float, seed: int, step: int, originals: Sequence[Tensor]
 ) -> Iterator[None]:
     """Move parameters to a member for the body, then copy the originals back: adding and subtracting would drift."""
     try:
-        for param_id, (param, original) in enumerate(zip(params, originals, strict=True)):
+        for (param_id, param), original in zip(params.items(), originals, strict=True):
             param.copy_(displaced(original, probe, mu, seed, step, param_id))
         yield
     finally:
-        for param, original in zip(params, originals, strict=True):
+        for param, original in zip(params.values(), originals, strict=True):
             param.copy_(original)
 
 
@@ -54,6 +55,7 @@ class ZerothOrderMixin:
     """
 
     _zo_step: int = -1
+    _zo_moved: int = 0
 
     @torch.no_grad()
     def zo_backward(
@@ -66,35 +68,47 @@ class ZerothOrderMixin:
 
         The members are evaluated one after the other with the parameters changed in place; afterwards these are bitwise
         what they were, also when the loss raises. Every member sees the same random numbers, so the loss may draw its
-        noise and timesteps itself. The directions are those of `global_step`, or, where that stands still, one past the
-        last call's.
+        noise and timesteps itself. The directions are a pure function of the estimator's seed, of `global_step` and of
+        what earlier calls of the same step perturbed, so a resumed run repeats them; a module without a `global_step`
+        counts its calls instead.
 
         Args:
             loss_fn: () -> scalar.
-            params: what to perturb; floating point, any dtype and shape. A copy of all of them is held meanwhile.
+            params: what to perturb; floating point, any dtype and shape; those that require no gradient are left
+                alone. A copy of all of them is held meanwhile.
             estimator: a zeroth-order one; `SPSAEstimator(n=1, mu=1e-3)` by default.
 
         Returns:
             {"loss": their mean, scalar, "losses": one a member, [V]}.
+
+        Raises:
+            UserError: no parameter requires a gradient.
         """
         estimator = SPSAEstimator() if estimator is None else estimator
-        params = list(dict.fromkeys(params))  # a tied parameter is moved once
-        step = self._next_zo_step()
+        trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
+        if not trained:
+            raise UserError("zo_backward got no parameter that requires a gradient: set requires_grad on what to train")
+        step, first = self._next_directions(len(trained))
+        numbered = dict(enumerate(trained, start=first))  # parameter id -> parameter
         seed, mu = estimator.seed or 0, estimator.step_size
-        originals = [param.detach().clone() for param in params]
+        originals = [param.detach().clone() for param in trained]
         losses = []
-        with same_random_numbers(param.device for param in params) as rewind:
+        with same_random_numbers(param.device for param in trained) as rewind:
             for probe in estimator.probes:
                 rewind()
-                with displaced_in_place(params, probe, mu, seed, step, originals):
+                with displaced_in_place(numbered, probe, mu, seed, step, originals):
                     losses.append(torch.as_tensor(loss_fn(), dtype=torch.float32).detach())
         stacked = torch.stack(losses)  # [V]
-        weights = estimator.weights(stacked, dims=sum(param.numel() for param in params))
-        for param_id, param in enumerate(params):
+        weights = estimator.weights(stacked, dims=sum(param.numel() for param in trained))
+        for param_id, param in numbered.items():
             grad = combine(weights.to(param.device), param, seed, step, param_id)
             param.grad = grad if param.grad is None else param.grad.add_(grad)
         return {"loss": stacked.mean(), "losses": stacked}
 
-    def _next_zo_step(self) -> int:
-        self._zo_step = max(self._zo_step + 1, int(getattr(self, "global_step", 0)))
-        return self._zo_step
+    def _next_directions(self, count: int) -> tuple[int, int]:
+        """The step that the noise belongs to, and the first of `count` parameter ids not used in it yet."""
+        step = int(getattr(self, "global_step", self._zo_step + 1))
+        if step != self._zo_step:
+            self._zo_step, self._zo_moved = step, 0
+        first, self._zo_moved = self._zo_moved, self._zo_moved + count
+        return step, first

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.kernels import subspace_project_
 
 RANK_CUTOFF = 1e-9  # on singular values; centring leaves one direction of pure rounding
@@ -122,10 +122,12 @@ class SubspaceGradient:
         """Take up where `state_dict` was written.
 
         Raises:
-            UserError: it was written with another tau or nu.
+            CheckpointError: it was written with another tau or nu, or is not whole.
         """
+        if missing := [key for key in self.state_dict() if key not in state]:
+            raise CheckpointError(f"the checkpoint's SubspaceGradient lacks {missing[0]}: it is damaged")
         if state["tau"] != self.tau or not math.isclose(state["nu"], self.nu):
-            raise UserError(
+            raise CheckpointError(
                 f"the checkpoint's SubspaceGradient has tau={state['tau']} and nu={state['nu']}, this one "
                 f"tau={self.tau} and nu={self.nu}; resume with the same values"
             )

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.estimators.perturbation import Probe, combine, perturb
 
@@ -41,6 +41,7 @@ class ZerothOrderEstimator(Estimator):
             raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs at least 1 direction")
         if mu != "auto" and not (mu > 0 and math.isfinite(mu)):
             raise UserError(f"{type(self).__name__}.mu is {mu}, but the step must be a positive number, such as 1e-3")
+        refuse_unless(seed is None or 0 <= seed < SEEDS, f"{type(self).__name__}.seed", seed, f"0 to {SEEDS - 1}")
         self.n = n
         self.mu = mu
         self.normalize = normalize

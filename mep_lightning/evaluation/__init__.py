@@ -11,7 +11,7 @@ from mep_lightning.evaluation.metrics import (
     DinoDiversity,
     evaluate,
 )
-from mep_lightning.evaluation.prompts import LIVING_PROMPTS, OBJECT_PROMPTS, fill, prompts_for, without_token
+from mep_lightning.evaluation.prompts import LIVING_PROMPTS, OBJECT_PROMPTS, prompts_for, without_token
 from mep_lightning.evaluation.report import write_report
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "DinoEncoder",
     "default_encoders",
     "evaluate",
-    "fill",
     "generate",
     "prompts_for",
     "without_token",

@@ -23,7 +23,13 @@ Pictures = Sequence[Image.Image] | Tensor
 
 
 class _MeanMetric(Metric):
-    """A mean over everything seen: a sum and a count that add up over batches and over processes."""
+    """A mean over everything seen: a sum and a count that add up over batches and over processes.
+
+    Args:
+        encoder: a checkpoint's name or folder, or an encoder that several metrics share.
+        kind: the encoder's class.
+        kwargs: torchmetrics' own.
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -31,8 +37,9 @@ class _MeanMetric(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, encoder: Any, kind: type[ClipEncoder] | type[DinoEncoder], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.encoder: Any = encoder if isinstance(encoder, kind) else kind(encoder)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -54,8 +61,7 @@ class ClipTextAlignment(_MeanMetric):
     """
 
     def __init__(self, clip: str | Path | ClipEncoder = DEFAULT_CLIP, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.encoder = clip if isinstance(clip, ClipEncoder) else ClipEncoder(clip)
+        super().__init__(clip, ClipEncoder, **kwargs)
 
     def update(self, images: Pictures, texts: Sequence[str] | Tensor) -> None:
         """Add pictures and, for each, its text (or both as embeddings [N, D])."""
@@ -70,8 +76,6 @@ class ClipTextAlignment(_MeanMetric):
 
 class _PhotoAlignment(_MeanMetric):
     """The mean cosine between generated pictures and real photos of one subject, over all pairs."""
-
-    encoder: ClipEncoder | DinoEncoder
 
     def update(self, images: Pictures, photos: Pictures) -> None:
         """Add generated pictures [N] and the photos [P] of the subject they show; every picture counts the same."""
@@ -88,8 +92,7 @@ class ClipImageAlignment(_PhotoAlignment):
     """
 
     def __init__(self, clip: str | Path | ClipEncoder = DEFAULT_CLIP, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.encoder = clip if isinstance(clip, ClipEncoder) else ClipEncoder(clip)
+        super().__init__(clip, ClipEncoder, **kwargs)
 
 
 class DinoAlignment(_PhotoAlignment):
@@ -101,8 +104,7 @@ class DinoAlignment(_PhotoAlignment):
     """
 
     def __init__(self, dino: str | Path | DinoEncoder = DEFAULT_DINO, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.encoder = dino if isinstance(dino, DinoEncoder) else DinoEncoder(dino)
+        super().__init__(dino, DinoEncoder, **kwargs)
 
 
 class DinoDiversity(_MeanMetric):
@@ -118,8 +120,7 @@ class DinoDiversity(_MeanMetric):
     higher_is_better = False
 
     def __init__(self, dino: str | Path | DinoEncoder = DEFAULT_DINO, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.encoder = dino if isinstance(dino, DinoEncoder) else DinoEncoder(dino)
+        super().__init__(dino, DinoEncoder, **kwargs)
 
     def update(self, images: Pictures) -> None:
         """Add one group of generated pictures [N]; its N (N - 1) / 2 pairs count, so a single picture adds nothing."""

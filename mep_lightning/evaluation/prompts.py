@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from mep_lightning.templates import tidy
+
 _PLACES = (
     "a {0} {1} in the jungle",
     "a {0} {1} in the snow",
@@ -86,27 +88,9 @@ def prompts_for(class_word: str, family: str | None = None) -> tuple[str, ...]:
     return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS
 
 
-def fill(template: str, phrase: str, class_word: str | None = None) -> str:
-    """Put a subject into a prompt.
-
-    Args:
-        template: a prompt with `{0} {1}` or `{}` where the subject goes; without either it is returned as it is.
-        phrase: the adapter's phrase for the subject, such as `<sks> ball`.
-        class_word: the phrase's last part, needed only where `{0}` and `{1}` stand apart.
-    """
-    token = phrase.removesuffix(class_word).strip() if class_word else phrase
-    text = template.replace("{0} {1}", phrase).replace("{}", phrase)
-    return tidy(text.replace("{0}", token).replace("{1}", class_word or ""))
-
-
 def without_token(prompt: str, token: str) -> str:
     """The prompt in plain words, for scoring text: `a <sks> ball in the snow` becomes `a ball in the snow`.
 
     A token of several vectors (`<sks> <sks>_1`, diffusers' way of writing it) goes as a whole.
     """
     return tidy(re.sub(rf"(?<!\S){re.escape(token)}(_\d+)?(?![\w>])", "", prompt))
-
-
-def tidy(text: str) -> str:
-    """Single spaces, and none before a comma or full stop."""
-    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split()))

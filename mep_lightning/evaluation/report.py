@@ -209,30 +209,27 @@ def _spread(items: list[Path], most: int) -> list[Path]:
 def _read_loss(page: Page, run: RunFolder) -> None:
     steps, losses = _losses(run)
     if not steps:
-        page.missing.append("the loss (no logged train/loss found)")
+        page.missing.append("the loss (log.csv holds no train/loss)")
         return
     page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
     page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
 
 
 def _losses(run: RunFolder) -> tuple[list[int], list[float]]:
-    """Steps and losses of the run's CSV logs; where logs overlap (a resumed run), the newest one counts."""
-    logs = (
-        [run.log] if run.log.is_file() else sorted(run.root.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime)
-    )
-    losses: dict[int, float] = {}
-    for log in logs:
-        try:
-            with open(log, newline="", encoding="utf-8", errors="replace") as file:
-                for row in csv.DictReader(file):
-                    value = row.get("train/loss") or row.get("train/loss_step") or ""
-                    try:
-                        losses[int(row["step"])] = float(value)
-                    except (KeyError, TypeError, ValueError):
-                        continue
-        except (OSError, csv.Error):
-            continue
-    return sorted(losses), [losses[step] for step in sorted(losses)]
+    """Steps and losses of the run's log; rows that hold none are passed over."""
+    steps, losses = [], []
+    try:
+        with open(run.log, newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(file):
+                try:
+                    step, loss = int(row["step"]), float(row["train/loss"])
+                except (KeyError, TypeError, ValueError):
+                    continue
+                steps.append(step)
+                losses.append(loss)
+    except (OSError, csv.Error):
+        pass
+    return steps, losses
 
 
 def _read_memory(page: Page, run: RunFolder) -> None:

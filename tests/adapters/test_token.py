@@ -1,11 +1,15 @@
 """The token: its start, its file, and that no other token changes."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.adapters import TokenEmbedding, token
 from mep_lightning.errors import UserError
+from mep_lightning.tiny import BASE
 
 
 def attached(base, **kwargs):
@@ -27,7 +31,6 @@ def test_the_export_gives_diffusers_the_same_picture(tiny_base, tmp_path, vector
     from diffusers import StableDiffusionPipeline
 
     from mep_lightning.bases import encode_prompts
-    from mep_lightning.tiny import BASE
 
     adapter = attached(tiny_base, vectors=vectors)
     with torch.no_grad():
@@ -64,6 +67,25 @@ def test_an_export_loads_back(tiny_base, tmp_path):
     assert other.token == "<my-ball>" and torch.equal(other.theta, adapter.theta)
 
 
+def test_an_export_says_what_it_belongs_to(tiny_base, tmp_path):
+    attached(tiny_base).export(tmp_path)
+    adapter = TokenEmbedding()
+    adapter.load_export(tmp_path)
+    assert adapter.origin == {"base": "tiny", "precision": tiny_base.precision, "class_word": "ball"}
+    adapter.attach(replace(tiny_base, name=str(BASE), precision="bf16"))
+    assert adapter.origin == {"base": str(BASE), "precision": "bf16"}
+    save_file({"<sks>": torch.zeros(1, 128)}, tmp_path / "learned_embeds.safetensors", {"format": "pt"})
+    adapter.load_export(tmp_path)
+    assert adapter.origin == {}
+
+
+def test_a_base_in_a_local_folder_is_kept_as_an_absolute_path(tiny_base, monkeypatch):
+    monkeypatch.chdir(BASE.parent)
+    adapter = TokenEmbedding()
+    adapter.attach(replace(tiny_base, name="base", folder=Path("base")), "ball")
+    assert adapter.origin["base"] == str(BASE)
+
+
 def test_it_stays_fp32(tiny_base):
     adapter = attached(tiny_base)
     adapter.theta.data.add_(1e-6)
@@ -80,12 +102,21 @@ def test_it_stays_fp32(tiny_base):
         (lambda base: attached(base, init="xylophone"), "init 'xylophone' is"),
         (lambda base: attached(base, token="ball"), "already a word"),
         (lambda base: attached(base, token="Ball"), "already a word"),
-        (lambda base: TokenEmbedding().attach(base, "xylophone"), "give a word that is one, such as"),
+        (
+            lambda base: TokenEmbedding().attach(base, "xylophone"),
+            r"init ball \(it also knows cube, .*, cat\)",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(tiny_base, make, message):
     with pytest.raises(UserError, match=message):
         make(tiny_base)
+
+
+def test_the_word_that_is_suggested_is_one_token(tiny_base):
+    other = replace(tiny_base, info=replace(tiny_base.info, family="sd1"))  # its vocabulary lacks "toy" all the same
+    with pytest.raises(UserError, match="give a word that is one, such as --model.adapter.init_args.init style$"):
+        attached(other, init="xylophone")
 
 
 def test_damaged_or_foreign_exports_are_refused(tiny_base, tmp_path):
@@ -99,3 +130,22 @@ def test_damaged_or_foreign_exports_are_refused(tiny_base, tmp_path):
     adapter.load_export(tmp_path)
     with pytest.raises(UserError, match="768 dimensions, the base tiny takes 128"):
         adapter.attach(tiny_base)
+
+
+def test_an_export_is_whole_or_not_there_and_anyone_may_read_it(tiny_base, tmp_path, monkeypatch):
+    adapter = attached(tiny_base)
+    (path,) = adapter.export(tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    before = path.read_bytes()
+
+    def disk_full(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(token, "save_file", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        adapter.export(tmp_path)
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [path, plain]

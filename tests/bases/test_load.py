@@ -173,11 +173,13 @@ def test_an_int8_base_never_exists_in_floats_and_maps_no_file(tmp_path):
     script = f"""
 import json, torch
 from mep_lightning.bases import load_base
-from mep_lightning.callbacks.meter import _fresh_mark, _high_water_mark
+from mep_lightning.callbacks.meter import _Process
 load_base("tiny", "int8")  # whatever is imported or allocated once
-before = _fresh_mark()
+mark = _Process()
+mark.take()
+before = mark.take()
 base = load_base({str(folder)!r}, "int8")
-print(json.dumps([_high_water_mark() - before, "/unet/" in open("/proc/self/maps").read()]))
+print(json.dumps([mark.take() - before, "/unet/" in open("/proc/self/maps").read()]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     rise, mapped = json.loads(done.stdout.splitlines()[-1])

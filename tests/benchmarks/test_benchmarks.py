@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import quality, rows, step
+from mep_lightning import defaults
 
 
 def test_results_say_where_and_with_what_they_were_measured(tmp_path):
@@ -33,19 +34,27 @@ def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
 
 
 def test_a_cell_counts_only_for_the_settings_it_was_measured_with():
-    base = quality.fingerprint(quality.ZOODIP, "test", 2)
-    assert base == quality.fingerprint(dict(quality.ZOODIP), "test", 2)
+    settings = quality.resolve(quality.ZOODIP)
+    base = quality.fingerprint(settings, "test", 2)
+    assert base == quality.fingerprint(dict(settings), "test", 2)
     others = [
-        quality.fingerprint(quality.ZOODIP | {"mu": 1e-2}, "test", 2),
-        quality.fingerprint(quality.ZOODIP, "tune", 2),
-        quality.fingerprint(quality.ZOODIP, "test", 1),
+        quality.fingerprint(settings | {"mu": 0.5}, "test", 2),
+        quality.fingerprint(settings, "tune", 2),
+        quality.fingerprint(settings, "test", 1),
     ]
     assert len({base, *others}) == 4
 
 
+def test_a_default_counts_as_much_as_a_setting(monkeypatch):
+    before = quality.resolve(quality.ZOODIP)
+    monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"lr": 0.5})])
+    assert quality.resolve(quality.ZOODIP) == before | {"lr": 0.5}
+    assert quality.resolve(quality.ZOODIP | {"lr": before["lr"]}) == before
+
+
 def test_the_step_suite_compares_equal_losses():
     module, draw = step.build("fp32", 2)
-    members = module.adapter.theta.detach() + 0.01 * torch.randn(3, 1, 128)
+    members = module.adapter.theta.detach() + 0.01 * torch.randn(3, *module.adapter.theta.shape)
     with torch.no_grad():
         torch.testing.assert_close(
             module.losses(members, draw), step.one_after_the_other(module, members, draw), rtol=1e-5, atol=1e-6

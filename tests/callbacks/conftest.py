@@ -11,6 +11,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 from torch import nn
 
+from mep_lightning.run_folder import write_atomically
+
 
 class Adapter(nn.Module):
     """A trained vector that says how it is exported."""
@@ -24,8 +26,7 @@ class Adapter(nn.Module):
 
     def export(self, directory: Path) -> list[Path]:
         path = Path(directory) / "learned_embeds.txt"
-        path.write_text(repr(self.theta.tolist()))
-        return [path]
+        return [write_atomically(path, repr(self.theta.tolist()))]
 
 
 class Noisy(LightningModule):

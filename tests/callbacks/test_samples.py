@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -180,11 +181,29 @@ def test_an_error_before_the_first_step_is_an_error(module, data, trainer_of, mo
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"every": -1}, "every is -1"), ({"prompts": []}, "prompts is empty"), ({"count": 0}, "count is 0")],
+    [
+        ({"every": -1}, "every is -1"),
+        ({"prompts": []}, "prompts is empty"),
+        ({"count": 0}, "count is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         Samples(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "refused"),
+    [("a {} here", False), ("a {0} {1} here", False), ("a <sks>, here", False), ("a dog", True), ("a <sk>", True)],
+)
+def test_a_prompt_without_the_subject_is_refused_before_anything_is_loaded(module, prompt, refused):
+    module.adapter.token = "<sks>"
+    with pytest.raises(UserError, match="lacks the subject; put {} or <sks>") if refused else nullcontext():
+        Samples(prompts=["a {}", prompt]).setup(None, module, "fit")
 
 
 @pytest.mark.parametrize("estimator", ["Backprop", "RandomGradientEstimator"])

@@ -5,6 +5,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from mep_lightning.errors import UserError
 from mep_lightning.estimators import OnePointEstimator, RandomGradientEstimator, SPSAEstimator, ZerothOrderMixin
 
 ESTIMATORS = [
@@ -172,3 +173,85 @@ def test_the_directions_follow_global_step_so_that_a_resumed_run_repeats_them():
     Resumed().zo_backward(lambda: loss_of(parameter), [parameter], estimator)
     expected, _ = estimator.estimate(lambda members: torch.stack([loss_of(m) for m in members]), theta, step=7)
     assert torch.equal(parameter.grad, expected)
+
+
+def test_calls_within_one_step_have_directions_of_their_own():
+    class Stepping(Bare):
+        global_step = 7
+
+    def directions(module: Stepping, *counts: int) -> list[Tensor]:
+        """What each of some calls in a row moves its parameters by, [1, 4] each."""
+        moved = []
+        for count in counts:
+            parameters = [nn.Parameter(torch.zeros(4)) for _ in range(count)]
+            module.zo_backward(lambda parts=parameters: torch.stack(list(parts)).sum(), parameters, SPSAEstimator())
+            moved += [nn.functional.normalize(parameter.grad, dim=0) for parameter in parameters]
+        return moved
+
+    module = Stepping()
+    first = directions(module, 2, 1, 2)
+    assert all((a - b).norm() > 1e-3 and (a + b).norm() > 1e-3 for i, a in enumerate(first) for b in first[:i])
+    module.global_step = 8
+    assert not torch.equal(directions(module, 1)[0], first[0])
+    module.global_step = 7  # a checkpoint was read
+    assert all(torch.equal(a, b) for a, b in zip(directions(module, 2, 1, 2), first, strict=True))
+
+
+class TwoLosses(ZerothOrderMixin, LightningModule):
+    """Calls `zo_backward` twice a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.theta = nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for target in (1.0, -2.0):
+            self.zo_backward(lambda target=target: (self.theta - target).square().sum(), [self.theta])
+        optimizer.step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([self.theta], lr=0.1)
+
+
+def test_a_resumed_run_with_several_calls_a_step_is_bitwise_the_same(tmp_path):
+    def fit(steps: int, checkpoint=None) -> tuple[Trainer, TwoLosses]:
+        module = TwoLosses()
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(6, 1)), ckpt_path=checkpoint, weights_only=True)
+        return trainer, module
+
+    trainer, _ = fit(3)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = fit(6, tmp_path / "half.ckpt")
+    _, whole = fit(6)
+    assert torch.equal(resumed.theta, whole.theta)
+
+
+def test_frozen_parameters_are_left_alone():
+    frozen, trained = nn.Parameter(torch.ones(4), requires_grad=False), nn.Parameter(torch.ones(4))
+    seen = []
+
+    def loss_fn() -> Tensor:
+        seen.append(frozen.clone())
+        return (trained + frozen).square().sum()
+
+    Bare().zo_backward(loss_fn, [frozen, trained], RandomGradientEstimator(n=2, normalize=True))
+    assert all(torch.equal(value, torch.ones(4)) for value in seen)
+    assert frozen.grad is None
+    alone = nn.Parameter(torch.ones(4))
+    Bare().zo_backward(
+        lambda: (alone + 1).square().sum(), [alone], RandomGradientEstimator(n=2, normalize=True)
+    )  # as if the frozen one had not been named: neither noise nor the number of dimensions counts it
+    assert torch.equal(trained.grad, alone.grad)
+    with pytest.raises(UserError, match="no parameter that requires a gradient"):
+        Bare().zo_backward(loss_fn, [frozen])

@@ -12,8 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 CONTEXT = 24
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -153,6 +156,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():  # its own initialisation is so small that every picture looks alike
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24).save_pretrained(folder)
     return folder
 
 
@@ -174,6 +178,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    ViTImageProcessorPil(size=24, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD).save_pretrained(folder)
     return folder
 
 

@@ -11,15 +11,11 @@ import torch
 from PIL import Image
 
 from mep_lightning.errors import UserError
-from mep_lightning.evaluation.encoders import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ClipEncoder,
-    DinoEncoder,
-    Preprocessing,
-)
+from mep_lightning.evaluation.encoders import ClipEncoder, DinoEncoder
+from mep_lightning.tiny import CLIP, DINO
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -61,7 +57,7 @@ def resize(image: Image.Image, width: int, height: int, cubic: bool) -> np.ndarr
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 37), (37, 50), (20, 20), (24, 24)])
-def test_clip_preprocessing_is_shortest_edge_bicubic_then_centre_crop_then_normalise(width, height):
+def test_clip_preprocessing_is_shortest_edge_bicubic_then_centre_crop_then_normalise(clip_folder, width, height):
     image = picture(width, height)
     if width < height:
         resized = resize(image, 24, int(24 * height / width), cubic=True)
@@ -70,41 +66,42 @@ def test_clip_preprocessing_is_shortest_edge_bicubic_then_centre_crop_then_norma
     top, left = (resized.shape[0] - 24) // 2, (resized.shape[1] - 24) // 2
     cropped = resized[top : top + 24, left : left + 24]
     expected = (cropped / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
-    actual = Preprocessing(size=24, crop=(24, 24))([image])[0].permute(1, 2, 0).numpy()
+    actual = ClipEncoder(clip_folder).preprocess([image])[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(actual, expected, atol=1.01 / 255 / min(CLIP_STD))  # one grey level of rounding
     assert np.abs(actual - expected).mean() < 0.02 / 255 / min(CLIP_STD)
 
 
-def test_dino_preprocessing_squashes_to_a_square_bilinearly():
+def test_dino_preprocessing_squashes_to_a_square_bilinearly(dino_folder):
     image = picture(51, 33)
     expected = (resize(image, 24, 24, cubic=False) / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-    preprocess = Preprocessing((24, 24), None, int(Image.Resampling.BILINEAR), 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
-    actual = preprocess([image])[0].permute(1, 2, 0).numpy()
+    actual = DinoEncoder(dino_folder).preprocess([image])[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(actual, expected, atol=1.01 / 255 / min(IMAGENET_STD))
     assert np.abs(actual - expected).mean() < 0.02 / 255 / min(IMAGENET_STD)
 
 
-def test_a_crop_larger_than_the_picture_pads_with_zeros_as_transformers_does():
-    processor = pytest.importorskip("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil(
-        do_resize=False, crop_size={"height": 24, "width": 24}
-    )
-    image = picture(15, 40)
-    expected = torch.as_tensor(np.asarray(processor(image).pixel_values[0]))
-    torch.testing.assert_close(Preprocessing(None, (24, 24))([image])[0], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(64, 48), (30, 99), (224, 224)])
-def test_clip_preprocessing_equals_the_librarys_own(size):
-    processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+@pytest.mark.parametrize("size", [(64, 64), (100, 37), (40, 300)])
+@pytest.mark.parametrize(("encoder", "folder"), [(ClipEncoder, CLIP), (DinoEncoder, DINO)])
+def test_the_embedded_encoders_see_the_whole_picture_at_64_pixels(encoder, folder, size):
     image = picture(*size)
-    expected = torch.as_tensor(np.asarray(processors.CLIPImageProcessorPil()(image).pixel_values[0]))
-    torch.testing.assert_close(Preprocessing(size=224, crop=(224, 224))([image])[0], expected, atol=1e-5, rtol=0)
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) / 127.5 - 1
+    actual = encoder(folder).preprocess([image])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_pictures_of_other_modes_and_sizes_go_into_one_batch(dino_folder):
+    encoder = DinoEncoder(dino_folder)
+    images = [picture(30, 20), picture(9, 40).convert("L"), picture(24, 24).convert("RGBA"), picture(3, 3).convert("P")]
+    together = encoder.preprocess(images)
+    assert together.shape == (4, 3, 24, 24) and together.dtype == torch.float32
+    for image, tensor in zip(images, together, strict=True):
+        assert torch.equal(tensor, encoder.preprocess([image.convert("RGB")])[0])
 
 
 def test_the_checkpoints_own_configuration_is_followed(clip_folder, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(clip_folder, folder)
     config = {
+        "image_processor_type": "CLIPImageProcessor",
         "size": {"height": 10, "width": 14},
         "do_center_crop": False,
         "resample": 0,
@@ -113,21 +110,11 @@ def test_the_checkpoints_own_configuration_is_followed(clip_folder, tmp_path):
         "rescale_factor": 0.01,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    preprocess = Preprocessing.from_checkpoint(str(folder), 24, clip=True)
     image = picture(28, 20)
     nearest = np.asarray(image)[1::2, 1::2]  # halving with the nearest pixel
     expected = (nearest * 0.01 - np.array([0.1, 0.2, 0.3])) / np.array([1, 2, 4])
-    np.testing.assert_allclose(preprocess([image])[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(("clip", "size"), [(True, 10), (False, (10, 10))])
-def test_a_bare_size_is_the_shortest_edge_for_clip_and_a_square_for_vision_transformers(tmp_path, clip, size):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 10, "image_mean": [0, 0, 0]}))
-    assert Preprocessing.from_checkpoint(str(tmp_path), 24, clip=clip).size == size
-
-
-def test_without_a_preprocessor_the_models_size_is_used(tmp_path):
-    assert Preprocessing.from_checkpoint(str(tmp_path), 24, clip=True) == Preprocessing(24, (24, 24))
+    actual = ClipEncoder(folder).preprocess([image])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_clip_embeddings_equal_the_models_own_and_have_length_one(clip_folder):
@@ -179,7 +166,12 @@ def test_pickled_weights_are_not_read(dino_folder, tmp_path):
         DinoEncoder(tmp_path)
 
 
-def test_a_damaged_preprocessor_file_is_named(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"preprocessor_config\.json is not valid JSON"):
-        Preprocessing.from_checkpoint(str(tmp_path), 24, clip=True)
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_missing_or_damaged_preprocessor_is_named(dino_folder, tmp_path, content):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(dino_folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    if content is not None:
+        (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"the DINO checkpoint '.*' \(.*\); .* and preprocessor_config\.json\.$"):
+        DinoEncoder(folder)

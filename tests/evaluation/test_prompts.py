@@ -7,11 +7,11 @@ import pytest
 from mep_lightning.evaluation.prompts import (
     LIVING_PROMPTS,
     OBJECT_PROMPTS,
-    fill,
     is_living,
     prompts_for,
     without_token,
 )
+from mep_lightning.templates import fill
 
 
 def test_both_sets_hold_25_different_prompts_with_a_token_and_a_class_word():
@@ -62,13 +62,6 @@ def test_prompts_are_numbered_as_in_the_papers_tables(number, living, text):
 def test_the_class_word_decides_which_set_is_used(class_word, living):
     assert is_living(class_word) is living
     assert prompts_for(class_word) == (LIVING_PROMPTS if living else OBJECT_PROMPTS)
-
-
-def test_fill_takes_every_way_of_writing_the_subject():
-    assert fill("a photo of {}", "<sks> ball", "ball") == "a photo of <sks> ball"
-    assert fill("{0}, a {1}", "<sks> ball", "ball") == "<sks>, a ball"
-    assert fill("a red {0} {1}", "<style>") == "a red <style>"
-    assert fill("a plain picture", "<sks> ball", "ball") == "a plain picture"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""`tune`: choose a method's values for the embedded base, one axis after the other, on subjects that are not reported.
+
+Every axis tries its candidates with what was best so far, and keeps the one with the highest mean of CLIP-I and DINO.
+Trials are cells of the `quality` suite on the `tune` split, kept as they come, so that a stopped search carries on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import VARIANTS, Settings, run_cells
+from benchmarks.rows import Row, row
+
+Axis = list[Settings]
+AXES: dict[str, list[Axis]] = {
+    "textual_inversion": [
+        [{"lr": lr} for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
+        [{"max_steps": steps} for steps in (500, 1_000)],
+    ],
+    "zoodip": [
+        [{"lr": lr} for lr in (5e-3, 1e-2, 2e-2, 5e-2)],
+        [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (500, 900), (0, 600), (100, 500))],
+        [{"tau": tau, "nu": nu} for tau, nu in ((128, 1e-3), (128, 1e-2), (128, 1e-1), (256, 1e-2), (256, 1e-1))],
+        [{"mu": mu} for mu in (1e-3, 1e-2, 5e-2)],
+    ],
+}
+
+
+def objective(cells: list[dict[str, Any]]) -> float:
+    """Mean over cells of (CLIP-I + DINO) / 2."""
+    return statistics.mean((cell["clip_i"] + cell["dino"]) / 2 for cell in cells)
+
+
+def run(method: str, path: Path, start: Settings | None = None, **kwargs: Any) -> list[Row]:
+    """Searches a method's axes in order.
+
+    Args:
+        method: a key of AXES.
+        path: JSON lines of the cells.
+        start: values to start from, over the variant's own.
+        kwargs: of `run_cells`.
+
+    Returns:
+        A row a trial (its objective) and one that says what was chosen.
+    """
+    rows: list[Row] = []
+    best = VARIANTS[method] | (start or {})
+    for axis in AXES[method]:
+        trials = {" ".join(f"{key}={value:g}" for key, value in change.items()): best | change for change in axis}
+        cells = run_cells(trials, path, split="tune", **kwargs)
+        scores = {name: objective([c for c in cells if c["variant"] == name]) for name in trials}
+        rows += [row("tune", f"{method} {name}", "objective", round(score, 5), "") for name, score in scores.items()]
+        best = trials[max(scores, key=scores.__getitem__)]
+        print(scores, "->", best, flush=True)
+    rows.append(row("tune", method, "chosen", 0.0, "") | {"settings": best})
+    return rows

@@ -1,0 +1,65 @@
+"""What `auto` becomes: complete for every method and base, the papers' numbers where they give some."""
+
+import itertools
+
+import pytest
+
+from mep_lightning import defaults
+from mep_lightning.bases.load import PRECISIONS
+from mep_lightning.errors import UserError
+from mep_lightning.timesteps import PartialUniformTimesteps
+
+EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, (*PRECISIONS, "int4")))
+
+
+@pytest.mark.parametrize(("method", "family", "precision"), EVERYWHERE)
+def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
+    values = defaults.lookup(method, family, precision)
+    needed = {"lr", "eps", "max_steps", "guidance", "sampling_steps", "vectors", "puts_low", "puts_high"}
+    assert needed | ({"mu"} if method == "zoodip" else set()) == set(values)
+    assert all(value > 0 for key, value in values.items() if key != "puts_low")
+    assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)
+    PartialUniformTimesteps(values["puts_low"], values["puts_high"])
+    assert values["puts_high"] <= 1000
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (
+            ("zoodip", "sd1", "int8"),
+            {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900},
+        ),
+        (("zoodip", "sd2", "int8"), {"lr": 1e-2, "mu": 1e-2, "max_steps": 30_000}),
+        (("zoodip", "sdxl", "int8"), {"lr": 5e-3, "mu": 1e-2, "max_steps": 20_000, "puts_low": 700}),
+        (("zoodip", "sd1", "int4"), {"lr": 5e-3, "mu": 1e-2}),
+        (("textual_inversion", "sd1", "fp32"), {"lr": 5e-3, "max_steps": 5_000}),
+    ],
+)
+def test_the_papers_numbers(where, expected):
+    assert expected.items() <= defaults.lookup(*where).items()
+
+
+def test_a_later_row_wins_and_a_star_matches_everything(monkeypatch):
+    rows = [("*", "*", "*", {"a": 1, "b": 1}), ("zoodip", "*", "int8", {"a": 2}), ("zoodip", "tiny", "*", {"a": 3})]
+    monkeypatch.setattr(defaults, "_TABLE", rows)
+    assert defaults.lookup("zoodip", "tiny", "int8") == {"a": 3, "b": 1}
+    assert defaults.lookup("zoodip", "sd1", "int8") == {"a": 2, "b": 1}
+    assert defaults.lookup("textual_inversion", "tiny", "int8") == {"a": 1, "b": 1}
+
+
+def test_what_is_looked_up_may_be_changed_without_changing_the_table():
+    defaults.lookup("zoodip", "tiny", "int8")["lr"] = 7
+    assert defaults.lookup("zoodip", "tiny", "int8")["lr"] != 7
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence", "known"),
+    [
+        (("zoodyp", "tiny", "int8"), "method 'zoodyp' is unknown", defaults.METHODS),
+        (("zoodip", "sd9", "int8"), "base family 'sd9' is unknown", defaults.FAMILIES),
+    ],
+)
+def test_unknown_names_are_answered_with_those_that_are_known(where, sentence, known):
+    with pytest.raises(UserError, match=f"^{sentence}: choose one of {', '.join(known)}$"):
+        defaults.lookup(*where)
