@@ -34,7 +34,7 @@ def test_an_error_and_ctrl_c_keep_what_was_learned_so_far(module, data, trainer_
 
 
 def test_a_real_sigint_in_the_middle_of_training_exports(module, data, trainer_of, tmp_path):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     step = module.training_step
 
     def interrupted(batch, batch_idx):
