@@ -42,6 +42,16 @@ def needs_reference() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def needs_op(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its custom op: to be traced as a whole, or to have a gradient of its own.
+
+    Otherwise the op's body may run as it is; on a CPU the op's dispatch takes longer than a small layer.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def autocast_activation(x: Tensor) -> Tensor:
     """Cast an activation as autocast does before a built-in linear or convolution; weights and scales stay."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

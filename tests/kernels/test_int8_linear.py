@@ -1,5 +1,7 @@
 """The int8 linear: its reference, a float64 product, gradients without a kept weight, and every mode of PyTorch."""
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -161,3 +163,21 @@ def test_cuda_equals_its_reference(dtype):
     q, scale, bias = (t.cuda() for t in layer(64, 128))
     x = torch.randn(5, 128, dtype=dtype, device="cuda")
     assert torch.equal(int8_linear(x, q, scale, bias), int8_linear.reference(x, q, scale, bias))
+
+
+def test_without_a_gradient_the_op_is_passed_by_with_the_same_bits(monkeypatch):
+    x, q, scale = torch.randn(5, 16), *quantize_int8(torch.randn(8, 16))
+    x.requires_grad_()
+    through_the_op = int8_linear(x, q, scale)
+    assert through_the_op.grad_fn is not None
+
+    def refuse(*args):
+        raise AssertionError("the op was called")
+
+    module = sys.modules["mep_lightning.kernels.int8_linear"]  # the function of that name hides it
+    monkeypatch.setattr(module, "_int8_linear", refuse)
+    with torch.no_grad():
+        assert torch.equal(int8_linear(x, q, scale), through_the_op)
+    assert torch.equal(int8_linear(x.detach(), q, scale), through_the_op)
+    with pytest.raises(AssertionError, match="the op was called"):
+        int8_linear(x, q, scale)

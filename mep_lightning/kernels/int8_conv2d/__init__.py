@@ -11,19 +11,21 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mep_lightning.kernels.dequantize import dequantize
-from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_reference
+from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference
 from mep_lightning.kernels.int8_conv2d import reference
 from mep_lightning.kernels.int8_conv2d.reference import Pair
 
 __all__ = ["int8_conv2d"]
 
 
-@torch.library.custom_op("mep_lightning::int8_conv2d", mutates_args=())
-def _int8_conv2d(
+def _forward(
     x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     weight = dequantize(q, scale, x.dtype)
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+
+
+_int8_conv2d = torch.library.custom_op("mep_lightning::int8_conv2d", _forward, mutates_args=())
 
 
 @_int8_conv2d.register_fake
@@ -78,4 +80,5 @@ def int8_conv2d(
     """
     if needs_reference():
         return reference.int8_conv2d(x, q, scale, bias, stride, padding)
-    return _int8_conv2d(autocast_activation(x), q, scale, bias, _pair(stride), _pair(padding))
+    run = _int8_conv2d if needs_op(x, scale, bias) else _forward
+    return run(autocast_activation(x), q, scale, bias, _pair(stride), _pair(padding))

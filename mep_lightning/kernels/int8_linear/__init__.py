@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mep_lightning.kernels.dequantize import dequantize
-from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_reference
+from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference
 from mep_lightning.kernels.int8_linear import reference
 
 __all__ = ["int8_linear"]
 
 
-@torch.library.custom_op("mep_lightning::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, dequantize(q, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+_int8_linear = torch.library.custom_op("mep_lightning::int8_linear", _forward, mutates_args=())
 
 
 @_int8_linear.register_fake
@@ -62,4 +64,5 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     """
     if needs_reference():
         return reference.int8_linear(x, q, scale, bias)
-    return _int8_linear(autocast_activation(x), q, scale, bias)
+    run = _int8_linear if needs_op(x, scale, bias) else _forward
+    return run(autocast_activation(x), q, scale, bias)
