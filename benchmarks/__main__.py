@@ -16,14 +16,17 @@ def main() -> None:
     quality = suites.add_parser("quality", help="methods and ablations on subjects of the tiny world")
     quality.add_argument("--variants", nargs="+", default=None)
     quality.add_argument("--split", choices=["test", "tune"], default="test")
-    quality.add_argument("--subjects", type=int, default=8)
-    quality.add_argument("--seeds", type=int, default=3)
-    quality.add_argument("--images", type=int, default=2, help="pictures a prompt")
-    quality.add_argument("--workers", type=int, default=2)
+    tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
+    tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
+    for suite, subjects, seeds, images in ((quality, 8, 3, 2), (tune, 4, 1, 1)):
+        suite.add_argument("--subjects", type=int, default=subjects)
+        suite.add_argument("--seeds", type=int, default=seeds)
+        suite.add_argument("--images", type=int, default=images, help="pictures a prompt")
+        suite.add_argument("--workers", type=int, default=2)
     tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
-    for suite in (step, quality, tiny):
+    for suite in (step, quality, tune, tiny):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default benchmarks/results/SUITE.json)")
     args = parser.parse_args()
     out = args.out or Path(__file__).parent / "results" / f"{args.suite}.json"
@@ -37,18 +40,17 @@ def main() -> None:
 
         measured = run(args.sets, args.sheet)
     else:
-        from benchmarks.quality import run, table
+        cells = out.with_suffix(".jsonl")
+        size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
+        if args.suite == "tune":
+            from benchmarks.tune import run
 
-        measured = run(
-            out.with_suffix(".jsonl"),
-            args.variants,
-            split=args.split,
-            subjects=args.subjects,
-            seeds=args.seeds,
-            images=args.images,
-            workers=args.workers,
-        )
-        print(table(measured))
+            measured = run(args.method, cells, **size)
+        else:
+            from benchmarks.quality import run, table
+
+            measured = run(cells, args.variants, split=args.split, **size)
+            print(table(measured))
     rows.write(measured, out)
     print(f"written: {out}")
 
