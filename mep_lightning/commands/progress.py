@@ -90,11 +90,16 @@ def _columns() -> int:
 
 
 class _Lines:
-    """Stands in for a terminal in tqdm: every redrawing becomes a line of its own."""
+    """Stands in for a terminal in tqdm: every redrawing that shows something new becomes a line of its own."""
+
+    def __init__(self) -> None:
+        self._last = ""
 
     def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
+        line = text.strip()
+        if line and line != self._last:
+            sys.stderr.write(f"{line}\n")
+            self._last = line
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -57,3 +57,11 @@ def test_the_line_is_there_on_a_terminal_of_any_size(rows, columns):
     last = shown.decode().strip().split("\r")[-1].strip()
     assert re.search(LINE, last), shown.decode()
     assert len(last) <= (columns or 101)
+
+
+def test_a_log_file_gets_every_line_once():
+    environment = {**os.environ, "PYTHONPATH": str(Path(mep_lightning.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", THREE_STEPS], capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stderr.splitlines() if "3/3" in line]
+    assert len(lines) == len(set(lines)) >= 1, done.stderr
+    assert "\r" not in done.stderr
