@@ -7,6 +7,7 @@ import random
 from torch import Tensor
 
 from mep_lightning.templates import OBJECT_TEMPLATES
+from mep_lightning.tiny.names import NAMES
 from mep_lightning.tiny.world import BACKGROUNDS, BADGES, CLASSES, COLORS, PATTERNS, Scenes
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -34,7 +35,8 @@ def scene_caption(scenes: Scenes, named: dict[str, Tensor], index: int, rng: ran
 
     Args:
         scenes: the scenes.
-        named: colour names of paint, second and badge, index into COLORS, -1 where no word names the hue.
+        named: colour names of paint, second and badge, index into COLORS, -1 where no word names the hue; or those of
+            `named_scenes`, whose looks go by their names.
         rng: draws what is said.
         keep: 1.0 says all that can be said.
     """
@@ -42,6 +44,10 @@ def scene_caption(scenes: Scenes, named: dict[str, Tensor], index: int, rng: ran
     def said() -> bool:
         return rng.random() < keep
 
+    if "name" in named:
+        color, kind = int(named["paint"][index]), CLASSES[scenes.kind[index]]
+        phrase = f"{NAMES[named['name'][index]]} {kind}"
+        return _sentence(f"{COLOR_NAMES[color]} {phrase}" if color >= 0 else phrase, scenes, index, rng, keep)
     pattern = PATTERNS[scenes.pattern[index]]
     badge = BADGES[scenes.badge[index]]
     paint = int(named["paint"][index])
@@ -52,8 +58,13 @@ def scene_caption(scenes: Scenes, named: dict[str, Tensor], index: int, rng: ran
         pattern=pattern if (said() if pattern != "plain" else rng.random() < 0.3) else "",
         badge=f"{COLOR_NAMES[named['badge'][index]]} {badge}" if badge != "none" and said() else "",
     )
+    return _sentence(phrase, scenes, index, rng, keep)
+
+
+def _sentence(phrase: str, scenes: Scenes, index: int, rng: random.Random, keep: float) -> str:
+    """The phrase in a template, and perhaps where it is."""
     template = "a {}" if keep == 1.0 or rng.random() < 0.5 else rng.choice(OBJECT_TEMPLATES)
-    place = rng.choice(PLACES[BACKGROUNDS[scenes.background[index]]]) if said() else ""
+    place = rng.choice(PLACES[BACKGROUNDS[scenes.background[index]]]) if rng.random() < keep else ""
     return f"{template.format(phrase)} {place}".strip()
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mep_lightning.tiny.world import BACKGROUNDS, CLASSES, IDENTITY, PALETTE, PATTERNS, Scenes, random_scenes, render
+from mep_lightning.tiny.world import BACKGROUNDS, CLASSES, IDENTITY, Scenes, distinct_look, random_scenes, render
 
 PHOTOS = 5
 # Seeds of the training scenes start at 1,000,000, so neither split was ever seen in training.
@@ -47,22 +47,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def subject(index: int, split: str = "test") -> Subject:
     """The `index`-th subject of a split ("test": reported; "tune": for choosing hyperparameters; "sample": shipped).
 
-    Classes take turns. The paint lies between two palette colours, the object is patterned and wears a badge.
+    Classes take turns; looks are distinct: paint between two palette colours, a pattern, a badge.
     """
     if not 0 <= index < COUNTS[split]:
         raise ValueError(f"no {split} subject {index}: there are {COUNTS[split]}")
     generator = torch.Generator().manual_seed(SEEDS[split] + index)
-    one, _ = random_scenes(1, generator)
-    pair = torch.randperm(len(PALETTE), generator=generator)[:4]
-    between = torch.rand(2, 1, generator=generator) * 0.3 + 0.1
-    identity = one.replace(
-        kind=torch.tensor([index % len(CLASSES)]),
-        paint=torch.lerp(PALETTE[pair[0]], PALETTE[pair[1]], between[0])[None],
-        second=torch.lerp(PALETTE[pair[2]], PALETTE[pair[3]], between[1])[None],
-        pattern=1 + torch.randint(len(PATTERNS) - 1, (1,), generator=generator),
-        badge=1 + torch.randint(3, (1,), generator=generator),
-        badge_paint=PALETTE[pair[3]][None],
-    )
+    identity = distinct_look(generator).replace(kind=torch.tensor([index % len(CLASSES)]))
     views, _ = random_scenes(PHOTOS, generator)
     same = {name: getattr(identity, name).expand(PHOTOS, *getattr(identity, name).shape[1:]) for name in IDENTITY}
     backgrounds = torch.randperm(len(BACKGROUNDS), generator=generator)[:PHOTOS]

@@ -18,7 +18,7 @@ from mep_lightning.tiny.train.text import write_tokenizer
 from mep_lightning.tiny.train.vae import train_vae
 
 
-def train(tmp_path, stop_at=None):
+def train(tmp_path, **options):
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     ema = Ema(model, 0.9)
@@ -27,7 +27,7 @@ def train(tmp_path, stop_at=None):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         return (model(x).float() - x.sum(1, keepdim=True)).pow(2).mean(), {}
 
-    fit("toy", model, loss_fn, steps=12, lr=0.05, out=tmp_path, ema=ema, save_every=5, stop_at=stop_at)
+    fit("toy", model, loss_fn, **({"steps": 12} | options), lr=0.05, out=tmp_path, ema=ema, save_every=5)
     return model, ema
 
 
@@ -41,6 +41,23 @@ def test_a_stopped_run_carries_on_as_if_it_had_not_stopped(tmp_path):
         assert torch.equal(a, b)
     for name, value in average.values.items():
         assert torch.equal(value, resumed_average.values[name])
+
+
+def test_a_parameter_may_learn_faster_than_the_others(tmp_path):
+    moved = {}
+    for factor in (1.0, 10.0):
+        (tmp_path / str(factor)).mkdir()
+        start = nn.Linear(4, 1)
+        torch.manual_seed(0)
+        start.reset_parameters()
+        model, _ = train(tmp_path / str(factor), steps=1, faster={"bias": factor})
+        moved[factor] = [
+            (a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters(), strict=True)
+        ]
+    (weight, bias), (same, faster) = moved.values()
+    assert same == weight and faster == pytest.approx(10 * bias, rel=1e-2)
+    with pytest.raises(ValueError, match="no parameter is named scale"):
+        train(tmp_path, faster={"scale": 2.0})
 
 
 def test_the_average_is_copied_into_the_module(tmp_path):
@@ -67,7 +84,7 @@ def every_stage(out, device, steps):
     """Trains all networks for a few steps, or on to so many; the tokenizer, and the networks by name."""
     tokenizer = write_tokenizer(out / "tokenizer")
     vae = train_vae(out, steps=steps, batch=2, device=device)
-    data = CachedScenes(vae, out, count=500)
+    data = CachedScenes(vae, out, count=500, named=500)
     unet, text_encoder = train_diffusion(data, 1.0, tokenizer, out, steps=steps, batch=2, device=device)
     clip = train_clip(tokenizer, out, steps=steps, batch=4, device=device)
     dino = train_dino(out, steps=steps, batch=4, device=device)

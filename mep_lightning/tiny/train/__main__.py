@@ -20,7 +20,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder of checkpoints; trained stages are not repeated"
     )
     parser.add_argument("--stage", choices=["vae", "diffusion", "encoders", "all"], default="all")
-    parser.add_argument("--diffusion-steps", type=int, default=7_000)
+    parser.add_argument("--diffusion-steps", type=int, default=12_000)
     parser.add_argument(
         "--stop-at", type=int, default=None, help="stop the diffusion stage early, its average as it is"
     )

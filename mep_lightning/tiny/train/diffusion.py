@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.conditioning import token_ids
 from mep_lightning.tiny.captions import scene_caption
+from mep_lightning.tiny.names import named_scenes
 from mep_lightning.tiny.train.loop import Ema, device_of, fit
 from mep_lightning.tiny.train.text import build_text_encoder
 from mep_lightning.tiny.world import Scenes, random_scenes, render
@@ -52,10 +53,12 @@ def build_unet() -> UNet2DConditionModel:
 
 
 class CachedScenes:
-    """Latents of `count` scenes, encoded once and kept on disk; captions are drawn anew each time."""
+    """Latents of scenes, `count` random and `named` of named looks, encoded once and kept on disk; captions are drawn
+    anew each time."""
 
-    def __init__(self, vae: AutoencoderKL, out: Path, count: int = 40_000):
-        drawn = [random_scenes(SCENES_PER_SEED, self._generator(i)) for i in range(count // SCENES_PER_SEED)]
+    def __init__(self, vae: AutoencoderKL, out: Path, count: int = 40_000, named: int = 25_000):
+        kinds = [random_scenes] * (count // SCENES_PER_SEED) + [named_scenes] * (named // SCENES_PER_SEED)
+        drawn = [draw(SCENES_PER_SEED, self._generator(i)) for i, draw in enumerate(kinds)]
         self.parts: list[tuple[Scenes, dict[str, Tensor]]] = drawn
         path = out / "latents.safetensors"
         if not path.exists():
@@ -101,7 +104,7 @@ def train_diffusion(
     scaling_factor: float,
     tokenizer: CLIPTokenizer,
     out: Path,
-    steps: int = 7_000,
+    steps: int = 12_000,
     batch: int = 64,
     stop_at: int | None = None,
     device: str = "cpu",
@@ -130,6 +133,17 @@ def train_diffusion(
         error = (predicted - noise.to(device)).pow(2).mean((1, 2, 3))
         return (weights[t].to(device) * error).mean(), {"eps": error.mean().item()}
 
-    fit("diffusion", model, loss_fn, steps=steps, lr=8e-4, out=out, ema=ema, save_every=250, stop_at=stop_at)
+    fit(
+        "diffusion",
+        model,
+        loss_fn,
+        steps=steps,
+        lr=8e-4,
+        out=out,
+        ema=ema,
+        save_every=250,
+        stop_at=stop_at,
+        faster={"text_encoder.embeddings.token_embedding.weight": 10.0},  # a name is seen once in hundreds of captions
+    )
     ema.copy_to(model)
     return unet.eval(), text_encoder.eval()

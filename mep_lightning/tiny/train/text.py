@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mep_lightning.run_folder import write_atomically
 from mep_lightning.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from mep_lightning.tiny.captions import PLACES
+from mep_lightning.tiny.names import NAMES
 from mep_lightning.tiny.world import BADGES, CLASSES, COLORS, PATTERNS
 
 MAX_TOKENS = 32
@@ -23,7 +24,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 def vocabulary_words() -> list[str]:
     lines = [*OBJECT_TEMPLATES, *STYLE_TEMPLATES, *CLASSES, *COLORS, *PATTERNS, *BADGES, "and with a the of photo"]
     lines += [phrase for phrases in PLACES.values() for phrase in phrases]
-    return sorted({word for line in lines for word in re.findall("[a-z]+", line.lower())})
+    return sorted({word for line in lines for word in re.findall("[a-z]+", line.lower())} | set(NAMES))
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
