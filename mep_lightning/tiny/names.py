@@ -1,8 +1,8 @@
 """Proper names of the tiny world: made-up words, each for one fixed look.
 
-Large text-to-image models know thousands of names, so that one word's embedding can stand for a whole appearance; that
-is what lets a single trained token hold a subject. The tiny world's captions alone would teach a text encoder words for
-one attribute each. Named looks come from seeds of their own, none of them a subject's.
+Captions of attributes alone teach a text encoder words for one attribute each, and a single trained token then holds a
+colour but no pattern. Names are there to teach it that one word can mean a whole appearance, as words do in large
+models' captions. Named looks come from seeds of their own, none of them a subject's.
 """
 
 from __future__ import annotations

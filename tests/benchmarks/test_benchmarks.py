@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import quality, rows, step
+from benchmarks import quality, rows, step, tune
 from mep_lightning import defaults
 
 
@@ -59,3 +59,29 @@ def test_the_step_suite_compares_equal_losses():
         torch.testing.assert_close(
             module.losses(members, draw), step.one_after_the_other(module, members, draw), rtol=1e-5, atol=1e-6
         )
+
+
+def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
+    tried = []
+
+    def run_cells(trials, path, *, split, **kwargs):
+        assert split == "tune"
+        tried.append(trials)
+        return [
+            {"variant": name, "clip_i": -abs(trial["lr"] - 0.2), "dino": -abs(trial.get("mu", 0) - 5)}
+            for name, trial in trials.items()
+            for _ in range(2)
+        ]
+
+    monkeypatch.setattr(tune, "run_cells", run_cells)
+    monkeypatch.setitem(tune.AXES, "zoodip", [[{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3}], [{"mu": 4}, {"mu": 5}]])
+    found = tune.run("zoodip", tmp_path / "cells.jsonl")
+    assert [trial["lr"] for trial in tried[1].values()] == [0.2, 0.2]
+    assert found[-1]["settings"] == quality.VARIANTS["zoodip"] | {"lr": 0.2, "mu": 5}
+    assert len(found) == 6 and found[-1]["value"] == max(r["value"] for r in found) == 0
+
+
+@pytest.mark.parametrize("method", tune.AXES)
+def test_a_search_tries_only_settings_that_there_are(method):
+    known = quality.resolve(quality.VARIANTS[method]).keys()
+    assert all(change.keys() <= known for axis in tune.AXES[method] for change in axis)

@@ -423,7 +423,8 @@ class LoadsLate(Tiny):
 def test_weights_that_found_their_owner_after_loading_are_weights_of_loading(trainer_of, tmp_path):
     trainer_of(MemoryProfiler(), max_steps=1).fit(LoadsLate(), numbers())
     load = read(tmp_path)["phases"]["load"]
-    assert load["breakdown"]["weights"] >= 79 * MIB  # no more than the process grew by, which may reuse a freed page
+    pages = 16 * 4096  # weights are no more than what the process grew by, and it may reuse a few freed pages
+    assert load["breakdown"]["weights"] >= 80 * MIB - pages
     assert sum(load["breakdown"].values()) == load["peak_bytes"]
 
 
