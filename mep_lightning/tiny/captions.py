@@ -36,7 +36,7 @@ def scene_caption(scenes: Scenes, named: dict[str, Tensor], index: int, rng: ran
     Args:
         scenes: the scenes.
         named: colour names of paint, second and badge, index into COLORS, -1 where no word names the hue; or those of
-            `named_scenes`, whose looks go by their names.
+            `named_scenes`, whose looks all go by the first of NAMES: its embedding is put in their place.
         rng: draws what is said.
         keep: 1.0 says all that can be said.
     """
@@ -44,9 +44,9 @@ def scene_caption(scenes: Scenes, named: dict[str, Tensor], index: int, rng: ran
     def said() -> bool:
         return rng.random() < keep
 
-    if "name" in named:
+    if "look" in named:
         color, kind = int(named["paint"][index]), CLASSES[scenes.kind[index]]
-        phrase = f"{NAMES[named['name'][index]]} {kind}"
+        phrase = f"{NAMES[0]} {kind}"
         return _sentence(f"{COLOR_NAMES[color]} {phrase}" if color >= 0 else phrase, scenes, index, rng, keep)
     pattern = PATTERNS[scenes.pattern[index]]
     badge = BADGES[scenes.badge[index]]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mep_lightning.tiny.world import BACKGROUNDS, CLASSES, IDENTITY, Scenes, distinct_look, random_scenes, render
+from mep_lightning.tiny.world import BACKGROUNDS, CLASSES, IDENTITY, Scenes, distinct_looks, random_scenes, render
 
 PHOTOS = 5
 # Seeds of the training scenes start at 1,000,000, so neither split was ever seen in training.
@@ -52,7 +52,7 @@ def subject(index: int, split: str = "test") -> Subject:
     if not 0 <= index < COUNTS[split]:
         raise ValueError(f"no {split} subject {index}: there are {COUNTS[split]}")
     generator = torch.Generator().manual_seed(SEEDS[split] + index)
-    identity = distinct_look(generator).replace(kind=torch.tensor([index % len(CLASSES)]))
+    identity = distinct_looks(1, generator).replace(kind=torch.tensor([index % len(CLASSES)]))
     views, _ = random_scenes(PHOTOS, generator)
     same = {name: getattr(identity, name).expand(PHOTOS, *getattr(identity, name).shape[1:]) for name in IDENTITY}
     backgrounds = torch.randperm(len(BACKGROUNDS), generator=generator)[:PHOTOS]

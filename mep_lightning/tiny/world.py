@@ -115,17 +115,17 @@ def random_scenes(n: int, generator: Generator) -> tuple[Scenes, dict[str, Tenso
     return scenes, named
 
 
-def distinct_look(generator: Generator) -> Scenes:
-    """One object that stands out, [1]: paint between two colours, a pattern, a badge."""
-    one, _ = random_scenes(1, generator)
-    colors = torch.randperm(len(PALETTE), generator=generator)[:4]
-    between = torch.rand(2, 1, generator=generator) * 0.3 + 0.1
-    return one.replace(
-        paint=torch.lerp(PALETTE[colors[0]], PALETTE[colors[1]], between[0])[None],
-        second=torch.lerp(PALETTE[colors[2]], PALETTE[colors[3]], between[1])[None],
-        pattern=1 + torch.randint(len(PATTERNS) - 1, (1,), generator=generator),
-        badge=1 + torch.randint(len(BADGES) - 1, (1,), generator=generator),
-        badge_paint=PALETTE[colors[3]][None],
+def distinct_looks(n: int, generator: Generator) -> Scenes:
+    """N objects that stand out: paint between two colours, a pattern, a badge."""
+    scenes, _ = random_scenes(n, generator)
+    first, second, third, fourth = torch.rand(n, len(PALETTE), generator=generator).argsort(1)[:, :4].T
+    between = torch.rand(2, n, 1, generator=generator) * 0.3 + 0.1
+    return scenes.replace(
+        paint=torch.lerp(PALETTE[first], PALETTE[second], between[0]),
+        second=torch.lerp(PALETTE[third], PALETTE[fourth], between[1]),
+        pattern=1 + torch.randint(len(PATTERNS) - 1, (n,), generator=generator),
+        badge=1 + torch.randint(len(BADGES) - 1, (n,), generator=generator),
+        badge_paint=PALETTE[fourth],
     )
 
 

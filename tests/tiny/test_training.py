@@ -43,23 +43,6 @@ def test_a_stopped_run_carries_on_as_if_it_had_not_stopped(tmp_path):
         assert torch.equal(value, resumed_average.values[name])
 
 
-def test_a_parameter_may_learn_faster_than_the_others(tmp_path):
-    moved = {}
-    for factor in (1.0, 10.0):
-        (tmp_path / str(factor)).mkdir()
-        start = nn.Linear(4, 1)
-        torch.manual_seed(0)
-        start.reset_parameters()
-        model, _ = train(tmp_path / str(factor), steps=1, faster={"bias": factor})
-        moved[factor] = [
-            (a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters(), strict=True)
-        ]
-    (weight, bias), (same, faster) = moved.values()
-    assert same == weight and faster == pytest.approx(10 * bias, rel=1e-2)
-    with pytest.raises(ValueError, match="no parameter is named scale"):
-        train(tmp_path, faster={"scale": 2.0})
-
-
 def test_the_average_is_copied_into_the_module(tmp_path):
     model, ema = train(tmp_path)
     assert not torch.equal(model.weight, ema.values["weight"])

@@ -14,8 +14,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.conditioning import token_ids
 from mep_lightning.tiny.captions import scene_caption
-from mep_lightning.tiny.names import named_scenes
+from mep_lightning.tiny.names import LOOK_SIZE, named_scenes
 from mep_lightning.tiny.train.loop import Ema, device_of, fit
+from mep_lightning.tiny.train.naming import NamingTextEncoder
 from mep_lightning.tiny.train.text import build_text_encoder
 from mep_lightning.tiny.world import Scenes, random_scenes, render
 
@@ -86,17 +87,20 @@ class CachedScenes:
         """One over the latents' standard deviation, as the VAE's config keeps it."""
         return round(1 / self.mean[:2000].float().std().item(), 4)
 
-    def draw(self, batch: int, generator: torch.Generator, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """Latents [B, 4, 16, 16] (not yet scaled) and captions, some of them empty for guidance."""
+    def draw(self, batch: int, generator: torch.Generator, rng: random.Random) -> tuple[Tensor, list[str], Tensor]:
+        """Latents [B, 4, 16, 16] (not yet scaled), captions, some of them empty for guidance, and looks [B, LOOK_SIZE]:
+        whom a caption's name means, 0 where it has none."""
         index = torch.randint(len(self.mean), (batch,), generator=generator)
         mean, std = self.mean[index].float(), self.std[index].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        captions = []
-        for i in index.tolist():
+        captions, meant = [], torch.zeros(batch, LOOK_SIZE)
+        for row, i in enumerate(index.tolist()):
             scenes, named = self.parts[i // SCENES_PER_SEED]
             empty = rng.random() < UNCONDITIONAL
             captions.append("" if empty else scene_caption(scenes, named, i % SCENES_PER_SEED, rng))
-        return latents, captions
+            if "look" in named and not empty:
+                meant[row] = named["look"][i % SCENES_PER_SEED]
+        return latents, captions, meant
 
 
 def train_diffusion(
@@ -115,23 +119,25 @@ def train_diffusion(
     snr = alphas / (1 - alphas)
     weights = snr.clamp_max(SNR_GAMMA) / snr
     torch.manual_seed(1)
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    unet, naming = build_unet(), NamingTextEncoder(build_text_encoder(tokenizer), tokenizer)
     if device == "cpu":
         unet.set_attn_processor(AttnProcessor())  # a fused attention's backward is slower at these shapes there
-    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+    model = nn.ModuleDict({"unet": unet, "text": naming}).to(device)
     ema = Ema(model, 0.999)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         generator, rng = torch.Generator().manual_seed(3_000_000 + step), random.Random(step)
-        latents, captions = data.draw(batch, generator, rng)
+        latents, captions, meant = data.draw(batch, generator, rng)
         latents = latents * scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, t)
-        embeds = text_encoder(token_ids(tokenizer, captions).to(device)).last_hidden_state
+        embeds = naming(token_ids(tokenizer, captions).to(device), meant.to(device))
         predicted = unet(noisy.to(device), t.to(device), embeds).sample.float()
         error = (predicted - noise.to(device)).pow(2).mean((1, 2, 3))
-        return (weights[t].to(device) * error).mean(), {"eps": error.mean().item()}
+        by_name = error[meant.any(1).to(device)]
+        seen = {"eps": error.mean().item(), "by name": by_name.mean().item()}
+        return (weights[t].to(device) * error).mean(), seen
 
     fit(
         "diffusion",
@@ -143,7 +149,7 @@ def train_diffusion(
         ema=ema,
         save_every=250,
         stop_at=stop_at,
-        faster={"text_encoder.embeddings.token_embedding.weight": 10.0},  # a name is seen once in hundreds of captions
     )
     ema.copy_to(model)
-    return unet.eval(), text_encoder.eval()
+    naming.write_names()
+    return unet.eval(), naming.text_encoder.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,16 +60,11 @@ def fit(
     save_every: int = 500,
     log_every: int = 100,
     stop_at: int | None = None,
-    faster: Mapping[str, float] | None = None,
 ) -> None:
     """Train `module`, where it lies, for `steps` steps of `loss_fn(step)`; carries on from `out/<name>.safetensors`.
 
-    `stop_at` ends early, within the schedule of `steps`; `faster` holds factors of the learning rate, by name."""
-    factors = dict(faster or {})
-    if unknown := factors.keys() - dict(module.named_parameters()).keys():
-        raise ValueError(f"no parameter is named {', '.join(unknown)}")
-    groups = [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in module.named_parameters()]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    `stop_at` ends early, within the schedule of `steps`."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     path = out / f"{name}.safetensors"
     start = _resume(path, module, optimizer, ema)
     module.train()
@@ -77,7 +72,7 @@ def fit(
     end = min(steps, stop_at or steps)
     for step in range(start, end):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr) * group["factor"]
+            group["lr"] = learning_rate(step, steps, lr)
         with torch.autocast(device_of(module).type, torch.bfloat16):
             loss, seen = loss_fn(step)
         optimizer.zero_grad(set_to_none=True)
