@@ -72,7 +72,7 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
     kind = getattr(parts, settings["estimator"])
     module = PersonalizationModule(
         precision=settings["precision"],
-        adapter=TokenEmbedding(vectors=settings["vectors"]),
+        adapter=TokenEmbedding(),
         estimator=kind() if kind is parts.Backprop else kind(settings["n"], settings["mu"], settings["normalize"]),
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings.get("tau") else None,
         lr=settings["lr"],

@@ -15,9 +15,7 @@ FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
 _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("*", "*", "*", {"vectors": 1}),
-    # A token of tiny is 128 numbers against 768 and more: four of them come nearer to what one of SD1.5's can hold.
-    ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20, "vectors": 4}),
+    ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20}),
     ("*", "sd1", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sd2", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sdxl", "*", {"guidance": 7.5, "sampling_steps": 50}),

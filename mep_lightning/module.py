@@ -137,8 +137,6 @@ class PersonalizationModule(LightningModule):
         values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
         self.lr = values["lr"] if self.lr == "auto" else self.lr
         self.eps = values["eps"] if self.eps == "auto" else self.eps
-        if getattr(self.adapter, "vectors", None) == "auto":
-            self.adapter.vectors = values["vectors"]
         if isinstance(self.estimator, ZerothOrderEstimator):
             if self.estimator.mu == "auto":
                 if "mu" not in values:

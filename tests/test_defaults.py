@@ -15,7 +15,7 @@ EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, (*PRECI
 @pytest.mark.parametrize(("method", "family", "precision"), EVERYWHERE)
 def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
     values = defaults.lookup(method, family, precision)
-    needed = {"lr", "eps", "max_steps", "guidance", "sampling_steps", "vectors", "puts_low", "puts_high"}
+    needed = {"lr", "eps", "max_steps", "guidance", "sampling_steps", "puts_low", "puts_high"}
     assert needed | ({"mu"} if method == "zoodip" else set()) == set(values)
     assert all(value > 0 for key, value in values.items() if key != "puts_low")
     assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)

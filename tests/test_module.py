@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from mep_lightning import PersonalizationModule, SubjectData, defaults
+from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
@@ -47,14 +47,6 @@ def fitted(steps, tmp_path, mod=None, **kwargs):
     run = trainer(steps, tmp_path, **kwargs)
     run.fit(mod, SubjectData(seed=0))
     return mod, run
-
-
-@pytest.mark.parametrize(("vectors", "expected"), [("auto", 3), (2, 2)])
-def test_a_token_has_as_many_vectors_as_the_table_says_unless_told(monkeypatch, vectors, expected):
-    monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("*", "tiny", "*", {"vectors": 3})])
-    mod = module(vectors=vectors)
-    mod.load()
-    assert mod.adapter.theta.shape == (expected, 128) and mod.adapter.vectors == expected
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

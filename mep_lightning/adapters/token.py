@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,18 +26,17 @@ class TokenEmbedding(Adapter):
     Args:
         token: the token's name in prompts.
         init: a word whose embedding it starts from; "auto" is the class word. It must be one token of the base.
-        vectors: how many vectors it has; all start the same. "auto" is what the module's table of defaults says for the
-            base, and 1 without a module.
+        vectors: how many vectors it has; all start the same.
 
     Raises:
         UserError: the token has spaces, or `vectors` is not positive.
     """
 
-    def __init__(self, token: str = "<sks>", init: str = "auto", vectors: int | Literal["auto"] = "auto"):
+    def __init__(self, token: str = "<sks>", init: str = "auto", vectors: int = 1):
         super().__init__()
         if not token or len(token.split()) != 1:
             raise UserError(f"the token {token!r} must be one word without spaces, such as <sks>")
-        if vectors != "auto" and vectors < 1:
+        if vectors < 1:
             raise UserError(f"vectors is {vectors}: a token needs at least one")
         self.token, self.init, self.vectors = token, init, vectors
         self.register_parameter("theta", None)
@@ -47,8 +45,6 @@ class TokenEmbedding(Adapter):
         """Start from the embedding of `init`; `theta` is [vectors, D]."""
         if self.theta is not None:
             self.vectors = len(self.theta)
-        elif self.vectors == "auto":
-            self.vectors = 1
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
         table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
         if self.theta is None:

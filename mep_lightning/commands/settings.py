@@ -20,7 +20,6 @@ from mep_lightning.run_folder import RunFolder, write_atomically
 AUTO_KEYS = {
     "model.lr": "lr",
     "model.eps": "eps",
-    "model.adapter.init_args.vectors": "vectors",
     "model.estimator.init_args.mu": "mu",
     "trainer.max_steps": "max_steps",
     "samples.steps": "sampling_steps",
