@@ -74,14 +74,16 @@ def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
         ]
 
     monkeypatch.setattr(tune, "run_cells", run_cells)
+    monkeypatch.setitem(tune.START, "zoodip", {"lr": 0.3, "mu": 4})
     monkeypatch.setitem(tune.AXES, "zoodip", [[{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3}], [{"mu": 4}, {"mu": 5}]])
     found = tune.run("zoodip", tmp_path / "cells.jsonl")
-    assert [trial["lr"] for trial in tried[1].values()] == [0.2, 0.2]
+    assert [trial["lr"] for trial in tried[0].values()] == [0.1, 0.2, 0.3]
+    assert [(trial["lr"], trial["mu"]) for trial in tried[1].values()] == [(0.2, 5)]  # mu=4 was tried already
     assert found[-1]["settings"] == quality.VARIANTS["zoodip"] | {"lr": 0.2, "mu": 5}
-    assert len(found) == 6 and found[-1]["value"] == max(r["value"] for r in found) == 0
+    assert [r["value"] for r in found] == pytest.approx([-0.55, -0.5, -0.55, -0.5, 0, 0])
 
 
 @pytest.mark.parametrize("method", tune.AXES)
 def test_a_search_tries_only_settings_that_there_are(method):
     known = quality.resolve(quality.VARIANTS[method]).keys()
-    assert all(change.keys() <= known for axis in tune.AXES[method] for change in axis)
+    assert all(change.keys() <= known for axis in tune.AXES[method] for change in (*axis, tune.START[method]))
