@@ -30,10 +30,10 @@ ZOODIP: Settings = {
     "method": "zoodip",
     "estimator": "RandomGradientEstimator",
     "precision": "int8",
-    "n": 2,
+    "n": 8,
     "normalize": True,
-    "tau": 128,
-    "nu": 1e-3,
+    "tau": 16,
+    "nu": 1e-2,
     "puts": True,
 }
 NAIVE: Settings = ZOODIP | {"tau": None, "puts": False}
@@ -46,6 +46,7 @@ VARIANTS: dict[str, Settings] = {
     "zo+sg": ZOODIP | {"puts": False},
     "zo+puts": ZOODIP | {"tau": None},
     "zoodip n=1": ZOODIP | {"n": 1},
+    "zoodip n=2": ZOODIP | {"n": 2},
     "zoodip n=4": ZOODIP | {"n": 4},
     "zoodip spsa": ZOODIP | {"estimator": "SPSAEstimator"},
     "zoodip one-point": ZOODIP | {"estimator": "OnePointEstimator"},

@@ -17,7 +17,7 @@ from benchmarks.rows import Row, row
 Axis = list[Settings]
 START: dict[str, Settings] = {
     "textual_inversion": {"lr": 5e-3, "max_steps": 300},
-    "zoodip": {"lr": 1e-2, "mu": 1e-3, "tau": 32, "nu": 1e-3, "max_steps": 2_000},
+    "zoodip": {"lr": 4e-3, "mu": 1e-3, "tau": 32, "nu": 1e-2, "puts_low": 0, "puts_high": 500, "max_steps": 1_000},
 }
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
 AXES: dict[str, list[Axis]] = {
@@ -26,11 +26,10 @@ AXES: dict[str, list[Axis]] = {
         [{"max_steps": steps} for steps in (300, 600, 1_000)],
     ],
     "zoodip": [
-        [{"puts_low": low, "puts_high": high} for low, high in ((500, 900), (0, 1000), (0, 600), (0, 400))],
-        [{"lr": lr} for lr in (5e-3, 1e-2, 2e-2)],
-        [{"tau": tau} for tau in (16, 32, 128)],
+        [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)],
+        [{"puts_low": low, "puts_high": high} for low, high in ((500, 900), (0, 1000), (0, 500))],
+        [{"tau": tau} for tau in (8, 16, 32, 64)],
         [{"nu": nu} for nu in (1e-3, 1e-2, 1e-1)],
-        [{"mu": mu} for mu in (1e-3, 1e-2)],
     ],
 }
 
