@@ -27,7 +27,7 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("zoodip", "*", "fp16", {"mu": 1e-2}),
     ("zoodip", "tiny", "*", {"lr": 8e-3, "max_steps": 2_000, "puts_low": 0, "puts_high": 500}),
     ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
-    ("textual_inversion", "tiny", "*", {"max_steps": 1_000}),
+    ("textual_inversion", "tiny", "*", {"max_steps": 600}),
 ]
 
 
