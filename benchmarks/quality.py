@@ -57,8 +57,10 @@ def resolve(settings: Settings) -> Settings:
     """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
     from mep_lightning import defaults
 
-    timesteps = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in ("puts_low", "puts_high")}
-    return defaults.lookup(settings["method"], "tiny", settings["precision"]) | timesteps | settings
+    bounds = ("puts_low", "puts_high")
+    narrowed = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in bounds}
+    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | narrowed | settings
+    return {key: value for key, value in resolved.items() if settings["puts"] or key not in bounds}
 
 
 def train(settings: Settings, data: Any, seed: int) -> Any:

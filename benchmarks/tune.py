@@ -26,9 +26,9 @@ AXES: dict[str, list[Axis]] = {
         [{"max_steps": steps} for steps in (300, 600, 1_000)],
     ],
     "zoodip": [
-        [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)],
+        [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
         [{"puts_low": low, "puts_high": high} for low, high in ((500, 900), (0, 1000), (0, 500))],
-        [{"tau": tau} for tau in (8, 16, 32, 64)],
+        [{"tau": tau} for tau in (16, 32, 64)],
         [{"nu": nu} for nu in (1e-3, 1e-2, 1e-1)],
     ],
 }

@@ -83,6 +83,13 @@ def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
     assert [r["value"] for r in found] == pytest.approx([-0.55, -0.5, -0.55, -0.5, 0, 0])
 
 
+def test_bounds_that_a_variant_does_not_use_are_none_of_its_settings(monkeypatch):
+    before = {name: quality.resolve(settings) for name, settings in quality.VARIANTS.items()}
+    monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"puts_high": 321})])
+    changed = {name for name, settings in quality.VARIANTS.items() if quality.resolve(settings) != before[name]}
+    assert changed == {name for name, settings in quality.VARIANTS.items() if settings["puts"]}
+
+
 @pytest.mark.parametrize("method", tune.AXES)
 def test_a_search_tries_only_settings_that_there_are(method):
     known = quality.resolve(quality.VARIANTS[method]).keys()

@@ -7,13 +7,15 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.tiny import captioned, identity_margin, top1
+from mep_lightning.bases import encode_prompts, predict_noise
 from mep_lightning.bases.conditioning import token_ids
 from mep_lightning.evaluation import ClipEncoder, DinoEncoder, generate
 from mep_lightning.tiny import BASE, CLIP, DINO, WEIGHTS, sample_photos
+from mep_lightning.tiny.names import NAMES, looks
 from mep_lightning.tiny.subjects import to_pil
 from mep_lightning.tiny.train.text import vocabulary_words
 from mep_lightning.tiny.train.vae import psnr
-from mep_lightning.tiny.world import random_scenes, render
+from mep_lightning.tiny.world import CLASSES, IDENTITY, random_scenes, render
 
 
 def test_everything_together_is_under_40_mb():
@@ -75,6 +77,25 @@ def test_samples_follow_their_captions(tiny_base):
     assert top1(clip, captions, to_pil(images)) >= 0.9
     pictures = generate(tiny_base, captions, [0] * len(captions), steps=20, guidance=3.0, batch_size=16)
     assert top1(clip, captions, pictures) >= 0.75
+
+
+def test_a_name_means_its_own_look(tiny_base):
+    """Scenes of names' looks are denoised better with their own names than with another's."""
+    count = 32
+    views, _ = random_scenes(count, torch.Generator().manual_seed(29_998))
+    own = {field: getattr(looks(), field)[:count] for field in IDENTITY if field != "kind"}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), tiny_base.borrowed_vae() as vae:
+        latents = vae.encode(render(views.replace(**own)) * 2 - 1).latent_dist.mean * tiny_base.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        timestep = torch.linspace(50, 600, count).long()
+        noisy = tiny_base.scheduler.add_noise(latents, noise, timestep)
+        errors = []
+        for names in (NAMES[:count], NAMES[count : 2 * count]):
+            captions = [f"a {name} {CLASSES[kind]}" for name, kind in zip(names, views.kind, strict=True)]
+            predicted = predict_noise(tiny_base.unet, noisy, timestep, encode_prompts(tiny_base, captions))
+            errors.append((predicted - noise).pow(2).mean((1, 2, 3)))
+    assert (errors[0] < errors[1]).float().mean() > 0.8
 
 
 def test_the_dino_encoder_tells_subjects_of_one_class_apart():

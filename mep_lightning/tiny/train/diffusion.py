@@ -139,17 +139,7 @@ def train_diffusion(
         seen = {"eps": error.mean().item(), "by name": by_name.mean().item()}
         return (weights[t].to(device) * error).mean(), seen
 
-    fit(
-        "diffusion",
-        model,
-        loss_fn,
-        steps=steps,
-        lr=8e-4,
-        out=out,
-        ema=ema,
-        save_every=250,
-        stop_at=stop_at,
-    )
+    fit("diffusion", model, loss_fn, steps=steps, lr=8e-4, out=out, ema=ema, save_every=250, stop_at=stop_at)
     ema.copy_to(model)
     naming.write_names()
     return unet.eval(), naming.text_encoder.eval()
