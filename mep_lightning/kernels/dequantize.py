@@ -28,7 +28,7 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         scale: fp32 [O].
         dtype: what the weight becomes.
     """
-    scale = per_output(scale.detach(), q.dim())
+    scale = per_output(scale, q.dim())
     wide = torch.promote_types(dtype, torch.float32)
     if q.is_cuda and wide == scale.dtype:
         return torch.mul(q, scale, out=torch.empty_like(q, dtype=dtype))

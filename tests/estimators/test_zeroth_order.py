@@ -14,7 +14,7 @@ from mep_lightning.estimators import (
     RandomGradientEstimator,
     SPSAEstimator,
 )
-from mep_lightning.estimators.perturbation import combine, direction, displaced, perturb
+from mep_lightning.estimators.perturbation import DRAWN_TOGETHER, combine, direction, displaced, perturb
 
 ZEROTH_ORDER = [RandomGradientEstimator, SPSAEstimator, OnePointEstimator]
 D = 6
@@ -178,10 +178,12 @@ def test_an_estimate_is_a_pure_function_of_seed_and_step(cls):
     assert not torch.isclose(grad(3, 7), grad(4, 7)).any()
 
 
-def test_the_directions_do_not_depend_on_how_many_there_are():
-    theta = torch.randn(5)
+@pytest.mark.parametrize("size", [5, DRAWN_TOGETHER // 3, DRAWN_TOGETHER + 1])
+def test_the_directions_do_not_depend_on_how_many_there_are(size):
+    theta = torch.randn(size)
     few, many = (perturb(theta, RandomGradientEstimator(n=n).probes, 1e-3, 0, 4) for n in (2, 5))
     assert torch.equal(few, many[:3])
+    assert torch.equal(many[5], displaced(theta, (4, 1.0), 1e-3, 0, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

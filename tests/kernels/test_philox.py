@@ -159,11 +159,28 @@ def test_seeds_count_modulo_64_bits():
     assert not torch.equal(philox_normal(1 << 32, 0, 0, 0, 8), philox_normal(0, 0, 0, 0, 8))
 
 
+@pytest.mark.parametrize("numel", [1, 6, 768, 4 * CPU_BLOCKS + 3])
+@pytest.mark.parametrize("draw", [philox_normal, philox_normal.reference], ids=["op", "reference"])
+def test_members_drawn_together_equal_members_drawn_alone(draw, numel):
+    members = [7, 0, WORD]
+    together = draw(5, 1, members, 3, numel)
+    assert together.shape == (3, numel)
+    for member, noise in zip(members, together, strict=True):
+        assert torch.equal(noise, draw(5, 1, member, 3, numel))
+
+
+def test_no_member_draws_nothing():
+    assert philox_normal(5, 1, [], 3, 10).shape == (0, 10)
+
+
 @pytest.mark.parametrize("name", ["step", "member", "param_id"])
 @pytest.mark.parametrize("value", [-1, 1 << 32])
 def test_a_word_out_of_range_is_refused_rather_than_wrapped(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         philox_normal(**{"seed": 0, "step": 0, "member": 0, "param_id": 0, "numel": 4, name: value})
+    if name == "member":
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            philox_normal(0, 0, [0, value], 0, 4)
 
 
 def test_the_global_generators_are_left_alone():
@@ -173,14 +190,16 @@ def test_the_global_generators_are_left_alone():
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.mep_lightning.philox_normal.default, (0, 1, 2, 3, 10))
-    torch.library.opcheck(torch.ops.mep_lightning.philox_normal.default, (-1, 1, 2, 3, 8, torch.device("cpu")))
+    torch.library.opcheck(torch.ops.mep_lightning.philox_normal.default, (0, 1, [2], 3, 10))
+    torch.library.opcheck(torch.ops.mep_lightning.philox_normal.default, (-1, 1, [2, 0], 3, 8, torch.device("cpu")))
 
 
 def test_works_under_fake_tensors():
     with FakeTensorMode():
         fake = philox_normal(0, 1, 2, 3, 10, device="cpu")
+        several = philox_normal(0, 1, [2, 3], 3, 10, device="cpu")
     assert (fake.shape, fake.dtype, fake.device) == ((10,), torch.float32, torch.device("cpu"))
+    assert several.shape == (2, 10)
 
 
 @pytest.mark.gpu

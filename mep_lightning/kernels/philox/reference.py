@@ -7,6 +7,8 @@ function of (seed, step, member, parameter id, element). Lane `element % 4` of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ SMALLEST_UNIFORM = 1.0e-7  # Box-Muller takes a logarithm
 TWO_PI = 6.283185307179586
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Member = int | Sequence[int]
 
 
 def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int, rounds: int = 10) -> Words:
@@ -38,9 +41,19 @@ def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
     return c0, c1, c2, c3
 
 
-def philox_blocks(blocks: Tensor, seed: int, step: int, member: int, param_id: int) -> Words:
-    """The random words of some blocks of four elements. blocks [N] int64 -> four [N], low 32 bits valid."""
-    c1, c2, c3 = (torch.tensor([word], device=blocks.device) for word in (step, member, param_id))  # [1], broadcast
+def philox_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int) -> Words:
+    """The random words of some blocks of four elements.
+
+    Args:
+        blocks: int64 [N].
+        seed, step, param_id: as in `mep_lightning.kernels.philox_normal`.
+        member: one number, or M.
+
+    Returns:
+        Four int64 [N], or [M, N]; their low 32 bits are valid.
+    """
+    c1, c3 = (torch.tensor([word], device=blocks.device) for word in (step, param_id))  # [1], broadcast
+    c2 = torch.tensor(member, dtype=torch.int64, device=blocks.device)[..., None]  # [1] or [M, 1]
     return philox_4x32(blocks, c1, c2, c3, seed & WORD, (seed >> 32) & WORD)
 
 
@@ -57,8 +70,8 @@ def box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def normal_blocks(blocks: Tensor, seed: int, step: int, member: int, param_id: int) -> Tensor:
-    """The normals of some blocks. blocks [N] int64 -> [N, 4] fp32."""
+def normal_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int) -> Tensor:
+    """The normals of some blocks. blocks int64 [N] -> fp32 [N, 4], or [M, N, 4] for M members."""
     w0, w1, w2, w3 = philox_blocks(blocks, seed, step, member, param_id)
     return torch.stack((*box_muller(uniform(w0), uniform(w1)), *box_muller(uniform(w2), uniform(w3))), dim=-1)
 
@@ -77,8 +90,8 @@ def philox_uint32(
 
 
 def philox_normal(
-    seed: int, step: int, member: int, param_id: int, numel: int, device: torch.device | None = None
+    seed: int, step: int, member: Member, param_id: int, numel: int, device: torch.device | None = None
 ) -> Tensor:
-    """fp32 [numel]; arguments as in `mep_lightning.kernels.philox_normal`."""
+    """fp32 [numel], or [M, numel]; arguments as in `mep_lightning.kernels.philox_normal`."""
     blocks = torch.arange(-(-numel // 4), device=device)
-    return normal_blocks(blocks, seed, step, member, param_id).view(-1)[:numel]
+    return normal_blocks(blocks, seed, step, member, param_id).flatten(-2)[..., :numel]
