@@ -25,18 +25,22 @@ from benchmarks.rows import Row, row
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
 Settings = dict[str, Any]
 
-BACKPROP: Settings = {"method": "textual_inversion", "estimator": "Backprop", "precision": "fp32", "puts": False}
+BACKPROP: Settings = {
+    "method": "textual_inversion",
+    "estimator": "Backprop",
+    "precision": "fp32",
+    "sg": False,
+    "puts": False,
+}
 ZOODIP: Settings = {
     "method": "zoodip",
     "estimator": "RandomGradientEstimator",
     "precision": "int8",
-    "n": 8,
     "normalize": True,
-    "tau": 16,
-    "nu": 1e-2,
+    "sg": True,
     "puts": True,
 }
-NAIVE: Settings = ZOODIP | {"tau": None, "puts": False}
+NAIVE: Settings = ZOODIP | {"sg": False, "puts": False}
 VARIANTS: dict[str, Settings] = {
     "untrained": BACKPROP | {"max_steps": 0},
     "textual_inversion": BACKPROP,
@@ -44,7 +48,7 @@ VARIANTS: dict[str, Settings] = {
     "zoodip": ZOODIP,
     "zo": NAIVE,
     "zo+sg": ZOODIP | {"puts": False},
-    "zo+puts": ZOODIP | {"tau": None},
+    "zo+puts": ZOODIP | {"sg": False},
     "zoodip n=1": ZOODIP | {"n": 1},
     "zoodip n=2": ZOODIP | {"n": 2},
     "zoodip n=4": ZOODIP | {"n": 4},
@@ -53,14 +57,18 @@ VARIANTS: dict[str, Settings] = {
 }
 
 
+SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
+"""Parts that a variant may lack, and the settings that are theirs."""
+
+
 def resolve(settings: Settings) -> Settings:
     """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
     from mep_lightning import defaults
 
-    bounds = ("puts_low", "puts_high")
-    narrowed = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in bounds}
-    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | narrowed | settings
-    return {key: value for key, value in resolved.items() if settings["puts"] or key not in bounds}
+    bounds = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in SWITCHES["puts"]}
+    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | settings
+    unused = {key for switch, keys in SWITCHES.items() if not settings[switch] for key in keys}
+    return {key: value for key, value in resolved.items() if key not in unused}
 
 
 def train(settings: Settings, data: Any, seed: int) -> Any:
@@ -77,8 +85,9 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
         precision=settings["precision"],
         adapter=TokenEmbedding(),
         estimator=kind() if kind is parts.Backprop else kind(settings["n"], settings["mu"], settings["normalize"]),
-        subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings.get("tau") else None,
+        subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
         lr=settings["lr"],
+        lr_scheduler=settings["lr_scheduler"],
         eps=settings["eps"],
         seed=seed,
         method=settings["method"],

@@ -7,6 +7,7 @@ Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mep_lightning.errors import UserError
@@ -16,18 +17,21 @@ FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
 _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("*", "*", "*", {"lr_scheduler": "constant"}),
     ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20}),
     ("*", "sd1", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sd2", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sdxl", "*", {"guidance": 7.5, "sampling_steps": 50}),
-    ("zoodip", "*", "*", {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900}),
+    ("zoodip", "*", "*", {"n": 2, "mu": 1e-3, "tau": 128, "nu": 1e-3, "puts_low": 500, "puts_high": 900}),
+    ("zoodip", "*", "*", {"lr": 5e-3, "eps": 1e-3, "max_steps": 30_000}),
     ("zoodip", "sd2", "*", {"lr": 1e-2, "mu": 1e-2}),
     ("zoodip", "sdxl", "*", {"mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 1000}),
     ("zoodip", "*", "int4", {"mu": 1e-2}),
     ("zoodip", "*", "bf16", {"mu": 1e-2}),  # 1e-3 drowns in half precision's rounding
     ("zoodip", "*", "fp16", {"mu": 1e-2}),
-    # The search's lr, for n=8 and a subspace of tau=16. Timesteps made no difference: (0, 500) .338, (0, 1000) .342.
-    ("zoodip", "tiny", "*", {"lr": 8e-3, "max_steps": 2_000, "puts_low": 0, "puts_high": 500}),
+    # A token of tiny has 128 dimensions, not 768 and more: shorter paths, and directions that cost little.
+    ("zoodip", "tiny", "*", {"n": 8, "tau": 16, "nu": 1e-2, "puts_low": 0, "puts_high": 1000}),
+    ("zoodip", "tiny", "*", {"lr": 1.2e-2, "lr_scheduler": "linear", "max_steps": 2_000}),
     ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
     ("textual_inversion", "tiny", "*", {"max_steps": 600}),
 ]
@@ -37,8 +41,8 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
 
     Returns:
-        lr, eps, max_steps, guidance, sampling_steps; also mu, puts_low and puts_high where the
-        method has them.
+        lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps; also n, mu, tau and nu where
+        the method has them.
 
     Raises:
         UserError: the method or family is unknown.
@@ -52,3 +56,30 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
         if row_method in ("*", method) and row_family in ("*", family) and row_precision in ("*", precision):
             values |= row
     return values
+
+
+def fill_in(part: object, values: Mapping[str, Any], method: str) -> None:
+    """Replace every "auto" among a part's settings, in place.
+
+    Args:
+        part: its class names in `AUTO` the settings that may be "auto", each with its column in the table.
+        values: what `lookup` answered.
+        method: whose values they are; named in the message.
+
+    Raises:
+        UserError: a setting is "auto", and the method has no value for it.
+    """
+    for setting, column in getattr(part, "AUTO", {}).items():
+        if getattr(part, setting) == "auto":
+            setattr(part, setting, value(values, column, f"{type(part).__name__}.{setting}", method))
+
+
+def value(values: Mapping[str, Any], column: str, setting: str, method: str) -> Any:
+    """One of the values that `lookup` answered with, for a setting that is "auto".
+
+    Raises:
+        UserError: there is none.
+    """
+    if column not in values:
+        raise UserError(f"{setting} is auto, and {method} has no default for it: give it a number.")
+    return values[column]

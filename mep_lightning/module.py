@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.optimization import get_scheduler
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
@@ -60,12 +63,16 @@ class PersonalizationModule(LightningModule):
         subspace: a `SubspaceGradient` that denoises it, or None.
         timesteps: which timesteps are drawn; all by default (the `PUTS` callback narrows them).
         lr: Adam's learning rate; "auto" is the method's own for this base.
+        lr_scheduler: how lr goes on: "constant", or down to 0 at the last step, "linear" or as a "cosine"; "auto" as
+            for lr.
         betas: Adam's.
         eps: Adam's; "auto" as for lr.
         weight_decay: Adam's.
         seed: of noise, timesteps, prompts and perturbations; the same seed gives bitwise the same adapter.
         method: the name under which `auto` values are looked up; told from the parts when None.
     """
+
+    AUTO: ClassVar[dict[str, str]] = {"lr": "lr", "lr_scheduler": "lr_scheduler", "eps": "eps"}
 
     def __init__(
         self,
@@ -76,6 +83,7 @@ class PersonalizationModule(LightningModule):
         subspace: SubspaceGradient | None = None,
         timesteps: TimestepSampler | None = None,
         lr: float | Literal["auto"] = "auto",
+        lr_scheduler: Literal["auto", "constant", "linear", "cosine"] = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
@@ -95,7 +103,8 @@ class PersonalizationModule(LightningModule):
         self.estimator = estimator if estimator is not None else Backprop()
         self.subspace = subspace
         self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr, self.lr_scheduler = lr, lr_scheduler
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
         self.class_word: str | None = None
         self.base: Base | None = None
@@ -135,25 +144,28 @@ class PersonalizationModule(LightningModule):
 
     def _fill_in_defaults(self) -> None:
         values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
-        self.lr = values["lr"] if self.lr == "auto" else self.lr
-        self.eps = values["eps"] if self.eps == "auto" else self.eps
-        if isinstance(self.estimator, ZerothOrderEstimator):
-            if self.estimator.mu == "auto":
-                if "mu" not in values:
-                    raise UserError(f"mu is auto, and {self.method} has no default for it: give the estimator a number")
-                self.estimator.mu = values["mu"]
-            if self.precision in ROUNDING and self.estimator.step_size < ROUNDING[self.precision]:
-                rank_zero_warn(
-                    f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training "
-                    f"may diverge: take mu {ROUNDING[self.precision]:g} or more, or precision int8 or fp32"
-                )
+        for part in (self, self.estimator, self.subspace):
+            defaults.fill_in(part, values, self.method)
+        least = ROUNDING.get(self.precision, 0.0)
+        if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
+            rank_zero_warn(
+                f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training may "
+                f"diverge: take mu {least:g} or more, or precision int8 or fp32"
+            )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the adapter, in fp32."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
         assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        return torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
+        if self.lr_scheduler == "constant" or self._trainer is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise UserError(f"model.lr_scheduler {self.lr_scheduler} needs an end to run to: set trainer.max_steps.")
+        schedule = get_scheduler(self.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -172,6 +184,8 @@ class PersonalizationModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
         optimizer.step()
+        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):  # manual optimisation steps it by hand
+            scheduler.step()
         if self.subspace:
             self.subspace.observe(theta.detach())
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=len(draw.prompts))

@@ -1,6 +1,7 @@
 """What `auto` becomes: complete for every method and base, the papers' numbers where they give some."""
 
 import itertools
+from typing import ClassVar
 
 import pytest
 
@@ -15,9 +16,9 @@ EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, (*PRECI
 @pytest.mark.parametrize(("method", "family", "precision"), EVERYWHERE)
 def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
     values = defaults.lookup(method, family, precision)
-    needed = {"lr", "eps", "max_steps", "guidance", "sampling_steps", "puts_low", "puts_high"}
-    assert needed | ({"mu"} if method == "zoodip" else set()) == set(values)
-    assert all(value > 0 for key, value in values.items() if key != "puts_low")
+    needed = {"lr", "lr_scheduler", "eps", "max_steps", "guidance", "sampling_steps", "puts_low", "puts_high"}
+    assert needed | ({"n", "mu", "tau", "nu"} if method == "zoodip" else set()) == set(values)
+    assert all(value > 0 for key, value in values.items() if key not in ("puts_low", "lr_scheduler"))
     assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)
     PartialUniformTimesteps(values["puts_low"], values["puts_high"])
     assert values["puts_high"] <= 1000
@@ -30,6 +31,7 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
             ("zoodip", "sd1", "int8"),
             {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900},
         ),
+        (("zoodip", "sd1", "int8"), {"n": 2, "tau": 128, "nu": 1e-3}),
         (("zoodip", "sd2", "int8"), {"lr": 1e-2, "mu": 1e-2, "max_steps": 30_000}),
         (("zoodip", "sdxl", "int8"), {"lr": 5e-3, "mu": 1e-2, "max_steps": 20_000, "puts_low": 700}),
         (("zoodip", "sd1", "int4"), {"lr": 5e-3, "mu": 1e-2}),
@@ -63,3 +65,22 @@ def test_what_is_looked_up_may_be_changed_without_changing_the_table():
 def test_unknown_names_are_answered_with_those_that_are_known(where, sentence, known):
     with pytest.raises(UserError, match=f"^{sentence}: choose one of {', '.join(known)}$"):
         defaults.lookup(*where)
+
+
+class Part:
+    AUTO: ClassVar = {"speed": "lr", "size": "n"}
+
+    def __init__(self, speed, size):
+        self.speed, self.size = speed, size
+
+
+def test_auto_settings_are_filled_in_and_others_left():
+    part = Part("auto", 3)
+    defaults.fill_in(part, {"lr": 7, "n": 1}, "zoodip")
+    assert (part.speed, part.size) == (7, 3)
+    defaults.fill_in(object(), {}, "zoodip")  # a part without such settings
+
+
+def test_an_auto_setting_without_a_default_is_named():
+    with pytest.raises(UserError, match="^Part.size is auto, and zoodip has no default for it: give it a number.$"):
+        defaults.fill_in(Part(1, "auto"), {"lr": 7}, "zoodip")

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 
-from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
@@ -134,22 +134,79 @@ def test_the_same_seed_gives_the_same_token_and_another_seed_another(tmp_path):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("lr_scheduler", ["constant", "cosine"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("estimator", ["backprop", "rge"])
-def test_a_resumed_run_is_bitwise_the_same(estimator, precision, tmp_path):
+def test_a_resumed_run_is_bitwise_the_same(estimator, precision, lr_scheduler, tmp_path):
     def fresh():
-        return module(estimator, subspace=SubspaceGradient(tau=4, nu=0.3))
+        return module(estimator, subspace=SubspaceGradient(tau=4, nu=0.3), lr_scheduler=lr_scheduler)
 
-    settings = dict(callbacks=[PUTS(500, 900)], precision=precision)
-    whole, _ = fitted(14, tmp_path, fresh(), **settings)
-    _, first = fitted(9, tmp_path, fresh(), **settings)
+    puts = PUTS(500, 900)
+    whole, _ = fitted(14, tmp_path, fresh(), callbacks=[puts], precision=precision)
+    _, first = fitted(14, tmp_path, fresh(), callbacks=[puts, StopAt(9)], precision=precision)
+    assert first.global_step == 9
     first.save_checkpoint(tmp_path / "half.ckpt")
-    second = trainer(14, tmp_path, **settings)
+    second = trainer(14, tmp_path, callbacks=[puts], precision=precision)
     resumed = fresh()
     second.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert second.global_step == 14
     assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
     assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
+
+
+class LearningRates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "constant": [1.0, 1.0, 1.0, 1.0],
+        "linear": [1.0, 0.75, 0.5, 0.25],
+        "cosine": [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5],
+    }.items(),
+)
+def test_the_learning_rate_follows_its_schedule(name, expected, tmp_path):
+    rates = LearningRates()
+    fitted(4, tmp_path, module("backprop", lr=2.0, lr_scheduler=name), callbacks=[rates])
+    assert rates.seen == pytest.approx([2 * factor for factor in expected])
+
+
+def test_a_schedule_without_an_end_is_refused(tmp_path):
+    mod, endless = module("backprop", lr_scheduler="linear"), trainer(-1, tmp_path, max_epochs=-1)
+    with pytest.raises(UserError, match="model.lr_scheduler linear needs an end to run to: set trainer.max_steps"):
+        endless.fit(mod, SubjectData(seed=0, repeats=1))
+
+
+def test_auto_becomes_what_the_base_needs(tiny_base):
+    mod = PersonalizationModule(
+        precision="int8",
+        adapter=TokenEmbedding(init="ball"),
+        estimator=RandomGradientEstimator(n="auto", mu="auto"),
+        subspace=SubspaceGradient(tau="auto", nu="auto"),
+    )
+    mod.load()
+    values = defaults.lookup("zoodip", "tiny", "int8")
+    filled = (mod.estimator.n, mod.estimator.mu, mod.subspace.tau, mod.subspace.nu, mod.lr, mod.lr_scheduler, mod.eps)
+    assert filled == tuple(values[key] for key in ("n", "mu", "tau", "nu", "lr", "lr_scheduler", "eps"))
+
+
+def test_auto_without_a_default_is_said():
+    mod = PersonalizationModule(estimator=RandomGradientEstimator(n="auto"), method="textual_inversion")
+    with pytest.raises(UserError, match="RandomGradientEstimator.n is auto, and textual_inversion has no default"):
+        mod.load()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,6 +24,8 @@ class PUTS(Callback):
         UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps`, or "auto" with a
             module or method that has no defaults.
     """
+
+    AUTO: ClassVar[dict[str, str]] = {"low": "puts_low", "high": "puts_high"}
 
     def __init__(self, low: int | Literal["auto"] = "auto", high: int | Literal["auto"] = "auto") -> None:
         self.low, self.high = low, high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,16 @@ from jsonargparse import Namespace
 from mep_lightning import defaults
 from mep_lightning.bases import identify
 from mep_lightning.errors import UserError
-from mep_lightning.module import ALLOWED_TRAINER_PRECISIONS
+from mep_lightning.module import ALLOWED_TRAINER_PRECISIONS, PersonalizationModule
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 AUTO_KEYS = {
-    "model.lr": "lr",
-    "model.eps": "eps",
-    "model.estimator.init_args.mu": "mu",
+    **{f"model.{setting}": column for setting, column in PersonalizationModule.AUTO.items()},
     "trainer.max_steps": "max_steps",
     "samples.steps": "sampling_steps",
     "samples.guidance": "guidance",
 }
-"""Setting -> its column in the table of defaults; timestep ranges are found wherever they stand."""
-AUTO_RANGE = {"low": "puts_low", "high": "puts_high"}
-RANGES = ("PUTS", "PartialUniformTimesteps")
+"""Setting -> its column in the table of defaults; those of parts are in their classes' `AUTO`."""
 PRECISION_SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
@@ -66,20 +63,17 @@ def fill_in_auto(config: Namespace) -> None:
     if config.data.resolution == "auto":
         config.data.resolution = info.resolution
 
-    def value(key: str, column: str) -> Any:
-        if column not in values:
-            raise UserError(f"{key} is auto, and {config.model.method} has no default for it; give it a number.")
-        return values[column]
+    def value(setting: str, column: str) -> Any:
+        return defaults.value(values, column, setting, config.model.method)
 
     for key, column in AUTO_KEYS.items():
         if config.get(key) == "auto":
             config[key] = value(key, column)
     for part in _parts(config):
-        if part["class_path"].rpartition(".")[2] not in RANGES:
-            continue
-        for name, column in AUTO_RANGE.items():
-            if part["init_args"].get(name) == "auto":
-                part["init_args"][name] = value(f"{name} of {part['class_path'].rpartition('.')[2]}", column)
+        kind = pkgutil.resolve_name(part["class_path"])
+        for setting, column in getattr(kind, "AUTO", {}).items():
+            if part["init_args"].get(setting) == "auto":
+                part["init_args"][setting] = value(f"{setting} of {kind.__name__}", column)
 
 
 def make_absolute(config: Namespace) -> None:
@@ -132,9 +126,8 @@ def _method(config: Namespace) -> str:
     if config.model.method is None:
         estimator = config.model.estimator
         path = estimator["class_path"] if estimator else "mep_lightning.estimators.Backprop"
-        module, _, name = path.rpartition(".")
-        kind = getattr(__import__(module, fromlist=[name]), name)
-        config.model.method = "zoodip" if getattr(kind, "forward_only", False) else "textual_inversion"
+        forward_only = getattr(pkgutil.resolve_name(path), "forward_only", False)
+        config.model.method = "zoodip" if forward_only else "textual_inversion"
     return str(config.model.method)
 
 

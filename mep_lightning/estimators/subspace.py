@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,17 +47,20 @@ class SubspaceGradient:
     were seen; then the basis is refreshed every tau and held in between. Directions outside the path's span are kept.
 
     Args:
-        tau: length of the path, at least 2; any relation to theta's size.
-        nu: share of the variance to remove, in [0, 1].
+        tau: length of the path, at least 2; any relation to theta's size. "auto" is what a module takes from its
+            defaults.
+        nu: share of the variance to remove, in [0, 1]; "auto" as for tau.
     """
 
-    def __init__(self, tau: int = 128, nu: float = 1e-3) -> None:
-        if tau < 2:
+    AUTO: ClassVar[dict[str, str]] = {"tau": "tau", "nu": "nu"}
+
+    def __init__(self, tau: int | Literal["auto"] = 128, nu: float | Literal["auto"] = 1e-3) -> None:
+        if tau != "auto" and tau < 2:
             raise UserError(f"SubspaceGradient.tau is {tau}, but a path needs at least 2 points")
-        if not 0 <= nu <= 1:
+        if nu != "auto" and not 0 <= nu <= 1:
             raise UserError(f"SubspaceGradient.nu is {nu}, but a share of the variance lies in 0..1, such as 1e-3")
-        self.tau = tau
-        self.nu = nu
+        self.tau: int | Literal["auto"] = tau
+        self.nu: float | Literal["auto"] = nu
         self.seen = 0
         self.rank_kept = 0
         self._path: Tensor | None = None  # [tau, d], written in turn
@@ -81,20 +83,23 @@ class SubspaceGradient:
         """Remember theta (any shape, d elements); every tau-th call makes a new basis.
 
         Raises:
-            UserError: a basis is due, and the path holds a value that is not finite.
+            UserError: tau or nu still is "auto", or a basis is due and the path holds a value that is not finite.
         """
+        tau, nu = self.tau, self.nu
+        if isinstance(tau, str) or isinstance(nu, str):
+            raise UserError("SubspaceGradient's tau or nu is 'auto' outside a module; set them, such as 128 and 1e-3")
         if self._path is None:
             wide = torch.promote_types(theta.dtype, torch.float32)
-            self._path = torch.zeros(self.tau, theta.numel(), dtype=wide, device=theta.device)
+            self._path = torch.zeros(tau, theta.numel(), dtype=wide, device=theta.device)
         if self._path.device != theta.device:  # a checkpoint was read elsewhere
             self._path = self._path.to(theta.device)
-        self._path[self.seen % self.tau] = theta.detach().flatten()
+        self._path[self.seen % tau] = theta.detach().flatten()
         self.seen += 1
-        if self.seen % self.tau == 0:
+        if self.seen % tau == 0:
             if not self._path.isfinite().all():
                 raise UserError("the trained values are no longer finite; lower lr, or raise mu")
             # On the CPU whatever theta's device: float64 is fast there, and the basis comes out the same.
-            basis, self.rank_kept = low_variance_basis(self._path.cpu(), self.nu)
+            basis, self.rank_kept = low_variance_basis(self._path.cpu(), nu)
             self._basis = basis.to(self._path).contiguous()
 
     @torch.no_grad()
@@ -126,7 +131,7 @@ class SubspaceGradient:
         """
         if missing := [key for key in self.state_dict() if key not in state]:
             raise CheckpointError(f"the checkpoint's SubspaceGradient lacks {missing[0]}: it is damaged")
-        if state["tau"] != self.tau or not math.isclose(state["nu"], self.nu):
+        if (state["tau"], state["nu"]) != (self.tau, self.nu):
             raise CheckpointError(
                 f"the checkpoint's SubspaceGradient has tau={state['tau']} and nu={state['nu']}, this one "
                 f"tau={self.tau} and nu={self.nu}; resume with the same values"

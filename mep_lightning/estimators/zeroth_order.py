@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,28 +22,29 @@ class ZerothOrderEstimator(Estimator):
     """What all of them share.
 
     Args:
-        n: how many directions, at least 1.
-        mu: the finite step, positive; "auto" waits for `estimator.mu = ...` (the module takes it from its defaults).
+        n: how many directions, at least 1; "auto" is what a module takes from its defaults.
+        mu: the finite step, positive; "auto" as for n.
         normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP).
         seed: of the directions; None takes the module's, or 0 where there is none.
     """
 
     forward_only = True
+    AUTO: ClassVar[dict[str, str]] = {"n": "n", "mu": "mu"}
 
     def __init__(
         self,
-        n: int = 1,
+        n: int | Literal["auto"] = 1,
         mu: float | Literal["auto"] = 1e-3,
         normalize: bool = False,
         seed: int | None = None,
     ) -> None:
-        if n < 1:
+        if n != "auto" and n < 1:
             raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs at least 1 direction")
         if mu != "auto" and not (mu > 0 and math.isfinite(mu)):
             raise UserError(f"{type(self).__name__}.mu is {mu}, but the step must be a positive number, such as 1e-3")
         refuse_unless(seed is None or 0 <= seed < SEEDS, f"{type(self).__name__}.seed", seed, f"0 to {SEEDS - 1}")
-        self.n = n
-        self.mu = mu
+        self.n: int | Literal["auto"] = n
+        self.mu: float | Literal["auto"] = mu
         self.normalize = normalize
         self.seed = seed
 
@@ -61,6 +62,17 @@ class ZerothOrderEstimator(Estimator):
         return len(self.probes)
 
     @property
+    def count(self) -> int:
+        """n as a number.
+
+        Raises:
+            UserError: it still is "auto".
+        """
+        if isinstance(self.n, str):
+            raise UserError(f"{type(self).__name__}.n is 'auto' outside a module; set it, such as n=2")
+        return self.n
+
+    @property
     def step_size(self) -> float:
         """mu as a number.
 
@@ -73,8 +85,9 @@ class ZerothOrderEstimator(Estimator):
 
     def weights(self, losses: Tensor, dims: int) -> Tensor:
         """c_i / n, normalised where that is asked for: g = sum_i weights_i e_i. losses [V] -> [n]."""
-        scale = math.sqrt((dims + self.n - 1) / self.n) if self.normalize else 1.0
-        return self.coefficients(losses) / (self.n * scale)
+        n = self.count
+        scale = math.sqrt((dims + n - 1) / n) if self.normalize else 1.0
+        return self.coefficients(losses) / (n * scale)
 
     @torch.no_grad()
     def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +105,7 @@ class RandomGradientEstimator(ZerothOrderEstimator):
 
     def __init__(
         self,
-        n: int = 2,
+        n: int | Literal["auto"] = 2,
         mu: float | Literal["auto"] = 1e-3,
         normalize: bool = False,
         seed: int | None = None,
@@ -101,7 +114,7 @@ class RandomGradientEstimator(ZerothOrderEstimator):
 
     @property
     def probes(self) -> list[Probe]:
-        return [(0, 0.0), *((i, 1.0) for i in range(self.n))]
+        return [(0, 0.0), *((i, 1.0) for i in range(self.count))]
 
     def coefficients(self, losses: Tensor) -> Tensor:
         return (losses[1:] - losses[0]) / self.step_size
@@ -115,7 +128,7 @@ class SPSAEstimator(ZerothOrderEstimator):
 
     @property
     def probes(self) -> list[Probe]:
-        return [(i, sign) for i in range(self.n) for sign in (1.0, -1.0)]
+        return [(i, sign) for i in range(self.count) for sign in (1.0, -1.0)]
 
     def coefficients(self, losses: Tensor) -> Tensor:
         return (losses[0::2] - losses[1::2]) / (2 * self.step_size)
@@ -126,7 +139,7 @@ class OnePointEstimator(ZerothOrderEstimator):
 
     @property
     def probes(self) -> list[Probe]:
-        return [(i, 1.0) for i in range(self.n)]
+        return [(i, 1.0) for i in range(self.count)]
 
     def coefficients(self, losses: Tensor) -> Tensor:
         return losses / self.step_size

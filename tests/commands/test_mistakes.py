@@ -131,7 +131,7 @@ RECIPE_MISTAKES = {
     "modell: {lr: 1}": "bad.yaml: there is no setting modell.lr; did you mean model.lr?",
     "model: {lrr: 1}": "bad.yaml: there is no setting model.lrr; did you mean model.lr?",
     "model: {lr: fast}": "bad.yaml: model.lr is 'fast'; it takes a number or auto.",
-    "model: {estimator: {init_args: {n: x}}}": "bad.yaml: model.estimator.n is 'x'; it takes a whole number.",
+    "model: {estimator: {init_args: {n: x}}}": "bad.yaml: model.estimator.n is 'x'; it takes a whole number or auto.",
     "trainer: {precision: 16-mixed}": "bad.yaml: trainer.precision 16-mixed cannot train this",
     "trainer: {callbacks+: [{class_path: PUTS, init_args: {lo: 3}}]}": "PUTS takes no 'lo'; did you mean low?",
 }

@@ -196,3 +196,9 @@ def test_a_run_that_diverged_says_so():
     sg.observe(torch.tensor([1.0, float("nan")]))
     with pytest.raises(UserError, match="no longer finite"):
         sg.observe(torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("kwargs", [{"tau": "auto"}, {"nu": "auto"}], ids=str)
+def test_auto_says_what_to_do(kwargs):
+    with pytest.raises(UserError, match="tau or nu is 'auto' outside a module; set them, such as 128 and 1e-3"):
+        SubspaceGradient(**kwargs).observe(torch.zeros(3))

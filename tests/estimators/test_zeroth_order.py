@@ -214,6 +214,13 @@ def test_a_loss_that_is_not_finite_comes_back_as_it_is():
 
 
 @pytest.mark.parametrize("cls", ZEROTH_ORDER)
+def test_n_auto_says_what_to_do(cls):
+    estimator = cls(n="auto")
+    with pytest.raises(UserError, match=f"{cls.__name__}.n is 'auto'.*n=2"):
+        estimator.estimate(lambda x: x.sum(-1), torch.zeros(3))
+
+
+@pytest.mark.parametrize("cls", ZEROTH_ORDER)
 def test_mu_auto_says_what_to_do(cls):
     estimator = cls(mu="auto")
     with pytest.raises(UserError, match=f"{cls.__name__}.mu is 'auto'.*mu=1e-3"):
