@@ -57,6 +57,8 @@ VARIANTS: dict[str, Settings] = {
 }
 
 
+DIFFERENCES = ("n", "mu", "normalize", "standardize")
+"""A zeroth-order estimator's settings."""
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
 
@@ -84,7 +86,7 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
     module = PersonalizationModule(
         precision=settings["precision"],
         adapter=TokenEmbedding(),
-        estimator=kind() if kind is parts.Backprop else kind(settings["n"], settings["mu"], settings["normalize"]),
+        estimator=kind() if kind is parts.Backprop else kind(**{key: settings[key] for key in DIFFERENCES}),
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],

@@ -17,7 +17,18 @@ from benchmarks.rows import Row, row
 Axis = list[Settings]
 START: dict[str, Settings] = {
     "textual_inversion": {"lr": 5e-3, "max_steps": 300},
-    "zoodip": {"lr": 4e-3, "mu": 1e-3, "tau": 32, "nu": 1e-2, "puts_low": 0, "puts_high": 500, "max_steps": 1_000},
+    "zoodip": {
+        "n": 8,
+        "mu": 1e-3,
+        "standardize": True,
+        "tau": 16,
+        "nu": 1e-2,
+        "puts_low": 0,
+        "puts_high": 1000,
+        "lr": 1.2e-2,
+        "lr_scheduler": "linear",
+        "max_steps": 1_000,
+    },
 }
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
 AXES: dict[str, list[Axis]] = {
@@ -26,10 +37,11 @@ AXES: dict[str, list[Axis]] = {
         [{"max_steps": steps} for steps in (300, 600, 1_000)],
     ],
     "zoodip": [
-        [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
-        [{"puts_low": low, "puts_high": high} for low, high in ((500, 900), (0, 1000), (0, 500))],
-        [{"tau": tau} for tau in (16, 32, 64)],
-        [{"nu": nu} for nu in (1e-3, 1e-2, 1e-1)],
+        [{"standardize": one} for one in (True, False)],
+        [{"mu": mu} for mu in (1e-3, 1e-2)],
+        [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (500, 900), (0, 500))],
+        [{"tau": tau} for tau in (16, 64)] + [{"sg": False}],
+        [{"max_steps": k, "lr": lr} for k, lr in ((1_000, 1.2e-2), (2_000, 1.2e-2), (2_000, 8e-3), (3_000, 8e-3))],
     ],
 }
 

@@ -17,8 +17,8 @@ EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, (*PRECI
 def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
     values = defaults.lookup(method, family, precision)
     needed = {"lr", "lr_scheduler", "eps", "max_steps", "guidance", "sampling_steps", "puts_low", "puts_high"}
-    assert needed | ({"n", "mu", "tau", "nu"} if method == "zoodip" else set()) == set(values)
-    assert all(value > 0 for key, value in values.items() if key not in ("puts_low", "lr_scheduler"))
+    assert needed | ({"n", "mu", "tau", "nu", "standardize"} if method == "zoodip" else set()) == set(values)
+    assert all(value > 0 for key, value in values.items() if key not in ("puts_low", "lr_scheduler", "standardize"))
     assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)
     PartialUniformTimesteps(values["puts_low"], values["puts_high"])
     assert values["puts_high"] <= 1000

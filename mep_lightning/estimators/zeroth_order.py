@@ -25,11 +25,13 @@ class ZerothOrderEstimator(Estimator):
         n: how many directions, at least 1; "auto" is what a module takes from its defaults.
         mu: the finite step, positive; "auto" as for n.
         normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP).
+        standardize: divide by std(L) / mu, L the losses (FZOO, arXiv 2506.09034): every step has about the same
+            length, so that timesteps with small slopes count as much as those with large ones. "auto" as for n.
         seed: of the directions; None takes the module's, or 0 where there is none.
     """
 
     forward_only = True
-    AUTO: ClassVar[dict[str, str]] = {"n": "n", "mu": "mu"}
+    AUTO: ClassVar[dict[str, str]] = {"n": "n", "mu": "mu", "standardize": "standardize"}
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class ZerothOrderEstimator(Estimator):
         mu: float | Literal["auto"] = 1e-3,
         normalize: bool = False,
         seed: int | None = None,
+        standardize: bool | Literal["auto"] = False,
     ) -> None:
         if n != "auto" and n < 1:
             raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs at least 1 direction")
@@ -46,6 +49,7 @@ class ZerothOrderEstimator(Estimator):
         self.n: int | Literal["auto"] = n
         self.mu: float | Literal["auto"] = mu
         self.normalize = normalize
+        self.standardize: bool | Literal["auto"] = standardize
         self.seed = seed
 
     @property
@@ -84,10 +88,23 @@ class ZerothOrderEstimator(Estimator):
         return self.mu
 
     def weights(self, losses: Tensor, dims: int) -> Tensor:
-        """c_i / n, normalised where that is asked for: g = sum_i weights_i e_i. losses [V] -> [n]."""
-        n = self.count
-        scale = math.sqrt((dims + n - 1) / n) if self.normalize else 1.0
-        return self.coefficients(losses) / (n * scale)
+        """c_i / n, normalised and standardised where asked for: g = sum_i weights_i e_i. losses [V] -> [n].
+
+        Raises:
+            UserError: standardize still is "auto", or there is one loss alone, which has no standard deviation.
+        """
+        n, name = self.count, type(self).__name__
+        weights = self.coefficients(losses) / n
+        if self.normalize:
+            weights = weights / math.sqrt((dims + n - 1) / n)
+        if self.standardize:
+            if isinstance(self.standardize, str):
+                raise UserError(f"{name}.standardize is 'auto' outside a module; set it, such as standardize=False")
+            if len(losses) < 2:
+                raise UserError(f"{name}.standardize needs losses to compare: raise n to 2 or more, or switch it off")
+            std = losses.std(correction=0)
+            weights = torch.where(std > 0, weights * (self.step_size / std), 0.0)  # equal losses tell no direction
+        return weights
 
     @torch.no_grad()
     def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
@@ -109,8 +126,9 @@ class RandomGradientEstimator(ZerothOrderEstimator):
         mu: float | Literal["auto"] = 1e-3,
         normalize: bool = False,
         seed: int | None = None,
+        standardize: bool | Literal["auto"] = False,
     ) -> None:
-        super().__init__(n, mu, normalize, seed)
+        super().__init__(n, mu, normalize, seed, standardize)
 
     @property
     def probes(self) -> list[Probe]:

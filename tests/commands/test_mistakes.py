@@ -36,7 +36,7 @@ FIT_MISTAKES = {
     ),
     "unknown argument": (
         ["--config", "zoodip", "--model.estimator.sigma", 2],
-        "RandomGradientEstimator takes no 'sigma'; it takes n, mu, normalize, seed.",
+        "RandomGradientEstimator takes no 'sigma'; it takes n, mu, normalize, seed, standardize.",
     ),
     "unknown callback": (
         ["--config", "zoodip", "--trainer.callbacks+=Tmer"],

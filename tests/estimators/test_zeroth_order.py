@@ -126,6 +126,37 @@ def test_normalising_divides_by_zoodips_factor(cls, dims):
     torch.testing.assert_close(normalized, plain / math.sqrt(((dims or D) + n - 1) / n))
 
 
+@pytest.mark.parametrize("cls", ZEROTH_ORDER)
+def test_standardising_divides_by_the_losses_standard_deviation(cls):
+    loss, n, mu = Quadratic(), 3, 1e-2
+    plain, losses = cls(n=n, mu=mu).estimate(loss, loss.theta)
+    standardized, _ = cls(n=n, mu=mu, standardize=True).estimate(loss, loss.theta)
+    std = (losses - losses.mean()).square().mean().sqrt()
+    torch.testing.assert_close(standardized, plain * mu / std)
+
+
+def test_a_standardised_estimate_does_not_know_the_losss_scale():
+    loss, estimator = Quadratic(), RandomGradientEstimator(n=4, mu=1e-4, standardize=True)
+    once, thousandfold = (estimator.estimate(lambda x, k=k: k * loss(x), loss.theta)[0] for k in (1, 1000))
+    torch.testing.assert_close(once, thousandfold)
+    assert once.norm() > 0.1
+
+
+def test_equal_losses_standardised_tell_no_direction():
+    grad, _ = RandomGradientEstimator(n=2, standardize=True).estimate(lambda x: torch.ones(len(x)), torch.zeros(3))
+    assert torch.equal(grad, torch.zeros(3))
+
+
+def test_one_loss_cannot_be_standardised():
+    with pytest.raises(UserError, match="OnePointEstimator.standardize needs losses to compare: raise n to 2 or more"):
+        OnePointEstimator(n=1, standardize=True).estimate(lambda x: x.sum(-1), torch.zeros(3))
+
+
+def test_standardize_auto_says_what_to_do():
+    with pytest.raises(UserError, match="SPSAEstimator.standardize is 'auto' outside a module"):
+        SPSAEstimator(standardize="auto").estimate(lambda x: x.sum(-1), torch.zeros(3))
+
+
 def test_normalised_estimates_are_as_long_as_the_gradient_on_average():
     loss = Quadratic()
     estimator = SPSAEstimator(n=2, normalize=True)
