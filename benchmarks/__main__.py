@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import rows
+from benchmarks.quality import SUITES
 
 
 def main() -> None:
@@ -13,12 +14,16 @@ def main() -> None:
     suites = parser.add_subparsers(dest="suite", required=True)
     step = suites.add_parser("step", help="the batched zeroth-order step beside members one after the other")
     step.add_argument("--rounds", type=int, default=15)
-    quality = suites.add_parser("quality", help="methods and ablations on subjects of the tiny world")
-    quality.add_argument("--variants", nargs="+", default=None)
-    quality.add_argument("--split", choices=["test", "tune"], default="test")
+    quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
+    ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
+    for suite in (quality, ablation):
+        suite.add_argument(
+            "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
+        )
+        suite.add_argument("--split", choices=["test", "tune"], default="test")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
-    for suite, subjects, seeds, images in ((quality, 8, 3, 2), (tune, 3, 1, 2)):
+    for suite, subjects, seeds, images in ((quality, 8, 3, 2), (ablation, 4, 3, 2), (tune, 3, 1, 2)):
         suite.add_argument("--subjects", type=int, default=subjects)
         suite.add_argument("--seeds", type=int, default=seeds)
         suite.add_argument("--images", type=int, default=images, help="pictures a prompt")
@@ -26,7 +31,7 @@ def main() -> None:
     tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
-    for suite in (step, quality, tune, tiny):
+    for suite in (step, quality, ablation, tune, tiny):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     args = parser.parse_args()
     name = f"tune-{args.method}" if args.suite == "tune" else args.suite
@@ -50,7 +55,7 @@ def main() -> None:
         else:
             from benchmarks.quality import run, table
 
-            measured = run(cells, args.variants, split=args.split, **size)
+            measured = run(args.suite, cells, args.variants, split=args.split, **size)
             print(table(measured))
     rows.write(measured, out)
     print(f"written: {out}")

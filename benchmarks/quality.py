@@ -1,4 +1,4 @@
-"""`quality`: train and score methods and ablations on subjects of the tiny world; resumable cell by cell.
+"""`quality` and `ablation`: train and score methods on subjects of the tiny world; resumable cell by cell.
 
 A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is
 scored by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
@@ -40,25 +40,32 @@ ZOODIP: Settings = {
     "sg": True,
     "puts": True,
 }
-NAIVE: Settings = ZOODIP | {"sg": False, "puts": False}
-VARIANTS: dict[str, Settings] = {
+METHODS: dict[str, Settings] = {
     "untrained": BACKPROP | {"max_steps": 0},
     "textual_inversion": BACKPROP,
-    "textual_inversion+puts": BACKPROP | {"puts": True},
     "zoodip": ZOODIP,
-    "zo": NAIVE,
-    "zo+sg": ZOODIP | {"puts": False},
-    "zo+puts": ZOODIP | {"sg": False},
-    "zoodip n=1": ZOODIP | {"n": 1},
-    "zoodip n=2": ZOODIP | {"n": 2},
-    "zoodip n=4": ZOODIP | {"n": 4},
-    "zoodip spsa": ZOODIP | {"estimator": "SPSAEstimator"},
-    "zoodip one-point": ZOODIP | {"estimator": "OnePointEstimator"},
 }
+"""Every method with its own values and budget."""
+SHORT: Settings = ZOODIP | {"max_steps": 1_000}
+ABLATION: dict[str, Settings] = {
+    "zoodip": SHORT,
+    "without SG": SHORT | {"sg": False},
+    "without PUTS": SHORT | {"puts": False},
+    "without SG and PUTS": SHORT | {"sg": False, "puts": False},
+    "n=1": SHORT | {"n": 1},
+    "n=2": SHORT | {"n": 2},
+    "n=4": SHORT | {"n": 4},
+    "SPSA": SHORT | {"estimator": "SPSAEstimator"},
+    "one-point": SHORT | {"estimator": "OnePointEstimator"},
+    "not standardised": SHORT | {"standardize": False},
+    "constant lr": SHORT | {"lr_scheduler": "constant"},
+}
+"""ZOODiP with one part changed, in steps that suffice to tell them apart."""
 
 
 DIFFERENCES = ("n", "mu", "normalize", "standardize")
 """A zeroth-order estimator's settings."""
+SUITES = {"quality": METHODS, "ablation": ABLATION}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
 
@@ -213,7 +220,7 @@ def fingerprint(settings: Settings, split: str, images: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def summarise(cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:
+def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:
     """Mean over subjects and seeds, and the spread over seeds of the mean over subjects."""
     rows, cells = [], list(cells)
     for name in variants:
@@ -223,9 +230,7 @@ def summarise(cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[
         for metric in (*SCORES, "seconds"):
             seeds = sorted({c["seed"] for c in mine})
             means = [statistics.mean(c[metric] for c in mine if c["seed"] == s) for s in seeds]
-            rows.append(
-                row("quality", name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else "")
-            )
+            rows.append(row(suite, name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else ""))
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
     return rows
@@ -243,6 +248,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def run(path: Path, names: list[str] | None = None, **kwargs: Any) -> list[Row]:
-    variants = {name: VARIANTS[name] for name in names or VARIANTS}
-    return summarise(run_cells(variants, path, **kwargs), variants)
+def run(suite: str, path: Path, names: list[str] | None = None, **kwargs: Any) -> list[Row]:
+    """Run a suite, or the variants of it that are named, and summarise it."""
+    known = SUITES[suite]
+    variants = {name: known[name] for name in names or known}
+    return summarise(suite, run_cells(variants, path, **kwargs), variants)

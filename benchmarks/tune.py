@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import VARIANTS, Settings, run_cells
+from benchmarks.quality import METHODS, Settings, run_cells
 from benchmarks.rows import Row, row
 
 Axis = list[Settings]
@@ -63,7 +63,7 @@ def run(method: str, path: Path, **kwargs: Any) -> list[Row]:
         A row a trial, its objective; the last one repeats the best's, with its settings.
     """
     rows: list[Row] = []
-    best, score = VARIANTS[method] | START[method], -math.inf
+    best, score = METHODS[method] | START[method], -math.inf
     for axis in AXES[method]:
         trials = {" ".join(f"{key}={value:g}" for key, value in change.items()): best | change for change in axis}
         new = {name: trial for name, trial in trials.items() if trial != best or score == -math.inf}

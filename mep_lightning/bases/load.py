@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import is_accelerate_available
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base
@@ -78,8 +79,12 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The autoencoder, which stays in floats."""
+    frugal = is_accelerate_available()  # without accelerate diffusers would say that it goes on without
     module = _read(
-        lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True), folder / "vae"
+        lambda path: AutoencoderKL.from_pretrained(
+            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal
+        ),
+        folder / "vae",
     )
     return module.eval().requires_grad_(False).to(device)
 

@@ -28,7 +28,7 @@ def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
         dict.fromkeys((*quality.SCORES, "seconds"), value) | {"variant": "zo", "subject": subject, "seed": seed}
         for seed, subject, value in [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 4.0)]
     ]
-    (dino,) = [r for r in quality.summarise(cells, ["zo", "absent"]) if r["metric"] == "dino"]
+    (dino,) = [r for r in quality.summarise("quality", cells, ["zo", "absent"]) if r["metric"] == "dino"]
     assert dino["value"] == 2.5 and dino["spread"] == pytest.approx(0.70711, abs=1e-5)
     assert (dino["subjects"], dino["seeds"]) == (2, 2)
 
@@ -79,18 +79,18 @@ def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
     found = tune.run("zoodip", tmp_path / "cells.jsonl")
     assert [trial["lr"] for trial in tried[0].values()] == [0.1, 0.2, 0.3]
     assert [(trial["lr"], trial["mu"]) for trial in tried[1].values()] == [(0.2, 5)]  # mu=4 was tried already
-    assert found[-1]["settings"] == quality.VARIANTS["zoodip"] | {"lr": 0.2, "mu": 5}
+    assert found[-1]["settings"] == quality.METHODS["zoodip"] | {"lr": 0.2, "mu": 5}
     assert [r["value"] for r in found] == pytest.approx([-0.55, -0.5, -0.55, -0.5, 0, 0])
 
 
 def test_bounds_that_a_variant_does_not_use_are_none_of_its_settings(monkeypatch):
-    before = {name: quality.resolve(settings) for name, settings in quality.VARIANTS.items()}
+    before = {name: quality.resolve(settings) for name, settings in quality.ABLATION.items()}
     monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"puts_high": 321})])
-    changed = {name for name, settings in quality.VARIANTS.items() if quality.resolve(settings) != before[name]}
-    assert changed == {name for name, settings in quality.VARIANTS.items() if settings["puts"]}
+    changed = {name for name, settings in quality.ABLATION.items() if quality.resolve(settings) != before[name]}
+    assert changed == {name for name, settings in quality.ABLATION.items() if settings["puts"]}
 
 
 @pytest.mark.parametrize("method", tune.AXES)
 def test_a_search_tries_only_settings_that_there_are(method):
-    known = quality.resolve(quality.VARIANTS[method]).keys()
+    known = quality.resolve(quality.METHODS[method]).keys()
     assert all(change.keys() <= known for axis in tune.AXES[method] for change in (*axis, tune.START[method]))
