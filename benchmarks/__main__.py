@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import rows
+from benchmarks import reproduction, rows
 from benchmarks.quality import SUITES
 
 
@@ -33,7 +33,11 @@ def main() -> None:
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
     for suite in (step, quality, ablation, tune, tiny):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
+    suites.add_parser("reproduction", help="write the tables of docs/reproduction.md anew from benchmarks/results")
     args = parser.parse_args()
+    if args.suite == "reproduction":
+        reproduction.DOCUMENT.write_text(reproduction.render(reproduction.DOCUMENT.read_text()))
+        return
     name = f"tune-{args.method}" if args.suite == "tune" else args.suite
     out = args.out or Path(__file__).parent / "results" / f"{name}.json"
 
@@ -53,10 +57,10 @@ def main() -> None:
 
             measured = run(args.method, cells, **size)
         else:
-            from benchmarks.quality import run, table
+            from benchmarks.quality import run
 
             measured = run(args.suite, cells, args.variants, split=args.split, **size)
-            print(table(measured))
+            print(reproduction.scores(measured))
     rows.write(measured, out)
     print(f"written: {out}")
 

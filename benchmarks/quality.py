@@ -236,18 +236,6 @@ def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[st
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a variant a line, mean and spread."""
-    names = list(dict.fromkeys(r["case"] for r in rows))
-    lines = ["| variant | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
-    for name in names:
-        by = {r["metric"]: r for r in rows if r["case"] == name}
-        lines.append(
-            f"| {name} | " + " | ".join(f"{by[m]['value']:.4f} ± {by[m]['spread']:.4f}" for m in SCORES) + " |"
-        )
-    return "\n".join(lines)
-
-
 def run(suite: str, path: Path, names: list[str] | None = None, **kwargs: Any) -> list[Row]:
     """Run a suite, or the variants of it that are named, and summarise it."""
     known = SUITES[suite]

@@ -40,8 +40,8 @@ AXES: dict[str, list[Axis]] = {
         [{"standardize": one} for one in (True, False)],
         [{"mu": mu} for mu in (1e-3, 1e-2)],
         [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (500, 900), (0, 500))],
-        [{"tau": tau} for tau in (16, 64)] + [{"sg": False}],
-        [{"max_steps": k, "lr": lr} for k, lr in ((1_000, 1.2e-2), (2_000, 1.2e-2), (2_000, 8e-3), (3_000, 8e-3))],
+        [{"tau": tau} for tau in (16, 64)],
+        [{"max_steps": k, "lr": lr} for k, lr in ((1_000, 1.2e-2), (2_000, 8e-3), (3_000, 8e-3))],
     ],
 }
 

@@ -1,0 +1,42 @@
+"""The reproduction's tables are those of the committed figures."""
+
+import json
+
+import pytest
+
+from benchmarks import reproduction
+from benchmarks.quality import SCORES
+
+TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
+
+
+def test_the_document_holds_the_figures_as_they_are():
+    text = reproduction.DOCUMENT.read_text()
+    assert reproduction.render(text) == text, "write it anew: python -m benchmarks reproduction"
+
+
+@pytest.mark.parametrize("name", reproduction.TABLES)
+def test_the_document_has_every_table(name):
+    assert f"<!-- table: {name} -->\n| " in reproduction.DOCUMENT.read_text()
+
+
+def test_only_what_is_between_the_marks_is_written_anew(tmp_path):
+    row = {"case": "RGE n=2", "value": 0.0123, "baseline": 0.0246, "ratio": 2.004}
+    (tmp_path / "step.json").write_text(json.dumps({"rows": [row]}))
+    text = reproduction.render(TEXT, tmp_path)
+    assert "| RGE n=2 | 12 | 25 | 2.00 |\n" in text
+    assert "old" not in text and text.startswith("Before.\n\n<!-- table: step -->\n| step |")
+    assert text.endswith("|\n<!-- end -->\n\nAfter.\n")
+    assert reproduction.render(text, tmp_path) == text
+
+
+def test_scores_come_with_their_spread():
+    rows = [
+        {"case": case, "metric": metric, "value": value, "spread": 0.0125, "subjects": 4, "seeds": 3}
+        for case, value in (("zo", 0.25), ("zo+sg", 0.5))
+        for metric in (*SCORES, "seconds")
+    ]
+    lines = reproduction.scores(rows).splitlines()
+    assert lines[0].startswith("| variant | subjects × seeds | CLIP-T | CLIP-I | DINO |")
+    assert lines[2] == "| zo | 4 × 3 | " + " | ".join(["0.250 ± 0.013"] * len(SCORES)) + " |"
+    assert lines[3].startswith("| zo+sg | 4 × 3 | 0.500")
