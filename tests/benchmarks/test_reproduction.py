@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import reproduction
 from benchmarks.quality import SCORES
+from benchmarks.reproduction import RESULTS
 
 TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
 
@@ -15,8 +16,8 @@ def test_the_document_holds_the_figures_as_they_are():
     assert reproduction.render(text) == text, "write it anew: python -m benchmarks reproduction"
 
 
-@pytest.mark.parametrize("name", reproduction.TABLES)
-def test_the_document_has_every_table(name):
+@pytest.mark.parametrize("name", [name for name in reproduction.TABLES if (RESULTS / f"{name}.json").exists()])
+def test_every_measured_table_is_in_the_document(name):
     assert f"<!-- table: {name} -->\n| " in reproduction.DOCUMENT.read_text()
 
 
