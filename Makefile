@@ -21,7 +21,7 @@ lint: $(SETUP)
 
 gpu: $(SETUP)
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks step --out benchmarks/results/step.json
+	$(PYTHON) -m benchmarks step --device cuda --out benchmarks/results/cuda/step.json
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

@@ -8,12 +8,16 @@ from pathlib import Path
 from benchmarks import reproduction, rows
 from benchmarks.quality import SUITES
 
+UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet")
+"""Options that leave a suite whole."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
     step = suites.add_parser("step", help="the batched zeroth-order step beside members one after the other")
     step.add_argument("--rounds", type=int, default=15)
+    step.add_argument("--device", default="cpu", help="cpu or cuda")
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
     for suite in (quality, ablation):
@@ -34,17 +38,24 @@ def main() -> None:
     for suite in (step, quality, ablation, tune, tiny):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     suites.add_parser("reproduction", help="write the tables of docs/reproduction.md anew from benchmarks/results")
+    parsers = suites.choices
     args = parser.parse_args()
     if args.suite == "reproduction":
         reproduction.DOCUMENT.write_text(reproduction.render(reproduction.DOCUMENT.read_text()))
         return
     name = f"tune-{args.method}" if args.suite == "tune" else args.suite
     out = args.out or Path(__file__).parent / "results" / f"{name}.json"
+    whole = all(
+        getattr(args, key) == parsers[args.suite].get_default(key) for key in vars(args) if key not in UNCHANGING
+    )
+    if args.out is None and not whole:
+        parser.error("this is not the whole suite as it is committed: say where its figures go with --out FILE.json")
+    about = rows.measured_with(getattr(args, "device", "cpu"), threads=1 if hasattr(args, "workers") else None)
 
     if args.suite == "step":
         from benchmarks.step import run
 
-        measured = run(args.rounds)
+        measured = run(args.rounds, args.device)
     elif args.suite == "tiny":
         from benchmarks.tiny import run
 
@@ -61,7 +72,7 @@ def main() -> None:
 
             measured = run(args.suite, cells, args.variants, split=args.split, **size)
             print(reproduction.scores(measured))
-    rows.write(measured, out)
+    rows.write(measured, out, about)
     print(f"written: {out}")
 
 

@@ -16,11 +16,12 @@ import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, row
+from benchmarks.rows import Row, measured_with, row
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
 Settings = dict[str, Any]
@@ -46,25 +47,28 @@ METHODS: dict[str, Settings] = {
     "zoodip": ZOODIP,
 }
 """Every method with its own values and budget."""
-SHORT: Settings = ZOODIP | {"max_steps": 1_000}
+SHORT: Settings = ZOODIP | {"max_steps": 1_000, "puts": False}
+PUTS: Settings = {"puts": True, "puts_low": 500, "puts_high": 900}
 ABLATION: dict[str, Settings] = {
-    "zoodip": SHORT,
-    "without SG": SHORT | {"sg": False},
-    "without PUTS": SHORT | {"puts": False},
-    "without SG and PUTS": SHORT | {"sg": False, "puts": False},
+    "SG": SHORT,
+    "no SG": SHORT | {"sg": False},
+    "PUTS 500..900, no SG": SHORT | PUTS | {"sg": False},
+    "SG, PUTS 500..900": SHORT | PUTS,
+    "SG, PUTS 0..500": SHORT | PUTS | {"puts_low": 0, "puts_high": 500},
     "n=1": SHORT | {"n": 1},
     "n=2": SHORT | {"n": 2},
     "n=4": SHORT | {"n": 4},
     "SPSA": SHORT | {"estimator": "SPSAEstimator"},
-    "one-point": SHORT | {"estimator": "OnePointEstimator"},
+    "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
     "not standardised": SHORT | {"standardize": False},
     "constant lr": SHORT | {"lr_scheduler": "constant"},
 }
-"""ZOODiP with one part changed, in steps that suffice to tell them apart."""
+"""ZOODiP with one part changed, in steps that suffice to tell them apart; the first is what the others vary.
+
+On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here, and their complement at the low end.
+"""
 
 
-DIFFERENCES = ("n", "mu", "normalize", "standardize")
-"""A zeroth-order estimator's settings."""
 SUITES = {"quality": METHODS, "ablation": ABLATION}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
@@ -93,7 +97,7 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
     module = PersonalizationModule(
         precision=settings["precision"],
         adapter=TokenEmbedding(),
-        estimator=kind() if kind is parts.Backprop else kind(**{key: settings[key] for key in DIFFERENCES}),
+        estimator=kind(**{key: settings[key] for key in signature(kind).parameters if key in settings}),
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],
@@ -196,17 +200,19 @@ def run_cells(
         for name in variants
         if (name, index, seed) not in have
     ]
+    about = measured_with(threads=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
         jobs = {pool.submit(cell, n, variants[n], split, i, s, images): (n, i, s) for n, i, s in todo}
         for count, job in enumerate(as_completed(jobs), 1):
-            result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]}
+            result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]} | about
             done.append(result)
             log.write(json.dumps(result) + "\n")
             log.flush()
             shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
             print(f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}", flush=True)
-    return [c for c in done if c["key"] == keys.get(c["variant"])]
+    wanted = [c for c in done if c["key"] == keys.get(c["variant"])]
+    return [c for c in wanted if c["index"] < subjects and c["seed"] < seeds]
 
 
 def fingerprint(settings: Settings, split: str, images: int) -> str:
@@ -227,10 +233,10 @@ def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[st
         mine = [c for c in cells if c["variant"] == name]
         if not mine:
             continue
-        for metric in (*SCORES, "seconds"):
+        for metric in SCORES:
             seeds = sorted({c["seed"] for c in mine})
             means = [statistics.mean(c[metric] for c in mine if c["seed"] == s) for s in seeds]
-            rows.append(row(suite, name, metric, round(statistics.mean(means), 5), "s" if metric == "seconds" else ""))
+            rows.append(row(suite, name, metric, round(statistics.mean(means), 5), ""))
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
     return rows

@@ -38,30 +38,41 @@ def row(
     }
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: str = "cpu", threads: int | None = None) -> str:
+    """What a figure was measured on: the GPU's name, or the CPU's with the number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    count = threads or torch.get_num_threads()
+    return f"{names[0] if names else platform.processor()}, {count} thread{'' if count == 1 else 's'}"
 
 
 def commit() -> str:
+    """The checkout's commit; a + says that its code was changed since."""
+    here = ["git", "-C", str(Path(__file__).parent)]
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        code = ["--", ".", ":!results", "../mep_lightning"]
+        changed = subprocess.run([*here, "status", "--short", *code], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """Rows plus where, with what and when they were measured."""
-    about = {
-        "device": device_name(),
+def measured_with(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
+    """Where, with what and when a figure was measured."""
+    return {
+        "device": device_name(device, threads),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
     }
+
+
+def write(rows: list[Row], path: Path, about: dict[str, str]) -> None:
+    """Rows, and what `measured_with` says of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 

@@ -27,24 +27,24 @@ def one_after_the_other(module: PersonalizationModule, members: torch.Tensor, dr
     return torch.stack(losses)
 
 
-def build(precision: str, n: int) -> tuple[PersonalizationModule, Draw]:
+def build(precision: str, n: int, device: str = "cpu") -> tuple[PersonalizationModule, Draw]:
     module = PersonalizationModule(
         precision=precision, adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=n, mu=1e-3)
     )
-    base = module.load()
+    base = module.load(device)
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(1, 4, 16, 16, generator=generator)
     latents = sample_latents(mean, torch.zeros_like(mean), torch.zeros_like(mean), 1.0)
     noise, timestep = torch.randn(mean.shape, generator=generator), torch.tensor([700])
-    noisy = base.scheduler.add_noise(latents, noise, timestep).to(base.dtype)
-    return module, Draw(noisy, timestep, noise, ["a photo of a <sks> ball"])
+    noisy = base.scheduler.add_noise(latents, noise, timestep).to(base.device, base.dtype)
+    return module, Draw(noisy, timestep.to(base.device), noise.to(base.device), ["a photo of a <sks> ball"])
 
 
-def run(rounds: int = 15) -> list[Row]:
+def run(rounds: int = 15, device: str = "cpu") -> list[Row]:
     rows = []
     for precision, counts in CASES.items():
         for n in counts:
-            module, draw = build(precision, n)
+            module, draw = build(precision, n, device)
             estimator, theta = module.estimator, module.adapter.theta
 
             def batched(module=module, draw=draw, estimator=estimator, theta=theta):

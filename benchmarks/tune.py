@@ -16,7 +16,7 @@ from benchmarks.rows import Row, row
 
 Axis = list[Settings]
 START: dict[str, Settings] = {
-    "textual_inversion": {"lr": 5e-3, "max_steps": 300},
+    "textual_inversion": {"lr": 5e-3, "lr_scheduler": "constant", "max_steps": 600},
     "zoodip": {
         "n": 8,
         "mu": 1e-3,
@@ -33,7 +33,8 @@ START: dict[str, Settings] = {
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
 AXES: dict[str, list[Axis]] = {
     "textual_inversion": [
-        [{"lr": lr} for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
+        [{"lr": lr} for lr in (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)],
+        [{"lr_scheduler": name} for name in ("constant", "linear")],
         [{"max_steps": steps} for steps in (300, 600, 1_000)],
     ],
     "zoodip": [
@@ -65,7 +66,7 @@ def run(method: str, path: Path, **kwargs: Any) -> list[Row]:
     rows: list[Row] = []
     best, score = METHODS[method] | START[method], -math.inf
     for axis in AXES[method]:
-        trials = {" ".join(f"{key}={value:g}" for key, value in change.items()): best | change for change in axis}
+        trials = {" ".join(f"{key}={value}" for key, value in change.items()): best | change for change in axis}
         new = {name: trial for name, trial in trials.items() if trial != best or score == -math.inf}
         cells = run_cells(new, path, split="tune", **kwargs)
         scores = {

@@ -54,7 +54,7 @@ class SubjectData(LightningDataModule):
         templates: object, style, or a list of prompts, each with {} where the subject goes.
         flip: let half of the samples be mirrored.
         repeats: how often an epoch shows each photo; None makes an epoch that never ends, for `Trainer(max_steps=…)`.
-        seed: of the order of photos, flips and templates; None takes the module's.
+        seed: of the order of photos, flips and templates; None takes `default_seed`, which a module sets to its own.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class SubjectData(LightningDataModule):
         self.flip = flip
         self.repeats = repeats
         self.seed = seed
+        self.default_seed = 0
         self.token: str | None = None
         """The subject's token, where captions hold one without angle brackets ("a sks dog")."""
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
         """resolution -> (mean, std), each [N, C, h, w]; with flip [2N, C, h, w], the mirrored views last.
 
-        fp32 on the CPU and UNSCALED: the posterior as the VAE gives it; `sample_latents` applies scaling_factor.
+        fp32 on the CPU and UNSCALED: the posterior as the VAE gives it; `sample_latents` applies the base's
+        `scaling_factor`.
         """
-        self.scaling_factor: float | None = None
-        """The VAE's own, kept by `encode` for `sample_latents`, as the VAE itself leaves memory."""
         self._class_word = (class_word or "").strip() or None
         self._photos: list[Photo] = []
 
@@ -182,7 +182,6 @@ class SubjectData(LightningDataModule):
         small = []
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {resolution: [] for resolution in resolutions}
         with base.borrowed_vae() if base.vae is None else nullcontext(base.vae) as vae:
-            self.scaling_factor = float(vae.config.scaling_factor)
             for photo in self._photos:
                 image = photo.read(at_least=2 * max(resolutions))
                 if (min if self.crop == "center" else max)(image.size) < max(resolutions):
@@ -218,9 +217,10 @@ class SubjectData(LightningDataModule):
     def _draw(self, n: int) -> tuple[int, str]:
         """Row and template of sample n. Python's generator is seeded through SHA-512: same draws on every machine."""
         size = len(self._photos)
-        order = random.Random(f"mep order {self.seed or 0} {n // size}")
+        seed = self.default_seed if self.seed is None else self.seed
+        order = random.Random(f"mep order {seed} {n // size}")
         index = sorted(range(size), key=lambda _: order.random())[n % size]
-        rng = random.Random(f"mep sample {self.seed or 0} {n}")
+        rng = random.Random(f"mep sample {seed} {n}")
         mirrored = rng.random() < 0.5 and self.flip
         template = self.templates[int(rng.random() * len(self.templates))]
         caption = self._photos[index].caption
@@ -303,7 +303,7 @@ def sample_latents(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: flo
     Args:
         mean, std: [B, C, h, w] as `SubjectData` stores them.
         noise: [B, C, h, w] standard normal.
-        scaling_factor: `data.scaling_factor` = `vae.config.scaling_factor`; 0.18215 for SD1.5.
+        scaling_factor: the base's, `vae.config.scaling_factor`; 0.18215 for SD1.5.
     """
     return (mean + std * noise) * scaling_factor
 

@@ -41,8 +41,8 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
 
     Returns:
-        lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps; also n, mu, tau and nu where
-        the method has them.
+        lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps; also n, mu, standardize, tau
+        and nu where the method has them.
 
     Raises:
         UserError: the method or family is unknown.
@@ -56,6 +56,13 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
         if row_method in ("*", method) and row_family in ("*", family) and row_precision in ("*", precision):
             values |= row
     return values
+
+
+def of(module: Any) -> dict[str, Any]:
+    """`lookup` for the method and the base of a module; empty where it has none."""
+    method, base = getattr(module, "method", None), getattr(module, "base", None)
+    known = isinstance(method, str) and hasattr(base, "family") and hasattr(base, "precision")
+    return lookup(str(method), base.family, base.precision) if known else {}  # type: ignore[union-attr]
 
 
 def fill_in(part: object, values: Mapping[str, Any], method: str) -> None:
@@ -81,5 +88,5 @@ def value(values: Mapping[str, Any], column: str, setting: str, method: str) -> 
         UserError: there is none.
     """
     if column not in values:
-        raise UserError(f"{setting} is auto, and {method} has no default for it: give it a number.")
+        raise UserError(f"{setting} is auto, and {method} has no default for it: give it a value.")
     return values[column]

@@ -6,6 +6,7 @@ of the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,21 +19,26 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
-from mep_lightning.bases import Base, encode_prompts, identify, load_base, predict_noise
+from mep_lightning.bases import Base, encode_prompts, exact_device, identify, load_base, predict_noise
+from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData, sample_latents
-from mep_lightning.errors import SEEDS, CheckpointError, UserError, refuse_unless
+from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.phases import phase
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
 ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+SCHEDULES = ("auto", "constant", "linear", "cosine")
 ROUNDING = {"bf16": 1e-2, "fp16": 1e-2}
-"""The least mu whose finite difference is not mostly rounding, where the base's activations are in half precision."""
+"""The least mu whose finite difference is not mostly rounding, where a base's weights are in half precision.
+
+An int8 base on a GPU follows the paper: fp16 activations and mu 1e-3.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class PersonalizationModule(LightningModule):
         subspace: a `SubspaceGradient` that denoises it, or None.
         timesteps: which timesteps are drawn; all by default (the `PUTS` callback narrows them).
         lr: Adam's learning rate; "auto" is the method's own for this base.
-        lr_scheduler: how lr goes on: "constant", or down to 0 at the last step, "linear" or as a "cosine"; "auto" as
-            for lr.
+        lr_scheduler: how lr goes on: "constant", or down to 0 after the last step, "linear" or as a "cosine"; "auto" as
+            for lr. A resumed run goes on along the schedule to its own last step.
         betas: Adam's.
         eps: Adam's; "auto" as for lr.
         weight_decay: Adam's.
@@ -91,8 +97,10 @@ class PersonalizationModule(LightningModule):
         method: str | None = None,
     ):
         super().__init__()
-        refuse_unless(isinstance(lr, str) or 0 < lr < math.inf, "model.lr", lr, "a number above 0, or auto")
-        refuse_unless(isinstance(eps, str) or 0 < eps < math.inf, "model.eps", eps, "a number above 0, or auto")
+        for name, value in (("lr", lr), ("eps", eps)):
+            fine = value == "auto" if isinstance(value, str) else 0 < value < math.inf
+            refuse_unless(fine, f"model.{name}", value, "a number above 0, or auto")
+        refuse_unless(lr_scheduler in SCHEDULES, "model.lr_scheduler", lr_scheduler, f"one of {', '.join(SCHEDULES)}")
         refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
         refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
         refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
@@ -100,8 +108,9 @@ class PersonalizationModule(LightningModule):
         self.strict_loading = False
         self.base_name, self.precision, self.seed = str(base), precision, seed
         self.adapter = adapter if adapter is not None else TokenEmbedding()
-        self.estimator = estimator if estimator is not None else Backprop()
-        self.subspace = subspace
+        # Copies: what `auto` becomes, the seed and the path are this module's, and a part may be given to several.
+        self.estimator = copy.copy(estimator) if estimator is not None else Backprop()
+        self.subspace = copy.deepcopy(subspace)
         self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
@@ -125,7 +134,7 @@ class PersonalizationModule(LightningModule):
         if data is not None:
             self.class_word = getattr(data, "class_word", None)
             data.token = getattr(self.adapter, "token", None)  # captions may name it
-            data.seed = self.seed if getattr(data, "seed", None) is None else data.seed
+            data.default_seed = self.seed
         self.load(self.trainer.strategy.root_device if self._trainer is not None else "cpu")
         if data is not None and stage == "fit":
             with phase("encode"):
@@ -134,7 +143,7 @@ class PersonalizationModule(LightningModule):
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
-        if self.base is None or self.base.device != torch.device(device):
+        if self.base is None or self.base.device != exact_device(device):
             self._fill_in_defaults()
             self.base = None  # the old one goes before the new one comes
             self.base = load_base(self.base_name, self.precision, device)
@@ -150,7 +159,7 @@ class PersonalizationModule(LightningModule):
         if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
             rank_zero_warn(
                 f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training may "
-                f"diverge: take mu {least:g} or more, or precision int8 or fp32"
+                f"diverge: take mu {least:g} or more, or precision fp32"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -163,9 +172,19 @@ class PersonalizationModule(LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:
-            raise UserError(f"model.lr_scheduler {self.lr_scheduler} needs an end to run to: set trainer.max_steps.")
+            raise UserError(
+                f"model.lr_scheduler {self.lr_scheduler} needs an end to run to: set trainer.max_steps, or "
+                "model.lr_scheduler constant"
+            )
         schedule = get_scheduler(self.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A resumed schedule runs to this run's end, which may be another than when its checkpoint was written."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        if isinstance(schedule, LambdaLR) and isinstance(optimizer, LightningOptimizer):
+            for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = lr * factor(schedule.last_epoch)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -184,7 +203,7 @@ class PersonalizationModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
         optimizer.step()
-        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):  # manual optimisation steps it by hand
+        if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.subspace:
             self.subspace.observe(theta.detach())
@@ -249,50 +268,17 @@ class PersonalizationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside trainables and optimiser: what the run was, and the subspace's history."""
-        checkpoint["mep"] = {
-            "base": self.base_name,
-            "precision": self.precision,
-            "method": self.method,
-            "seed": self.seed,
-            "class_word": self.class_word,
-            "subspace": self.subspace.state_dict() if self.subspace else None,
-        }
+        checkpoint["mep"] = describe(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check by hand (loading is not strict) that the checkpoint is of this run and complete.
 
         Raises:
-            CheckpointError: another base or precision, or something that is missing.
+            CheckpointError: another base, precision or setting, or something that is missing.
         """
-        saved = checkpoint.get("mep")
-        if not isinstance(saved, dict):
-            raise CheckpointError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
-        mine = {"base": self.base_name, "precision": self.precision, "method": self.method, "seed": self.seed}
-        for key in (*mine, "subspace"):
-            if key not in saved:
-                raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
-        for key, value in mine.items():
-            if saved[key] != value:
-                raise CheckpointError(
-                    f"the checkpoint was trained with {key} {saved[key]!r}, not {value!r}: set model.{key} to it"
-                )
-        if (saved["subspace"] is None) != (self.subspace is None):
-            raise CheckpointError(
-                "the checkpoint was trained with"
-                + ("out" if self.subspace else "")
-                + " model.subspace: resume likewise"
-            )
-        missing = [name for name in self.state_dict() if name not in checkpoint["state_dict"]]
-        if missing:
-            raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
-        for name, value in self.state_dict().items():
-            shape = checkpoint["state_dict"][name].shape
-            if shape != value.shape:
-                raise CheckpointError(
-                    f"the checkpoint's {name} is {list(shape)}, this run's {list(value.shape)}: resume with its adapter"
-                )
+        refuse_another_run(checkpoint, self)
         if self.subspace:
-            self.subspace.load_state_dict(saved["subspace"])
+            self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
 
 
 def step_generator(seed: int, step: int) -> Generator:

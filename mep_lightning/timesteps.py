@@ -42,10 +42,19 @@ class PartialUniformTimesteps(TimestepSampler):
 
 
 class UniformTimesteps(PartialUniformTimesteps):
-    """All timesteps alike: t ~ U{0 .. T - 1}."""
+    """All timesteps alike: t ~ U{0 .. T - 1}.
 
-    def __init__(self, total: int = 1000):
-        super().__init__(0, total)
+    Args:
+        total: T; None takes that of the module's base, 1,000 until there is one.
+    """
+
+    def __init__(self, total: int | None = None):
+        super().__init__(0, 1000 if total is None else total)
+        self._given = total is not None
+
+    def follow(self, alphas_cumprod: Tensor) -> None:
+        if not self._given:
+            self.high = len(alphas_cumprod)
 
 
 class SNRTimesteps(TimestepSampler):
@@ -61,15 +70,17 @@ class SNRTimesteps(TimestepSampler):
 
     def __init__(self, alphas_cumprod: Tensor | None = None, gamma: float = 5.0):
         self.gamma = gamma
-        self.probability: Tensor | None = None
-        if alphas_cumprod is not None:
-            self.follow(alphas_cumprod)
+        self._given = alphas_cumprod is not None
+        self.probability = None if alphas_cumprod is None else self._weights(alphas_cumprod)
 
     def follow(self, alphas_cumprod: Tensor) -> None:
-        """Take the schedule of a base."""
+        if not self._given:
+            self.probability = self._weights(alphas_cumprod)
+
+    def _weights(self, alphas_cumprod: Tensor) -> Tensor:
         alphas = alphas_cumprod.double().cpu()
         snr = alphas / (1 - alphas)
-        self.probability = (snr.clamp_max(self.gamma) / snr).float()
+        return (snr.clamp_max(self.gamma) / snr).float()
 
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
         if self.probability is None:

@@ -82,5 +82,5 @@ def test_auto_settings_are_filled_in_and_others_left():
 
 
 def test_an_auto_setting_without_a_default_is_named():
-    with pytest.raises(UserError, match="^Part.size is auto, and zoodip has no default for it: give it a number.$"):
+    with pytest.raises(UserError, match="^Part.size is auto, and zoodip has no default for it: give it a value.$"):
         defaults.fill_in(Part(1, "auto"), {"lr": 7}, "zoodip")

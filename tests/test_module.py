@@ -184,6 +184,25 @@ def test_the_learning_rate_follows_its_schedule(name, expected, tmp_path):
     assert rates.seen == pytest.approx([2 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(("first", "last"), [(4, 8), (4, 6), (8, 6)])
+def test_a_resumed_schedule_runs_to_the_end_of_the_resumed_run(first, last, tmp_path):
+    """Also when it had come to 0; after step 4 of 8 and of 6 in all, lr is what an uninterrupted run would have."""
+    stop, rates = StopAt(4), LearningRates()
+    _, run = fitted(first, tmp_path, module("backprop", lr=2.0, lr_scheduler="linear"), callbacks=[stop])
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    again = trainer(last, tmp_path, callbacks=[rates])
+    resumed = module("backprop", lr=2.0, lr_scheduler="linear")
+    again.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert rates.seen == pytest.approx([2 * (1 - step / last) for step in range(4, last)])
+
+
+@pytest.mark.parametrize("settings", [{"lr_scheduler": "cosin"}, {"lr": "fast"}, {"eps": "tiny"}], ids=str)
+def test_an_unknown_word_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"model.{name} is .*; use "):
+        PersonalizationModule(**settings)
+
+
 def test_a_schedule_without_an_end_is_refused(tmp_path):
     mod, endless = module("backprop", lr_scheduler="linear"), trainer(-1, tmp_path, max_epochs=-1)
     with pytest.raises(UserError, match="model.lr_scheduler linear needs an end to run to: set trainer.max_steps"):
@@ -194,13 +213,42 @@ def test_auto_becomes_what_the_base_needs(tiny_base):
     mod = PersonalizationModule(
         precision="int8",
         adapter=TokenEmbedding(init="ball"),
-        estimator=RandomGradientEstimator(n="auto", mu="auto"),
+        estimator=RandomGradientEstimator(n="auto", mu="auto", standardize="auto"),
         subspace=SubspaceGradient(tau="auto", nu="auto"),
     )
     mod.load()
     values = defaults.lookup("zoodip", "tiny", "int8")
-    filled = (mod.estimator.n, mod.estimator.mu, mod.subspace.tau, mod.subspace.nu, mod.lr, mod.lr_scheduler, mod.eps)
-    assert filled == tuple(values[key] for key in ("n", "mu", "tau", "nu", "lr", "lr_scheduler", "eps"))
+    for part, names in (
+        (mod.estimator, ("n", "mu", "standardize")),
+        (mod.subspace, ("tau", "nu")),
+        (mod, ("lr", "lr_scheduler", "eps")),
+    ):
+        assert {name: getattr(part, name) for name in names} == {name: values[name] for name in names}
+
+
+def test_a_part_given_to_two_modules_belongs_to_neither():
+    estimator, subspace = RandomGradientEstimator(n="auto", seed=None), SubspaceGradient(tau="auto")
+    modules = [
+        PersonalizationModule(
+            precision=precision, seed=seed, adapter=TokenEmbedding(init="ball"), estimator=estimator, subspace=subspace
+        )
+        for seed, precision in enumerate(("fp32", "bf16"))
+    ]
+    for mod in modules:
+        mod.load()
+    assert [mod.estimator.seed for mod in modules] == [0, 1]
+    assert (estimator.seed, estimator.n, subspace.tau) == (None, "auto", "auto")
+    modules[0].subspace.observe(torch.zeros(3))
+    assert modules[1].subspace.seen == 0
+
+
+def test_data_given_to_two_modules_follows_each_ones_seed(tmp_path):
+    data = SubjectData()
+    orders = []
+    for seed in (0, 1):
+        trainer(1, tmp_path).fit(module(seed=seed), data)
+        orders.append([data.batch(step)["rows"] for step in range(20)])
+    assert orders[0] != orders[1]
 
 
 def test_auto_without_a_default_is_said():

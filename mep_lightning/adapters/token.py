@@ -81,6 +81,8 @@ class TokenEmbedding(Adapter):
     def export(self, directory: Path) -> list[Path]:
         """`learned_embeds.safetensors`, {token: [vectors, D]}: what diffusers' `load_textual_inversion` reads."""
         path = Path(directory) / FILE
+        if not self.theta.isfinite().all():
+            raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise mu")
         metadata = {f"{PREFIX}{key}": value for key, value in self.origin.items()}
         with replacing(path) as temporary:
             save_file({self.token: self.theta.detach().float().cpu().contiguous()}, temporary, metadata)
@@ -96,9 +98,9 @@ class TokenEmbedding(Adapter):
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): export it again") from None
-        (self.token, values), *more = tensors.items()
-        if more or values.dim() != 2:
+        if len(tensors) != 1 or next(iter(tensors.values())).dim() != 2:
             raise UserError(f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions]")
+        ((self.token, values),) = tensors.items()
         self.vectors = len(values)
         self.theta = nn.Parameter(values.to(torch.float32))
         self.origin = {key.removeprefix(PREFIX): metadata[key] for key in metadata if key.startswith(PREFIX)}

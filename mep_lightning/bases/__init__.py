@@ -9,12 +9,18 @@ from mep_lightning.bases.families import Family, identify
 if TYPE_CHECKING:
     from mep_lightning.bases.base import Base
     from mep_lightning.bases.conditioning import encode_prompts
-    from mep_lightning.bases.load import load_base
+    from mep_lightning.bases.load import exact_device, load_base
     from mep_lightning.bases.walk import predict_noise
 
-__all__ = ["Base", "Family", "encode_prompts", "identify", "load_base", "predict_noise"]
+__all__ = ["Base", "Family", "encode_prompts", "exact_device", "identify", "load_base", "predict_noise"]
 
-_HOMES = {"Base": "base", "encode_prompts": "conditioning", "load_base": "load", "predict_noise": "walk"}
+_HOMES = {
+    "Base": "base",
+    "encode_prompts": "conditioning",
+    "exact_device": "load",
+    "load_base": "load",
+    "predict_noise": "walk",
+}
 
 
 def __getattr__(name: str) -> Any:

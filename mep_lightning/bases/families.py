@@ -87,6 +87,9 @@ def identify(name: str | Path) -> Family:
         raise UserError(
             f"base {str(name)!r} takes {unet['in_channels']} channels, as inpainting models do: use a text-to-image one"
         )
+    for part, config, key, kind in (("vae", vae, "block_out_channels", list), ("unet", unet, "sample_size", int)):
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{folder / part}/config.json has no {key}: fetch the base again")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = scheduler.get("prediction_type", "epsilon")
     return Family(family, unet["sample_size"] * factor, factor, prediction)
@@ -94,8 +97,11 @@ def identify(name: str | Path) -> Family:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"the base lacks {path}: give a complete folder in diffusers' layout") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the base again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: fetch the base again")
+    return content

@@ -33,6 +33,12 @@ def activation_dtype(precision: str, device: torch.device, family: str) -> torch
     return DTYPES[precision]
 
 
+def exact_device(device: str | torch.device) -> torch.device:
+    """A device with its number: "cuda" is the current one."""
+    device = torch.device(device)
+    return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu") -> Base:
     """Load a base and freeze it.
 
@@ -46,7 +52,7 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-    device = torch.device(device)
+    device = exact_device(device)
     folder, info = locate(name), identify(name)
     if info.family == "sdxl":
         raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")

@@ -92,7 +92,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _files(folder: Path) -> list[Path]:
     """The safetensors to read: the shards of an index, or the one plain file, or the one variant there is."""
     for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{index} has no weight_map: fetch the base again") from None
+        return [folder / name for name in sorted(shards)]
     files = sorted(folder.glob("*.safetensors"), key=lambda path: (len(path.name), path.name))
     if not files:
         raise UserError(f"{folder} holds no safetensors: fetch the base again with safetensors weights")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from mep_lightning import defaults
 from mep_lightning.errors import UserError
-from mep_lightning.timesteps import PartialUniformTimesteps
+from mep_lightning.timesteps import PartialUniformTimesteps, TimestepSampler
 
 
 class PUTS(Callback):
@@ -21,8 +21,8 @@ class PUTS(Callback):
     After `fit` has started, `low` and `high` are numbers.
 
     Raises:
-        UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps`, or "auto" with a
-            module or method that has no defaults.
+        UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps` or with a sampler of
+            another kind, or "auto" with a module or method that has no defaults.
     """
 
     AUTO: ClassVar[dict[str, str]] = {"low": "puts_low", "high": "puts_high"}
@@ -41,10 +41,12 @@ class PUTS(Callback):
                 f"PUTS needs a module that draws its timesteps from `self.timesteps`; {type(pl_module).__name__} has no"
                 " such attribute: set one in __init__ or leave PUTS out."
             )
-        if self.low == "auto" or self.high == "auto":
-            values = _defaults(pl_module)
-            self.low = values["puts_low"] if self.low == "auto" else self.low
-            self.high = values["puts_high"] if self.high == "auto" else self.high
+        sampler = pl_module.timesteps
+        if isinstance(sampler, TimestepSampler) and not isinstance(sampler, PartialUniformTimesteps):
+            name = type(sampler).__name__
+            raise UserError(f"PUTS and the module's {name} both say which timesteps are drawn: leave one of them out.")
+        defaults.fill_in(self, defaults.of(pl_module), getattr(pl_module, "method", None) or type(pl_module).__name__)
+        assert isinstance(self.low, int) and isinstance(self.high, int)
         _check(self.low, self.high)
         scheduler = getattr(getattr(pl_module, "base", None), "scheduler", None)
         total = len(scheduler.alphas_cumprod) if scheduler is not None else None
@@ -53,20 +55,6 @@ class PUTS(Callback):
                 f"PUTS high is {self.high}, but the base has {total} timesteps: set high to {total} or less."
             )
         pl_module.timesteps = PartialUniformTimesteps(self.low, self.high)
-
-
-def _defaults(module: LightningModule) -> dict[str, Any]:
-    """The default values of a module's method on its base, with PUTS bounds among them."""
-    method: Any = getattr(module, "method", None)
-    base: Any = getattr(module, "base", None)
-    values = {}
-    if isinstance(method, str) and hasattr(base, "family"):
-        values = defaults.lookup(method, base.family, base.precision)
-    if "puts_low" not in values or "puts_high" not in values:
-        raise UserError(
-            f"No PUTS bounds are known for {method or type(module).__name__}: write them, such as PUTS(500, 900)."
-        )
-    return values
 
 
 def _check(low: int, high: int) -> None:

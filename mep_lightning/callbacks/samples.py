@@ -22,6 +22,9 @@ from mep_lightning.evaluation.prompts import prompts_for
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
+SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5}
+"""How a module is sampled whose method and base have no defaults."""
+
 
 class Samples(Callback):
     """Write `samples/` in the run's folder: photos, before, step-000500 …, after, and before_after beside the photos.
@@ -116,15 +119,15 @@ class Samples(Callback):
             known = prompts_for(class_word, getattr(getattr(pl_module, "base", None), "family", None))
             # A recoloured subject is hard to compare with the photos, so `a red …` is left to the evaluation.
             known = tuple(prompt for prompt in known if prompt.startswith("a {0}")) or known
-            last = max(self.count - 1, 1)
-            templates = [known[round(i * (len(known) - 1) / last)] for i in range(min(self.count, len(known)))]
+            count = min(self.count, len(known))
+            templates = [known[round(i * (len(known) - 1) / max(count - 1, 1))] for i in range(count)]
         adapter: Any = pl_module.adapter
         return [fill(template, adapter.phrase(class_word), class_word) for template in templates]
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         prompts = self.texts(trainer, pl_module)
         seeds = [self.seed + number for number in range(len(prompts))]
-        known = _sampling(pl_module)
+        known = SAMPLING | defaults.of(pl_module)
         with isolate_rng(), evaluating(pl_module):
             images = generate(
                 pl_module,
@@ -179,15 +182,6 @@ class Samples(Callback):
 def _class_word(trainer: Trainer, pl_module: LightningModule) -> str:
     data = getattr(trainer, "datamodule", None)
     return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None) or ""
-
-
-def _sampling(module: LightningModule) -> dict[str, Any]:
-    """How this base is best sampled."""
-    method: Any = getattr(module, "method", None)
-    base: Any = getattr(module, "base", None)
-    if isinstance(method, str) and hasattr(base, "family"):
-        return defaults.lookup(method, base.family, base.precision)
-    return {"sampling_steps": 25, "guidance": 7.5}
 
 
 def _log(trainer: Trainer, image: Image.Image, step: int) -> None:

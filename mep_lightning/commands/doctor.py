@@ -16,11 +16,7 @@ from mep_lightning.commands.options import Options
 NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jsonargparse", "torchmetrics", "pillow")
 OPTIONAL = {
     "accelerate": "faster loading of large bases",
-    "bitsandbytes": "int4 (NF4) bases and 8-bit Adam",
-    "cma": "gradient-free textual inversion",
-    "peft": "LoRA layers of other tools",
     "tensorboard": "--trainer.logger TensorBoardLogger",
-    "triton": "fused kernels on a GPU",
     "wandb": "--trainer.logger WandbLogger",
 }
 """Package -> what it is good for here."""

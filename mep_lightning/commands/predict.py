@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,10 +28,13 @@ def run(argv: Sequence[str]) -> int:
     check_options(options)
     refuse_unless(options.count >= 1, "--count", options.count, "1 or more")
 
+    refuse_unless(all(text.strip() for text in options.prompts), "--prompts", '""', "a text each")
     learned = open_run(options)
     prompts = [learned.prompt(text) for text in options.prompts]
     if absent := [text for text in prompts if not learned.is_in(text)]:
         print(f"Note: the subject is not in {absent[0]!r}; write {learned.token} or {{}} where it goes.")
+    if holes := [hole for text in prompts for hole in re.findall(r"\{[^{}]*\}", text)]:
+        print(f"Note: {holes[0]} stands for nothing and is drawn as it is; {{}} stands for the subject.")
     folder = Path(options.out).expanduser() if options.out else learned.folder.root / "predictions"
     prepare_folder(folder)
     for path in draw(learned, prompts, options.count, options).save(folder):

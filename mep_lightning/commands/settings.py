@@ -38,15 +38,23 @@ def refuse_impossible(config: Namespace, where: Callable[[str], str]) -> None:
         where: how a sentence about a key begins, such as with the file that holds it.
 
     Raises:
-        UserError: 16-bit precision, whose scaled losses spoil hand-made gradients, or a seed out of range.
+        UserError: 16-bit precision, whose scaled losses spoil hand-made gradients, no step to train, or a seed out of
+            range.
     """
     precision = str(config.trainer.precision)
     if PRECISION_SYNONYMS.get(precision, precision) not in ALLOWED_TRAINER_PRECISIONS:
+        why = ", as its loss scaling spoils hand-made gradients" if precision in ("16", "16-mixed") else ""
         raise UserError(
-            f"{where('trainer.precision')}trainer.precision {precision} cannot train this, as its loss scaling spoils "
-            f"hand-made gradients; choose one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}, and model.precision for the "
-            "frozen base."
+            f"{where('trainer.precision')}trainer.precision {precision} cannot train this{why}; choose one of "
+            f"{', '.join(ALLOWED_TRAINER_PRECISIONS)}, and model.precision for the frozen base."
         )
+    steps = config.trainer.max_steps
+    if isinstance(steps, int) and steps < 1 and steps != -1:
+        raise UserError(
+            f"{where('trainer.max_steps')}trainer.max_steps is {steps}; use 1 or more, -1 (no end) or auto."
+        )
+    if config.trainer.limit_train_batches == 0:
+        raise UserError(f"{where('trainer.limit_train_batches')}trainer.limit_train_batches is 0; use 1 or more.")
     seed = config.seed_everything
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"{where('seed_everything')}seed_everything is {seed}; use 0 to {LARGEST_SEED}.")
@@ -74,6 +82,21 @@ def fill_in_auto(config: Namespace) -> None:
         for setting, column in getattr(kind, "AUTO", {}).items():
             if part["init_args"].get(setting) == "auto":
                 part["init_args"][setting] = value(f"{setting} of {kind.__name__}", column)
+
+
+def refuse_endless_decay(config: Namespace) -> None:
+    """A learning rate that falls to 0 at the last step needs one.
+
+    Raises:
+        UserError: there is none.
+    """
+    trainer = config.trainer
+    endless = trainer.max_steps == -1 and (config.data.repeats is None or trainer.max_epochs == -1)
+    if endless and config.model.lr_scheduler != "constant":
+        raise UserError(
+            f"model.lr_scheduler is {config.model.lr_scheduler}, and trainer.max_steps -1 is no end to run to; give it "
+            "an end, or set model.lr_scheduler constant."
+        )
 
 
 def make_absolute(config: Namespace) -> None:

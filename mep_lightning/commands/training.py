@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,6 +40,7 @@ from mep_lightning.commands.settings import (
     fill_in_auto,
     make_absolute,
     refuse_changes,
+    refuse_endless_decay,
     refuse_impossible,
     save_config,
 )
@@ -109,6 +111,7 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         fill_in_auto(self.config)
+        refuse_endless_decay(self.config)
         if self.config.data.path is None and identify(self.config.model.base).family != "tiny":
             raise UserError("data.path is missing; give it a folder of photos (only the base tiny brings its own).")
         make_absolute(self.config)
@@ -144,7 +147,10 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
             text = " ".join(str(error).split()).rstrip(".!")
-            raise UserError(f"wrong trainer setting: {text}. `mep doctor` lists the devices there are.") from error
+            devices = (
+                " `mep doctor` lists the devices there are." if re.search("accelerator|device", text, re.I) else ""
+            )
+            raise UserError(f"wrong trainer setting: {text}.{devices}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         self.stopper = StopAfterStep()

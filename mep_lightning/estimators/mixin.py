@@ -67,10 +67,10 @@ class ZerothOrderMixin:
         """Estimate the gradient of a loss and add it to `.grad`, as `backward` would, with forward passes only.
 
         The members are evaluated one after the other with the parameters changed in place; afterwards these are bitwise
-        what they were, also when the loss raises. Every member sees the same random numbers, so the loss may draw its
-        noise and timesteps itself. The directions are a pure function of the estimator's seed, of `global_step` and of
-        what earlier calls of the same step perturbed, so a resumed run repeats them; a module without a `global_step`
-        counts its calls instead.
+        what they were, also when the loss raises. Every member sees the same of torch's random numbers, so the loss may
+        draw its noise and timesteps itself. The directions are a pure function of the estimator's seed, of
+        `global_step` and of what earlier calls of the same step perturbed, so a resumed run repeats them; a module
+        without a `global_step` counts its calls instead.
 
         Args:
             loss_fn: () -> scalar.
@@ -82,7 +82,7 @@ class ZerothOrderMixin:
             {"loss": their mean, scalar, "losses": one a member, [V]}.
 
         Raises:
-            UserError: no parameter requires a gradient.
+            UserError: no parameter requires a gradient, or the loss is no scalar.
         """
         estimator = SPSAEstimator() if estimator is None else estimator
         trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
@@ -97,7 +97,7 @@ class ZerothOrderMixin:
             for probe in estimator.probes:
                 rewind()
                 with displaced_in_place(numbered, probe, mu, seed, step, originals):
-                    losses.append(torch.as_tensor(loss_fn(), dtype=torch.float32).detach())
+                    losses.append(_scalar(loss_fn()))
         stacked = torch.stack(losses)  # [V]
         weights = estimator.weights(stacked, dims=sum(param.numel() for param in trained))
         for param_id, param in numbered.items():
@@ -112,3 +112,10 @@ class ZerothOrderMixin:
             self._zo_step, self._zo_moved = step, 0
         first, self._zo_moved = self._zo_moved, self._zo_moved + count
         return step, first
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """One loss, in fp32 at least, so that differences are not rounded."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UserError("loss_fn must answer with a scalar tensor, such as a mean")
+    return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))

@@ -25,8 +25,10 @@ class ZerothOrderEstimator(Estimator):
         n: how many directions, at least 1; "auto" is what a module takes from its defaults.
         mu: the finite step, positive; "auto" as for n.
         normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP).
-        standardize: divide by std(L) / mu, L the losses (FZOO, arXiv 2506.09034): every step has about the same
-            length, so that timesteps with small slopes count as much as those with large ones. "auto" as for n.
+        standardize: divide by std(L) / mu, the losses' (population) standard deviation over all members, as FZOO
+            (arXiv 2506.09034) does over the perturbed ones. Differences then make steps of about the same length, so
+            that timesteps with small slopes count as much as those with large ones; with n = 1 only the slope's sign is
+            left. "auto" as for n.
         seed: of the directions; None takes the module's, or 0 where there is none.
     """
 
@@ -41,9 +43,9 @@ class ZerothOrderEstimator(Estimator):
         seed: int | None = None,
         standardize: bool | Literal["auto"] = False,
     ) -> None:
-        if n != "auto" and n < 1:
-            raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs at least 1 direction")
-        if mu != "auto" and not (mu > 0 and math.isfinite(mu)):
+        if n != "auto" and not (isinstance(n, int) and n >= 1):
+            raise UserError(f"{type(self).__name__}.n is {n}, but an estimate needs 1, 2, ... directions")
+        if mu != "auto" and not (isinstance(mu, (int, float)) and mu > 0 and math.isfinite(mu)):
             raise UserError(f"{type(self).__name__}.mu is {mu}, but the step must be a positive number, such as 1e-3")
         refuse_unless(seed is None or 0 <= seed < SEEDS, f"{type(self).__name__}.seed", seed, f"0 to {SEEDS - 1}")
         self.n: int | Literal["auto"] = n
@@ -91,7 +93,7 @@ class ZerothOrderEstimator(Estimator):
         """c_i / n, normalised and standardised where asked for: g = sum_i weights_i e_i. losses [V] -> [n].
 
         Raises:
-            UserError: standardize still is "auto", or there is one loss alone, which has no standard deviation.
+            UserError: standardize still is "auto".
         """
         n, name = self.count, type(self).__name__
         weights = self.coefficients(losses) / n
@@ -100,10 +102,8 @@ class ZerothOrderEstimator(Estimator):
         if self.standardize:
             if isinstance(self.standardize, str):
                 raise UserError(f"{name}.standardize is 'auto' outside a module; set it, such as standardize=False")
-            if len(losses) < 2:
-                raise UserError(f"{name}.standardize needs losses to compare: raise n to 2 or more, or switch it off")
             std = losses.std(correction=0)
-            weights = torch.where(std > 0, weights * (self.step_size / std), 0.0)  # equal losses tell no direction
+            weights = torch.where(std == 0, 0.0, weights * (self.step_size / std))  # equal losses tell no direction
         return weights
 
     @torch.no_grad()
@@ -153,7 +153,21 @@ class SPSAEstimator(ZerothOrderEstimator):
 
 
 class OnePointEstimator(ZerothOrderEstimator):
-    """One evaluation a direction: c_i = L(theta + mu e_i) / mu, n members; as unbiased, with far more variance."""
+    """One evaluation a direction: c_i = L(theta + mu e_i) / mu, n members; as unbiased, with far more variance.
+
+    Its losses are no differences, so there is nothing to standardize.
+    """
+
+    AUTO: ClassVar[dict[str, str]] = {"n": "n", "mu": "mu"}
+
+    def __init__(
+        self,
+        n: int | Literal["auto"] = 1,
+        mu: float | Literal["auto"] = 1e-3,
+        normalize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(n, mu, normalize, seed)
 
     @property
     def probes(self) -> list[Probe]:

@@ -1,18 +1,22 @@
 """The suites: what they write down is what was measured, and old figures are not taken for new ones."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from benchmarks import quality, rows, step, tune
+from benchmarks.__main__ import main
 from mep_lightning import defaults
 
 
 def test_results_say_where_and_with_what_they_were_measured(tmp_path):
-    rows.write([rows.row("step", "case", "seconds a step", 0.5, "s", 1.0, 2.0)], tmp_path / "new" / "a.json")
+    about = rows.measured_with(threads=1)
+    rows.write([rows.row("step", "case", "seconds a step", 0.5, "s", 1.0, 2.0)], tmp_path / "new" / "a.json", about)
     written = json.loads((tmp_path / "new" / "a.json").read_text())
     assert set(written) == {"device", "torch", "date", "commit", "rows"} and written["torch"] == torch.__version__
+    assert written["device"].endswith("1 thread")
     assert set(written["rows"][0]) == {"suite", "case", "metric", "value", "unit", "baseline", "ratio"}
 
 
@@ -25,7 +29,7 @@ def test_both_sides_run_in_turn():
 
 def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
     cells = [
-        dict.fromkeys((*quality.SCORES, "seconds"), value) | {"variant": "zo", "subject": subject, "seed": seed}
+        dict.fromkeys(quality.SCORES, value) | {"variant": "zo", "subject": subject, "seed": seed}
         for seed, subject, value in [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 4.0)]
     ]
     (dino,) = [r for r in quality.summarise("quality", cells, ["zo", "absent"]) if r["metric"] == "dino"]
@@ -84,10 +88,28 @@ def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
 
 
 def test_bounds_that_a_variant_does_not_use_are_none_of_its_settings(monkeypatch):
-    before = {name: quality.resolve(settings) for name, settings in quality.ABLATION.items()}
+    variants = quality.METHODS | {"without PUTS": quality.ZOODIP | {"puts": False}}
+    before = {name: quality.resolve(settings) for name, settings in variants.items()}
     monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"puts_high": 321})])
-    changed = {name for name, settings in quality.ABLATION.items() if quality.resolve(settings) != before[name]}
-    assert changed == {name for name, settings in quality.ABLATION.items() if settings["puts"]}
+    assert {name for name, settings in variants.items() if quality.resolve(settings) != before[name]} == {"zoodip"}
+
+
+def test_no_two_variants_train_alike():
+    for suite in quality.SUITES.values():
+        resolved = [quality.resolve(settings) for settings in suite.values()]
+        assert all(one != other for i, one in enumerate(resolved) for other in resolved[:i])
+    narrowed = [quality.resolve(settings) for settings in quality.ABLATION.values() if settings["puts"]]
+    assert narrowed and all((one["puts_low"], one["puts_high"]) != (0, 1000) for one in narrowed)
+
+
+@pytest.mark.parametrize(
+    "words", [["quality", "--subjects", "2"], ["ablation", "--variants", "n=1"], ["tiny", "--sets", "1"]]
+)
+def test_part_of_a_suite_does_not_overwrite_the_whole(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--out FILE.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", tune.AXES)

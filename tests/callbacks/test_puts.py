@@ -10,6 +10,7 @@ import torch
 from mep_lightning import defaults
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
+from mep_lightning.timesteps import SNRTimesteps
 
 
 def drawn(module) -> torch.Tensor:
@@ -48,8 +49,14 @@ def test_a_module_without_timesteps_is_refused_with_the_mend(module, data, train
 
 def test_auto_needs_a_module_that_has_defaults(module, data, trainer_of):
     module.timesteps = None
-    with pytest.raises(UserError, match="No PUTS bounds are known for Noisy: write them"):
+    with pytest.raises(UserError, match="PUTS.low is auto, and Noisy has no default for it: give it a value"):
         trainer_of(PUTS()).fit(module, data)
+
+
+def test_two_samplers_contradict_each_other(module, data, trainer_of):
+    module.timesteps = SNRTimesteps(torch.linspace(0.9, 0.1, 10))
+    with pytest.raises(UserError, match="PUTS and the module's SNRTimesteps both say which timesteps are drawn"):
+        trainer_of(PUTS(1, 2)).fit(module, data)
 
 
 def test_bounds_above_the_schedule_are_refused(module, data, trainer_of):

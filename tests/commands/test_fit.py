@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mep_lightning import defaults
 from mep_lightning.cli import main
 from mep_lightning.commands.keeping import RunLog
 from mep_lightning.run_folder import RunFolder
@@ -61,7 +62,7 @@ def test_parts_are_swapped_by_name_and_the_rest_is_kept(fit, config_of):
     assert model["estimator"]["class_path"].endswith(".SPSAEstimator")
     assert model["estimator"]["init_args"]["n"] == 4
     assert model["estimator"]["init_args"]["normalize"] is True  # the recipe's, which fits SPSA too
-    assert model["subspace"]["init_args"] == {"tau": 64, "nu": 0.001}
+    assert model["subspace"]["init_args"] == {"tau": 64, "nu": defaults.lookup("zoodip", "tiny", "int8")["nu"]}
 
 
 def test_swapping_in_a_part_with_other_settings_drops_only_what_does_not_fit(fit, config_of):

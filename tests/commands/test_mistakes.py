@@ -48,7 +48,26 @@ FIT_MISTAKES = {
         "16-mixed cannot train this",
     ),
     "16-true": (["--config", "zoodip", "--trainer.precision=16-true"], "16-true.*32-true, bf16-mixed, bf16-true"),
-    "no directions": (["--config", "zoodip", "--model.estimator.n", 0], "n is 0.*at least 1"),
+    "no directions": (["--config", "zoodip", "--model.estimator.n", 0], "n is 0.*1, 2, ... directions"),
+    "64-true": (
+        ["--config", "zoodip", "--trainer.precision=64-true"],
+        "64-true cannot train this; choose one of",
+    ),
+    "no steps": (["--config", "zoodip", "--trainer.max_steps", 0], "trainer.max_steps is 0; use 1 or more, -1"),
+    "negative steps": (["--config", "zoodip", "--trainer.max_steps", -7], "trainer.max_steps is -7; use 1 or more, -1"),
+    "no batches": (
+        ["--config", "zoodip", "--trainer.limit_train_batches", 0],
+        "limit_train_batches is 0; use 1",
+    ),
+    "endless decay": (
+        ["--config", "zoodip", "--trainer.max_steps", -1],
+        "lr_scheduler is linear, and trainer.max_steps -1 is no end.*set model.lr_scheduler constant",
+    ),
+    "schedule": (["--config", "zoodip", "--model.lr_scheduler", "cosin"], "model.lr_scheduler is 'cosin'"),
+    "duration": (
+        ["--config", "zoodip", "--trainer.max_time", "foo"],
+        "is not a valid duration. Expected a string in the format DD:HH:MM:SS.",
+    ),
     "resolution": (
         ["--config", "zoodip", "--data.resolution", 100],
         "resolution 100 is not a multiple of 8: use 96 or 104",

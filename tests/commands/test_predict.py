@@ -72,6 +72,7 @@ PREDICT_MISTAKES = {
     "nothing learned": (["--run", ".", "--base", "tiny", "--prompts", "x"], "holds neither learned_embeds.safetensors"),
     "no base": (["--run", "foreign", "--prompts", "x"], "no config.yaml says its base; add --base tiny"),
     "unknown token": (["--run", "RUN", "--prompts", "a <sk> ball"], "names <sk>, which"),
+    "empty prompt": (["--run", "RUN", "--prompts", "a {}", " "], '--prompts is ""; use a text each'),
     "device": (["--run", "RUN", "--prompts", "x", "--device", "warp"], "--device warp: not on this machine"),
     "seed": (["--run", "RUN", "--prompts", "x", "--seed", "-1"], "--seed is -1; use 0 to 9223372036854775807."),
     "count": (["--run", "RUN", "--prompts", "x", "--count", "0"], "--count is 0; use 1 or more."),

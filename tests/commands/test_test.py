@@ -20,7 +20,9 @@ def test_test_scores_the_evaluation_prompts_of_the_base(trained, capsys):
     assert all(-1 <= metrics[name] <= 1 for name in ("clip_t", "clip_i", "dino", "dino_inter"))
     assert metrics["settings"]["prompts"] == len(evaluation_prompts())
     assert len(list(Path("r/evaluation").glob("*.png"))) == len(evaluation_prompts())
-    assert f"{metrics['dino']:.2f}"[:3] in Path("r/report.html").read_text()
+    page = Path("r/report.html").read_text()
+    for name in ("clip_t", "clip_i", "dino", "dino_inter"):
+        assert f"{metrics[name]:.3f}" in page
     assert capsys.readouterr().out.splitlines()[-1] == "In r: evaluation, metrics.json, report.html."
 
 

@@ -1,0 +1,91 @@
+"""What a checkpoint says of its run, and which run may go on from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mep_lightning.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from mep_lightning.module import PersonalizationModule
+
+IDENTITY = ("base", "precision", "method", "seed")
+"""What decides which draws and which weights a step sees."""
+SETTINGS = ("lr", "lr_scheduler", "betas", "eps", "weight_decay")
+"""How the module steps."""
+
+
+def describe(module: PersonalizationModule) -> dict[str, Any]:
+    """What a checkpoint keeps beside trainables and optimiser, as plain values and the subspace's tensors.
+
+    Raises:
+        UserError: a trained value is not finite: the last checkpoint is worth more than this one.
+    """
+    for name, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} is no longer finite, so no checkpoint is written: lower lr, or raise mu")
+    return {
+        **_identity(module),
+        "class_word": module.class_word,
+        "settings": _settings(module),
+        "subspace": module.subspace.state_dict() if module.subspace else None,
+    }
+
+
+def refuse_another_run(checkpoint: dict[str, Any], module: PersonalizationModule) -> None:
+    """Check that a checkpoint is complete, and that this module trains on what it trained on, as it did.
+
+    Settings of the step are compared where a Trainer is to go on with them; reading a checkpoint needs none.
+
+    Raises:
+        CheckpointError: something differs or is missing; the message names it.
+    """
+    saved = checkpoint.get("mep")
+    if not isinstance(saved, dict):
+        raise CheckpointError("the checkpoint has no key 'mep': it was not written by PersonalizationModule")
+    for key in (*IDENTITY, "settings", "subspace"):
+        if key not in saved:
+            raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
+    _compare(saved, _identity(module))
+    if module._trainer is not None:
+        _compare(saved["settings"], _settings(module))
+    if (saved["subspace"] is None) != (module.subspace is None):
+        raise CheckpointError(
+            f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
+        )
+    mine = module.state_dict()
+    missing = [name for name in mine if name not in checkpoint["state_dict"]]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
+    for name, value in mine.items():
+        shape = checkpoint["state_dict"][name].shape
+        if shape != value.shape:
+            raise CheckpointError(
+                f"the checkpoint's {name} is {list(shape)}, this run's {list(value.shape)}: resume with its adapter"
+            )
+
+
+def _compare(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    for key in {**saved, **mine}:
+        if key in mine and saved.get(key) != mine[key]:
+            raise CheckpointError(
+                f"the checkpoint was trained with {key} {saved.get(key)!r}, not {mine[key]!r}: set model.{key} to it"
+            )
+
+
+def _identity(module: PersonalizationModule) -> dict[str, Any]:
+    return {
+        "base": module.base_name,
+        "precision": module.precision,
+        "method": module.method,
+        "seed": module.seed,
+    }
+
+
+def _settings(module: PersonalizationModule) -> dict[str, Any]:
+    """The optimiser's settings, and the estimator's with its name."""
+    own = {name: getattr(module, name) for name in SETTINGS}
+    own["betas"] = list(own["betas"])
+    parts = {f"estimator.{name}": value for name, value in vars(module.estimator).items() if not name.startswith("_")}
+    plain = {key: value for key, value in parts.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return own | {"estimator": type(module.estimator).__name__} | plain
