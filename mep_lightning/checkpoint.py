@@ -1,13 +1,10 @@
-"""What a checkpoint says of its run, and which run may go on from it."""
+"""What a checkpoint of a `PersonalizationModule` says of its run, and which run may go on from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mep_lightning.errors import CheckpointError, UserError
-
-if TYPE_CHECKING:
-    from mep_lightning.module import PersonalizationModule
 
 IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
@@ -15,7 +12,7 @@ SETTINGS = ("lr", "lr_scheduler", "betas", "eps", "weight_decay")
 """How the module steps."""
 
 
-def describe(module: PersonalizationModule) -> dict[str, Any]:
+def describe(module: Any) -> dict[str, Any]:
     """What a checkpoint keeps beside trainables and optimiser, as plain values and the subspace's tensors.
 
     Raises:
@@ -32,7 +29,7 @@ def describe(module: PersonalizationModule) -> dict[str, Any]:
     }
 
 
-def refuse_another_run(checkpoint: dict[str, Any], module: PersonalizationModule) -> None:
+def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
     """Check that a checkpoint is complete, and that this module trains on what it trained on, as it did.
 
     Settings of the step are compared where a Trainer is to go on with them; reading a checkpoint needs none.
@@ -73,7 +70,7 @@ def _compare(saved: dict[str, Any], mine: dict[str, Any]) -> None:
             )
 
 
-def _identity(module: PersonalizationModule) -> dict[str, Any]:
+def _identity(module: Any) -> dict[str, Any]:
     return {
         "base": module.base_name,
         "precision": module.precision,
@@ -82,7 +79,7 @@ def _identity(module: PersonalizationModule) -> dict[str, Any]:
     }
 
 
-def _settings(module: PersonalizationModule) -> dict[str, Any]:
+def _settings(module: Any) -> dict[str, Any]:
     """The optimiser's settings, and the estimator's with its name."""
     own = {name: getattr(module, name) for name in SETTINGS}
     own["betas"] = list(own["betas"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mep_lightning.adapters.adapter import Adapter
 from mep_lightning.bases import Base
-from mep_lightning.bases.conditioning import token_ids, with_tokens
+from mep_lightning.bases.tokens import token_ids, with_tokens
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import replacing
 

@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 
 from mep_lightning.bases.families import Family
+from mep_lightning.bases.tokens import with_tokens
+from mep_lightning.bases.weights import load_vae
 
 
 @dataclass(eq=False)
@@ -72,8 +74,6 @@ class Base:
 
     def tokenizer_with(self, counts: Mapping[str, int]) -> Any:
         """The tokenizer that also knows new tokens, `counts` vectors each; kept, as copying a vocabulary takes long."""
-        from mep_lightning.bases.conditioning import with_tokens
-
         if not counts:
             return self.tokenizers[0]
         key = tuple(counts.items())
@@ -88,8 +88,6 @@ class Base:
     @contextmanager
     def borrowed_vae(self) -> Iterator[AutoencoderKL]:
         """The autoencoder for the length of a `with`; read from disk again, and freed, where it had been released."""
-        from mep_lightning.bases.load import load_vae
-
         kept = self.vae
         self.vae = kept if kept is not None else load_vae(self.folder, self.device, self.dtype)
         try:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import is_accelerate_available
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base
 from mep_lightning.bases.families import identify, locate
-from mep_lightning.bases.weights import fill_
+from mep_lightning.bases.weights import fill_, load_vae, read_part
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -59,8 +56,8 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
     dtype = activation_dtype(precision, device, info.family)
     with phase("load"):
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(_read(UNet2DConditionModel.load_config, folder / "unet"))
-            text_encoder = CLIPTextModel(_read(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
+            unet = UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
+            text_encoder = CLIPTextModel(read_part(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
         for module, part in ((unet, "unet"), (text_encoder, "text_encoder")):
             if precision == "int8":
                 quantize_module_(module)
@@ -81,29 +78,6 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
             scaling_factor=float(vae.config.scaling_factor),
         )
-
-
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The autoencoder, which stays in floats."""
-    frugal = is_accelerate_available()  # without accelerate diffusers would say that it goes on without
-    module = _read(
-        lambda path: AutoencoderKL.from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal
-        ),
-        folder / "vae",
-    )
-    return module.eval().requires_grad_(False).to(device)
-
-
-def _read(read: Callable[[Path], Any], folder: Path) -> Any:
-    """What one of the libraries reads from a part's folder, or a sentence where it cannot."""
-    try:
-        return read(folder)
-    except Exception as error:  # whatever a broken folder makes them raise, the mend is the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights"
-        ) from error
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -49,6 +52,29 @@ def fill_(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.dev
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The autoencoder, which stays in floats."""
+    frugal = is_accelerate_available()  # without accelerate diffusers would say that it goes on without
+    module = read_part(
+        lambda path: AutoencoderKL.from_pretrained(
+            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal
+        ),
+        folder / "vae",
+    )
+    return module.eval().requires_grad_(False).to(device)
+
+
+def read_part(read: Callable[[Path], Any], folder: Path) -> Any:
+    """What one of the libraries reads from a part's folder, or a sentence where it cannot."""
+    try:
+        return read(folder)
+    except Exception as error:  # whatever a broken folder makes them raise, the mend is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights"
+        ) from error
 
 
 def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

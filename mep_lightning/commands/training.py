@@ -26,7 +26,6 @@ from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify
 from mep_lightning.callbacks import PUTS, Export, MemoryProfiler, Samples  # noqa: F401
 from mep_lightning.commands.chatter import debugging, quiet_after_imports
-from mep_lightning.commands.fit import RUNS, FitRequest, is_first_process, say
 from mep_lightning.commands.keeping import (
     AtomicCheckpointIO,
     LastCheckpoint,
@@ -36,6 +35,7 @@ from mep_lightning.commands.keeping import (
 )
 from mep_lightning.commands.mistakes import Sources, missing_package, sentence
 from mep_lightning.commands.progress import StepProgress
+from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, say
 from mep_lightning.commands.settings import (
     fill_in_auto,
     make_absolute,

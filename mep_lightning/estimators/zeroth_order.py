@@ -69,25 +69,19 @@ class ZerothOrderEstimator(Estimator):
 
     @property
     def count(self) -> int:
-        """n as a number.
-
-        Raises:
-            UserError: it still is "auto".
-        """
-        if isinstance(self.n, str):
-            raise UserError(f"{type(self).__name__}.n is 'auto' outside a module; set it, such as n=2")
-        return self.n
+        """n as a number. Raises UserError while it is "auto"."""
+        return int(self._known("n", "n=2"))
 
     @property
     def step_size(self) -> float:
-        """mu as a number.
+        """mu as a number. Raises UserError while it is "auto"."""
+        return float(self._known("mu", "mu=1e-3"))
 
-        Raises:
-            UserError: it still is "auto".
-        """
-        if isinstance(self.mu, str):
-            raise UserError(f"{type(self).__name__}.mu is 'auto' outside a module; set it, such as mu=1e-3")
-        return self.mu
+    def _known(self, setting: str, example: str) -> float:
+        value = getattr(self, setting)
+        if value == "auto":
+            raise UserError(f"{type(self).__name__}.{setting} is 'auto' outside a module; set it, such as {example}")
+        return value
 
     def weights(self, losses: Tensor, dims: int) -> Tensor:
         """c_i / n, normalised and standardised where asked for: g = sum_i weights_i e_i. losses [V] -> [n].
@@ -95,13 +89,11 @@ class ZerothOrderEstimator(Estimator):
         Raises:
             UserError: standardize still is "auto".
         """
-        n, name = self.count, type(self).__name__
+        n = self.count
         weights = self.coefficients(losses) / n
         if self.normalize:
             weights = weights / math.sqrt((dims + n - 1) / n)
-        if self.standardize:
-            if isinstance(self.standardize, str):
-                raise UserError(f"{name}.standardize is 'auto' outside a module; set it, such as standardize=False")
+        if self._known("standardize", "standardize=False"):
             std = losses.std(correction=0)
             weights = torch.where(std == 0, 0.0, weights * (self.step_size / std))  # equal losses tell no direction
         return weights

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mep_lightning.bases.conditioning import encode_prompts, expand, token_ids, with_tokens
+from mep_lightning.bases.conditioning import encode_prompts
+from mep_lightning.bases.tokens import expand, token_ids, with_tokens
 from mep_lightning.errors import UserError
 
 PROMPTS = ["a photo of a <sks> ball on grass", "a red <sks> ball"]

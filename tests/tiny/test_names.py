@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mep_lightning.bases.conditioning import token_ids
+from mep_lightning.bases.tokens import token_ids
 from mep_lightning.tiny.captions import COLOR_NAMES, scene_caption
 from mep_lightning.tiny.names import LOOK_SIZE, NAMES, describe, looks, named_scenes
 from mep_lightning.tiny.subjects import COUNTS, subjects

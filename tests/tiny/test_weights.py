@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from benchmarks.tiny import captioned, identity_margin, top1
 from mep_lightning.bases import encode_prompts, predict_noise
-from mep_lightning.bases.conditioning import token_ids
+from mep_lightning.bases.tokens import token_ids
 from mep_lightning.evaluation import ClipEncoder, DinoEncoder, generate
 from mep_lightning.tiny import BASE, CLIP, DINO, WEIGHTS, sample_photos
 from mep_lightning.tiny.names import NAMES, looks

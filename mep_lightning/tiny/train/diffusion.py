@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mep_lightning.bases.conditioning import token_ids
+from mep_lightning.bases.tokens import token_ids
 from mep_lightning.tiny.captions import scene_caption
 from mep_lightning.tiny.names import LOOK_SIZE, named_scenes
 from mep_lightning.tiny.train.loop import Ema, device_of, fit

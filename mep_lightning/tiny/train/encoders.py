@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, ViTConfig, ViTModel
 
-from mep_lightning.bases.conditioning import token_ids
+from mep_lightning.bases.tokens import token_ids
 from mep_lightning.tiny.captions import scene_caption
 from mep_lightning.tiny.train.loop import Ema, fit
 from mep_lightning.tiny.train.text import text_config

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mep_lightning.bases.conditioning import token_ids
+from mep_lightning.bases.tokens import token_ids
 from mep_lightning.tiny.names import LOOK_SIZE, NAMES, describe, looks
 
 NORM = 0.65

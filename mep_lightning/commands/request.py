@@ -1,0 +1,81 @@
+"""What a command line of `mep fit` asks for, without torch, and a word to whoever asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mep_lightning.commands.recipes import find_recipe, mentions, read_recipe, recipe_names
+from mep_lightning.errors import UserError
+from mep_lightning.run_folder import RunFolder
+
+RUNS = "runs"
+"""The folder of runs that were given no name."""
+
+
+@dataclass
+class FitRequest:
+    """What a command line of `mep fit` asks for.
+
+    Attributes:
+        recipes: the files named by `--config` in their order, with what they say.
+        settings: the other arguments, which override the recipes.
+        run: the folder named by `--run`, if any.
+        resume: whether to carry on from its last checkpoint.
+    """
+
+    recipes: list[tuple[Path, dict[str, Any]]]
+    settings: list[str]
+    run: RunFolder | None = None
+    resume: bool = False
+    arguments: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        configs = [word for path, _ in self.recipes for word in ("--config", str(path))]
+        self.arguments = [*configs, *self.settings]
+
+    def says(self, key: str) -> bool:
+        """Whether a recipe or the command line sets a key."""
+        said = any(word.partition("=")[0] == f"--{key}" for word in self.settings)
+        return said or any(mentions(recipe, key) for _, recipe in self.recipes)
+
+
+def read_request(configs: Sequence[str], settings: list[str], run: str | None, resume: bool) -> FitRequest:
+    """Reads the recipes and checks the run's folder.
+
+    Raises:
+        UserError: no recipe, one that cannot be read, or a folder that is taken or cannot be resumed.
+    """
+    folder = RunFolder(Path(run).expanduser()) if run is not None else None
+    paths = [find_recipe(name) for name in configs]
+    if resume:
+        if folder is None:
+            raise UserError("--resume needs the run to carry on: add --run DIR.")
+        if not folder.config.is_file():
+            raise UserError(f"{folder.root} holds no config.yaml to resume from; give the folder of an earlier run.")
+        paths = [folder.config, *paths]
+    elif folder is not None and folder.root.exists() and not folder.root.is_dir():
+        raise UserError(f"{folder.root} is a file; name another folder with --run.")
+    elif folder is not None and is_first_process() and not folder.is_empty:
+        mend = (
+            "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
+        )
+        raise UserError(f"{folder.root} exists and is not empty; {mend}.")
+    if not paths and not any(word.startswith("--print_config") for word in settings):
+        raise UserError(f"say what to do with --config RECIPE: a YAML file or one of {', '.join(recipe_names())}.")
+    return FitRequest([(path, read_recipe(path)) for path in paths], settings, folder, resume)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that the user started, rather than one that a launcher made for another device."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def say(*lines: str) -> None:
+    """Prints for the user, at once, from the first process only."""
+    if is_first_process():
+        print(*lines, sep="\n", file=sys.stdout, flush=True)
