@@ -67,8 +67,10 @@ class TokenEmbedding(Adapter):
             known = [word for word in _common_words(base) if len(_ids(base, word)) == 1]
             example = f", such as --model.adapter.init_args.init {known[0]}" if known else ""
             others = f" (it also knows {', '.join(known[1:])})" if base.family == "tiny" else ""
+            origin = "the class word's last word" if self.init == "auto" and class_word else "init"
             raise UserError(
-                f"init {word!r} is {len(ids)} tokens of the base {base.name}: give a word that is one{example}{others}"
+                f"{origin}, {word!r}, is {len(ids)} tokens of the base {base.name}: give an init that is one"
+                f"{example}{others}"
             )
         return ids[0]
 

@@ -45,7 +45,9 @@ def unknown_arguments(words: list[str], known: Iterable[str]) -> str:
     """
     option = next((word for word in words if word.startswith("-")), None)
     if option is None:
-        return f"{words[0]!r} stands alone; put an option such as --config before it."
+        options = sorted(name for name in known if name.startswith("--") and name != "--help")
+        mend = f"put an option such as {options[0]} before it" if options else "leave it out"
+        return f"{words[0]!r} stands alone; {mend}."
     option = option.split("=")[0].rstrip("+")
     names = {name.rstrip("+") for name in known}
     guess = nearest(option, names)

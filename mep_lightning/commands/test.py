@@ -129,7 +129,10 @@ def _data(learned: Learned, folder: str | None) -> SubjectData:
     if path is None and not learned.settings:
         raise UserError(f"{learned.folder.root} holds no config.yaml that says where the photos are; add --data DIR.")
     data = SubjectData(path, class_word=learned.class_word)
-    data.setup("test")
+    try:
+        data.setup("test")
+    except UserError as error:  # what the setting is called here
+        raise UserError(str(error).replace("data.path", "--data")) from error
     return data
 
 

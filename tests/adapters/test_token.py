@@ -99,7 +99,7 @@ def test_it_stays_fp32(tiny_base):
     [
         (lambda base: TokenEmbedding("two words"), "without spaces"),
         (lambda base: TokenEmbedding(vectors=0), "at least one"),
-        (lambda base: attached(base, init="xylophone"), "init 'xylophone' is"),
+        (lambda base: attached(base, init="xylophone"), "init, 'xylophone', is"),
         (lambda base: attached(base, token="ball"), "already a word"),
         (lambda base: attached(base, token="Ball"), "already a word"),
         (
@@ -115,7 +115,7 @@ def test_bad_settings_are_one_sentence(tiny_base, make, message):
 
 def test_the_word_that_is_suggested_is_one_token(tiny_base):
     other = replace(tiny_base, info=replace(tiny_base.info, family="sd1"))  # its vocabulary lacks "toy" all the same
-    with pytest.raises(UserError, match="give a word that is one, such as --model.adapter.init_args.init style$"):
+    with pytest.raises(UserError, match="give an init that is one, such as --model.adapter.init_args.init style$"):
         attached(other, init="xylophone")
 
 

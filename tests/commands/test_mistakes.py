@@ -208,3 +208,7 @@ def test_a_note_goes_where_results_go(fit, photo_folder, capfd):
     out, err = capfd.readouterr()
     assert "Note: " in out and "0.heic left out: convert to JPEG or PNG" in out
     assert "heic" not in err
+
+
+def test_a_stray_word_where_there_is_no_option_is_left_out(said):
+    assert said(["doctor", "x"]) == (2, "mep doctor: 'x' stands alone; leave it out.")

@@ -59,6 +59,10 @@ def test_an_encoder_that_cannot_be_loaded_is_told_before_drawing(said, trained, 
 
 TEST_MISTAKES = {
     "no photos": (["--run", "EXPORT", "--base", "tiny"], "says where the photos are; add --data DIR."),
+    "no such folder": (
+        ["--run", "EXPORT", "--base", "tiny", "--class-word", "ball", "--data", "none"],
+        "none does not exist: give --data a folder",
+    ),
     "no prompts file": (["--run", "EXPORT", "--prompts", "none.txt"], "none.txt: cannot be read (No such file"),
     "no prompt": (["--run", "EXPORT", "--prompts", "empty.txt"], "empty.txt: holds no prompt"),
     "no subject": (["--run", "RUN", "--prompts", "dog.txt"], "--prompts: 'a dog' lacks the subject; put {} or <sks>"),
