@@ -27,7 +27,7 @@ def main() -> None:
         suite.add_argument("--split", choices=["test", "tune"], default="test")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
-    for suite, subjects, seeds, images in ((quality, 8, 3, 2), (ablation, 4, 3, 2), (tune, 3, 1, 2)):
+    for suite, subjects, seeds, images in ((quality, 8, 3, 2), (ablation, 3, 3, 2), (tune, 3, 1, 2)):
         suite.add_argument("--subjects", type=int, default=subjects)
         suite.add_argument("--seeds", type=int, default=seeds)
         suite.add_argument("--images", type=int, default=images, help="pictures a prompt")
