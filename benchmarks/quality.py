@@ -67,8 +67,6 @@ ABLATION: dict[str, Settings] = {
 
 On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here, and their complement at the low end.
 """
-
-
 SUITES = {"quality": METHODS, "ablation": ABLATION}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""

@@ -1,8 +1,8 @@
 """What `auto` becomes: values keyed by (method, family, precision), the papers' own where they give one.
 
 Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
-5,000 steps at 5e-3 from the same supplement. Those of `tiny` follow a search on subjects that are not reported
-(benchmarks/results/tune-*.json); where it found no difference that counts, the paper's value or the cheaper one stands.
+5,000 steps at 5e-3 from the same supplement. Those of `tiny` come from subjects that are not reported;
+docs/reproduction.md says which were searched (benchmarks/results/tune-*) and which set by hand.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """The training step: what is trained, what stays, and that a stopped run carries on bitwise."""
 
 import copy
+import csv
 import dataclasses
 import math
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.adapters import TokenEmbedding
@@ -21,7 +24,7 @@ from mep_lightning.estimators import (
 )
 from mep_lightning.module import step_generator
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
-from mep_lightning.timesteps import SNRTimesteps
+from mep_lightning.timesteps import SNRTimesteps, UniformTimesteps
 
 ESTIMATORS = {
     "backprop": Backprop,
@@ -203,6 +206,21 @@ def test_an_unknown_word_is_refused(settings):
         PersonalizationModule(**settings)
 
 
+def test_a_monitor_sees_the_learning_rate_at_every_step(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fitted(
+        4,
+        tmp_path,
+        module("backprop", lr=2.0, lr_scheduler="linear"),
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[LearningRateMonitor()],
+    )
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rates = [float(row["lr-Adam"]) for row in csv.DictReader(file) if row["lr-Adam"]]
+    assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
 def test_a_schedule_without_an_end_is_refused(tmp_path):
     mod, endless = module("backprop", lr_scheduler="linear"), trainer(-1, tmp_path, max_epochs=-1)
     with pytest.raises(UserError, match="model.lr_scheduler linear needs an end to run to: set trainer.max_steps"):
@@ -297,6 +315,10 @@ def test_16_mixed_is_refused():
         (lambda: module(seed=7), "seed 0, not 7"),
         (lambda: module("backprop"), "method 'zoodip', not 'textual_inversion'"),
         (lambda: module(subspace=SubspaceGradient()), "trained without model.subspace"),
+        (lambda: module("spsa"), "estimator 'RandomGradientEstimator', not 'SPSAEstimator'"),
+        (lambda: module(lr=1e-3), "lr 0.005, not 0.001"),
+        (lambda: module(lr_scheduler="constant"), "lr_scheduler 'linear', not 'constant'"),
+        (lambda: module(betas=(0.5, 0.999)), r"betas \[0.9, 0.999\], not \[0.5, 0.999\]"),
         (lambda: module(vectors=2), r"adapter.theta is \[1, 128\], this run's \[2, 128\]"),
     ],
 )
@@ -305,6 +327,14 @@ def test_a_checkpoint_of_another_run_is_refused(other, message, tmp_path):
     run.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(UserError, match=message):
         trainer(2, tmp_path).fit(other(), SubjectData(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_is_not_written_once_a_value_is_not_finite(tmp_path):
+    mod, run = fitted(1, tmp_path)
+    mod.adapter.theta.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="adapter.theta is no longer finite, so no checkpoint is written"):
+        run.save_checkpoint(tmp_path / "nan.ckpt")
+    assert not (tmp_path / "nan.ckpt").exists()
 
 
 def test_v_prediction_trains_on_v():
@@ -362,6 +392,16 @@ def test_snr_timesteps_follow_the_min_snr_weight(tiny_base):
     weight = snr.clamp_max(5) / snr
     expected = (weight[:500].sum() / weight.sum()).item()
     assert abs((drawn < 500).float().mean().item() - expected) < 0.01
+
+
+@pytest.mark.parametrize("sampler", [SNRTimesteps, UniformTimesteps])
+def test_a_sampler_follows_the_base_unless_it_was_given_a_schedule(sampler):
+    base, own = torch.linspace(0.9, 0.1, 70), torch.linspace(0.9, 0.1, 20)
+    given = sampler(own if sampler is SNRTimesteps else len(own))
+    for timesteps, total in ((sampler(), 70), (given, 20)):
+        timesteps.follow(base)
+        drawn = timesteps.sample(5_000, torch.Generator().manual_seed(0))
+        assert drawn.max() == total - 1
 
 
 def test_training_lowers_the_loss_it_is_trained_on(tmp_path):

@@ -114,8 +114,9 @@ class ZerothOrderMixin:
         return step, first
 
 
-def _scalar(loss: Tensor) -> Tensor:
+def _scalar(loss: Tensor | float) -> Tensor:
     """One loss, in fp32 at least, so that differences are not rounded."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise UserError("loss_fn must answer with a scalar tensor, such as a mean")
+    loss = torch.as_tensor(loss)
+    if loss.numel() != 1:
+        raise UserError(f"loss_fn must answer with a scalar, such as a mean, not with {list(loss.shape)}")
     return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))

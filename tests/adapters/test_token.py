@@ -79,6 +79,23 @@ def test_an_export_says_what_it_belongs_to(tiny_base, tmp_path):
     assert adapter.origin == {}
 
 
+def test_an_export_without_a_token_is_refused_and_changes_nothing(tmp_path):
+    adapter = TokenEmbedding("<mine>")
+    for tensors in ({}, {"<a>": torch.zeros(1, 4), "<b>": torch.zeros(1, 4)}, {"<a>": torch.zeros(4)}):
+        save_file(tensors, tmp_path / "learned_embeds.safetensors")
+        with pytest.raises(UserError, match=f"holds {len(tensors)} tensors: a token's file has one"):
+            adapter.load_export(tmp_path)
+    assert adapter.token == "<mine>" and adapter.theta is None
+
+
+def test_values_that_are_not_finite_are_not_exported(tiny_base, tmp_path):
+    adapter = attached(tiny_base)
+    adapter.theta.data[0, 3] = float("nan")
+    with pytest.raises(UserError, match="<sks> is no longer finite, so it is not exported"):
+        adapter.export(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_base_in_a_local_folder_is_kept_as_an_absolute_path(tiny_base, monkeypatch):
     monkeypatch.chdir(BASE.parent)
     adapter = TokenEmbedding()

@@ -101,8 +101,3 @@ def test_a_token_that_is_cut_off_is_refused(tiny_base):
         encode_prompts(tiny_base, [long], {"<sks>": torch.zeros(1, 128)})
     with pytest.raises(UserError, match="with its 40 trained vectors"):
         encode_prompts(tiny_base, ["a <sks> ball"], {"<sks>": torch.zeros(40, 128)})
-
-
-def test_a_token_that_is_already_a_word_is_refused(tiny_base):
-    with pytest.raises(UserError, match="already a word"):
-        with_tokens(tiny_base.tokenizers[0], {"ball": 1})

@@ -90,6 +90,12 @@ def copy_of_tiny(tmp_path):
     return shutil.copytree(BASE, tmp_path / "base")
 
 
+def without(path, key):
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+
+
 def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
     other = load_base(copy_of_tiny(tmp_path))
     ours = tiny_base.unet.state_dict()
@@ -105,6 +111,13 @@ def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
         (
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish"),
             "diffusion_pytorch_model.safetensors cannot be read .*fetch the base again",
+        ),
+        (lambda f: (f / "scheduler/scheduler_config.json").write_text("[]"), "scheduler_config.json holds no settings"),
+        (lambda f: without(f / "vae/config.json", "block_out_channels"), "vae/config.json has no block_out_channels"),
+        (lambda f: without(f / "unet/config.json", "sample_size"), "unet/config.json has no sample_size"),
+        (
+            lambda f: (f / "unet/a.safetensors.index.json").write_text("{}"),
+            "a.safetensors.index.json has no weight_map",
         ),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae cannot be read"),
         (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer"),

@@ -107,6 +107,12 @@ def test_by_default_count_prompts_are_spread_over_the_places_of_the_evaluation_s
     assert calls[0]["prompts"] == chosen
 
 
+def test_more_prompts_than_there_are_is_each_once(module, data, trainer_of, calls):
+    trainer_of(Samples(count=1000), max_steps=1).fit(module, data)
+    places = [text.format("<sks>", "ball") for text in OBJECT_PROMPTS if text.startswith("a {0}")]
+    assert calls[0]["prompts"] == places
+
+
 def test_before_after_shows_photos_before_and_after_under_one_another(module, data, trainer_of, calls, tmp_path):
     trainer_of(Samples(count=2)).fit(module, data)
     folder = RunFolder(tmp_path).samples

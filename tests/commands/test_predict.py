@@ -134,6 +134,12 @@ def test_a_prompt_without_the_subject_is_noted(trained, prompt, noted, capsys):
     assert ("Note: the subject is not in" in capsys.readouterr().out) is noted
 
 
+def test_braces_that_stand_for_nothing_are_noted(trained, capsys):
+    words = ["--steps", "1", "--out", "a", "--prompts", "a {} {foo}"]
+    assert main(["predict", "--run", str(trained), *words]) == 0
+    assert "Note: {foo} stands for nothing and is drawn as it is" in capsys.readouterr().out
+
+
 DAMAGES = {
     "model: 3": "model is 3, not settings",
     "data: []": "data is [], not settings",

@@ -21,11 +21,12 @@ class Bare(ZerothOrderMixin):
 
 
 def loss_of(theta: Tensor) -> Tensor:
-    return (theta.float().sin() * torch.arange(theta.numel()).view(theta.shape)).sum()
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    return (wide.sin() * torch.arange(theta.numel()).view(theta.shape)).sum()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_the_batched_estimator_and_restores_bitwise(estimator, dtype):
     parameter = nn.Parameter(torch.randn(3, 5).to(dtype))
     before = parameter.detach().clone()
@@ -36,6 +37,20 @@ def test_equals_the_batched_estimator_and_restores_bitwise(estimator, dtype):
     assert torch.equal(parameter.grad, grad)
     assert torch.equal(result["losses"], losses)
     assert torch.equal(result["loss"], losses.mean())
+
+
+def test_a_loss_that_is_no_scalar_is_refused_and_the_parameters_are_as_before():
+    parameter = nn.Parameter(torch.randn(2, 4))
+    before = parameter.detach().clone()
+    with pytest.raises(UserError, match=r"scalar, such as a mean, not with \[4\]"):
+        Bare().zo_backward(lambda: parameter.sum(0), [parameter])
+    assert torch.equal(parameter, before) and parameter.grad is None
+
+
+def test_a_loss_may_be_a_plain_number():
+    parameter = nn.Parameter(torch.randn(4))
+    Bare().zo_backward(lambda: loss_of(parameter).item(), [parameter])
+    assert parameter.grad.norm() > 0
 
 
 def test_restoring_is_a_copy_and_no_subtraction():
