@@ -61,7 +61,7 @@ ABLATION: dict[str, Settings] = {
     "SPSA": SHORT | {"estimator": "SPSAEstimator"},
     "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
     "not standardised": SHORT | {"standardize": False},
-    "constant lr": SHORT | {"lr_scheduler": "constant"},
+    "linear lr": SHORT | {"lr_scheduler": "linear"},
 }
 """ZOODiP with one part changed, in steps that suffice to tell them apart; the first is what the others vary.
 

@@ -42,7 +42,16 @@ AXES: dict[str, list[Axis]] = {
         [{"mu": mu} for mu in (1e-3, 1e-2)],
         [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (500, 900), (0, 500))],
         [{"tau": tau} for tau in (16, 64)],
-        [{"max_steps": k, "lr": lr} for k, lr in ((1_000, 1.2e-2), (2_000, 8e-3), (3_000, 8e-3))],
+        [
+            {"max_steps": steps, "lr": lr, "lr_scheduler": name}
+            for steps, lr, name in (
+                (1_000, 1.2e-2, "linear"),
+                (3_000, 8e-3, "linear"),
+                (3_000, 1.6e-2, "linear"),
+                (3_000, 4e-3, "constant"),
+                (3_000, 8e-3, "constant"),
+            )
+        ],
     ],
 }
 

@@ -10,6 +10,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports a kernel: Triton decides when it decorates
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 
 

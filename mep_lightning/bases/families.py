@@ -71,7 +71,11 @@ def _download(name: str, *, weights: bool) -> Path:
 
 def identify(name: str | Path) -> Family:
     """Read a base's family, resolution and prediction type from its configuration files."""
-    folder = locate(name, weights=False)
+    return describe(locate(name, weights=False), name)
+
+
+def describe(folder: Path, name: str | Path) -> Family:
+    """As `identify`, of a folder; messages call the base by its name."""
     index, unet, vae, scheduler = (
         _read(folder / part)
         for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")

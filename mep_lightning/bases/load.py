@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base
 from mep_lightning.bases.families import identify, locate
-from mep_lightning.bases.weights import fill_, load_vae, read_part
+from mep_lightning.bases.weights import fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -55,13 +55,11 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
         raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
     dtype = activation_dtype(precision, device, info.family)
     with phase("load"):
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
-            text_encoder = CLIPTextModel(read_part(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
+        unet, text_encoder = build(folder)
         for module, part in ((unet, "unet"), (text_encoder, "text_encoder")):
             if precision == "int8":
                 quantize_module_(module)
-            fill_(module, folder / part, dtype, device)
+            fill_(module, stored(folder / part), folder / part, dtype, device)
             module.eval().requires_grad_(False)
         vae = load_vae(folder, device, dtype)
         return Base(
@@ -78,6 +76,13 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
             scaling_factor=float(vae.config.scaling_factor),
         )
+
+
+def build(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The U-Net and the text encoder that a folder describes, on the meta device."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
+        return unet, CLIPTextModel(read_part(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ from torch import Tensor, nn
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int8Weight
 
+Tensors = Iterable[tuple[str, Tensor]]
 
-def fill_(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+
+def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module that was built on the meta device its weights, one tensor in flight at a time.
 
     Args:
         module: its int8 layers quantise what they are given, everything else becomes `dtype`.
-        folder: holds safetensors, in one file or in shards.
+        tensors: the weights under their names, such as `stored(folder)`.
+        source: the folder that messages name.
         dtype: of norms, biases, embeddings and layers that are not quantised.
         device: where everything goes.
 
     Raises:
-        UserError: no weights in the folder, a damaged file, or a tensor that is missing or of another shape.
+        UserError: a tensor is missing or of another shape.
     """
-    for key, tensor in _tensors(folder):
+    for key, tensor in tensors:
         owner, name = _find(module, key)
         if owner is None:
             continue  # such as position_ids, which older files hold and newer models make
@@ -39,7 +42,7 @@ def fill_(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.dev
         expected = getattr(owner, name)
         if expected.shape != tensor.shape:
             raise UserError(
-                f"{key} in {folder} is {list(tensor.shape)}, the model takes {list(expected.shape)}: config.json and "
+                f"{key} in {source} is {list(tensor.shape)}, the model takes {list(expected.shape)}: config.json and "
                 "weights do not belong together, fetch the base again"
             )
         value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -51,7 +54,7 @@ def fill_(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.dev
     missing = [name for name, value in _values(module) if value.is_meta]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
+        raise UserError(f"{source} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
@@ -103,7 +106,12 @@ def _make_position_ids(module: nn.Module, device: torch.device) -> None:
             part._buffers["position_ids"] = torch.arange(ids.shape[-1], device=device).expand(ids.shape)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder's safetensors, in one file or in shards.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
     for path in _files(folder):
         try:
             with safe_open(path, "pt") as tensors:

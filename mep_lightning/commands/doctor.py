@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from mep_lightning.commands.options import Options
 
 NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jsonargparse", "torchmetrics", "pillow")
 OPTIONAL = {
+    "triton": "the kernels on a GPU",
     "accelerate": "faster loading of large bases",
     "tensorboard": "--trainer.logger TensorBoardLogger",
     "wandb": "--trainer.logger WandbLogger",
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     sections = {
         "versions": versions(),
         "optional packages": optional(),
-        **({} if "torch" in missing else {"devices": devices(), "kernels": kernels()}),
+        **({} if "torch" in missing else {"devices": devices(), "kernels": active_kernels()}),
         "embedded base": embedded_base(),
     }
     for title, lines in sections.items():
@@ -96,14 +96,12 @@ def why_no_cuda() -> str:
     return f"torch was built for CUDA {torch.version.cuda}, but finds no device or driver"
 
 
-def kernels() -> Iterator[tuple[str, str]]:
+def active_kernels() -> Iterator[tuple[str, str]]:
     """Which implementation answers for each operation here."""
-    package = importlib.import_module("mep_lightning.kernels")
-    if status := getattr(package, "status", None):  # where there is more than one implementation to choose from
-        yield from status()
-        return
-    for name in package.__all__:
-        yield name, "active: plain PyTorch, the reference"
+    from mep_lightning import kernels
+    from mep_lightning.kernels.dispatch import status
+
+    yield from status([name for name in kernels.__all__ if hasattr(getattr(kernels, name), "reference")])
 
 
 def embedded_base() -> Iterator[tuple[str, str]]:

@@ -1,8 +1,19 @@
 """The operations that carry the weight: each with its definition in plain PyTorch beside it, as `.reference`."""
 
 from mep_lightning.kernels.int8_conv2d import int8_conv2d
-from mep_lightning.kernels.int8_linear import int8_linear
+from mep_lightning.kernels.int8_linear import int8_linear, int8_linear_w8a8
 from mep_lightning.kernels.philox import philox_normal, philox_uint32
+from mep_lightning.kernels.quantize_rows import quantize_rows
 from mep_lightning.kernels.subspace_project import subspace_project_
+from mep_lightning.kernels.zo_step import zo_step_
 
-__all__ = ["int8_conv2d", "int8_linear", "philox_normal", "philox_uint32", "subspace_project_"]
+__all__ = [
+    "int8_conv2d",
+    "int8_linear",
+    "int8_linear_w8a8",
+    "philox_normal",
+    "philox_uint32",
+    "quantize_rows",
+    "subspace_project_",
+    "zo_step_",
+]

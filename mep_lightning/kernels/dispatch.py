@@ -1,13 +1,20 @@
-"""What every kernel's front door shares: its reference, autocast, and when the reference itself must answer."""
+"""What every kernel's front door shares: its reference, autocast, and who answers: the reference, PyTorch or Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+SWITCH = "MEP_KERNELS"
+"""Environment variable: `auto` (the default), `torch` to leave Triton alone, `triton` to take it wherever it runs."""
+LEAST_CAPABILITY = (8, 0)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,3 +65,59 @@ def autocast_activation(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def runs_triton(tensor: Tensor, rival: bool = False) -> bool:
+    """Whether Triton answers for a tensor: it lies on a GPU where Triton works.
+
+    Args:
+        tensor: what the operation works on.
+        rival: whether a library has a kernel for the same; Triton then answers only where MEP_KERNELS says so.
+    """
+    wanted = not rival or os.environ.get(SWITCH) == "triton"
+    return tensor.is_cuda and wanted and why_not_triton(tensor.device.index or 0) is None
+
+
+@functools.cache
+def why_not_triton(index: int = 0) -> str | None:
+    """Why Triton's kernels do not run on a CUDA device, in a few words with the mend; None where they do."""
+    if os.environ.get(SWITCH, "auto") == "torch":
+        return f"switched off by {SWITCH}=torch"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and they need 8.0 or more"
+    try:
+        philox = importlib.import_module("mep_lightning.kernels.philox.triton")
+        with torch.cuda.device(index):
+            philox.philox_normal(0, 0, [0], 0, torch.empty(1, 4, device="cuda"))
+            torch.cuda.synchronize()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install triton"
+    except Exception as error:  # a broken Triton fails in many ways: no compiler, another driver, another Python
+        return f"Triton cannot compile here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
+
+
+WITH_RIVAL = ("int8_conv2d", "int8_linear")
+"""Operations that PyTorch's own libraries do too, on a weight that is dequantised for the moment."""
+
+
+def status(names: list[str]) -> Iterator[tuple[str, str]]:
+    """Which implementation answers for each operation here, and why not Triton's.
+
+    Args:
+        names: the operations.
+    """
+    why_not = why_not_triton()
+    for name in names:
+        if name in WITH_RIVAL and (why_not or os.environ.get(SWITCH) != "triton"):
+            where = "oneDNN" if not torch.cuda.is_available() else "cuBLAS and cuDNN"
+            yield name, f"active: PyTorch ({where}, the weight dequantised for the moment)"
+        else:
+            yield name, "active: PyTorch" if why_not else "active: Triton"
+    if why_not:
+        yield "triton", f"not in use: {why_not}"
+    elif os.environ.get(SWITCH) != "triton":
+        yield "triton", f"in use; for {' and '.join(WITH_RIVAL)} too with {SWITCH}=triton"

@@ -8,15 +8,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from mep_lightning.kernels import int8_conv2d, int8_linear
-from mep_lightning.kernels.dequantize import dequantize_reference, per_output
+from mep_lightning.kernels import int8_conv2d, int8_linear, quantize_rows
+from mep_lightning.kernels.dequantize import dequantize_reference
 
 Pair = tuple[int, int]
 
-LEVELS = 127  # symmetric: -128 stays unused
 
-
-@torch.no_grad()
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise by the largest magnitude of each output channel; the error is at most half a scale.
 
@@ -26,11 +23,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         q int8 [O, ...] in [-127, 127], scale fp32 [O] (1 for a channel of zeros), with weight ~ q * scale.
     """
-    weight = weight.detach().float()
-    scale = weight.flatten(1).abs().amax(1) / LEVELS
-    scale = torch.where(scale > 0, scale, 1.0)
-    q = (weight / per_output(scale, weight.dim())).round_().clamp_(-LEVELS, LEVELS)
-    return q.to(torch.int8), scale
+    return quantize_rows(weight)
 
 
 class Int8Weight(nn.Module):

@@ -1,9 +1,4 @@
-"""The noise of every zeroth-order gradient: known answers, an independent twin, Triton's semantics, and statistics."""
-
-import importlib.util
-import os
-import subprocess
-import sys
+"""The noise of every zeroth-order gradient: known answers, an independent twin, and statistics."""
 
 import numpy as np
 import pytest
@@ -59,42 +54,6 @@ def numpy_philox(seed: int, step: int, member: int, param_id: int, numel: int) -
 )
 def test_integers_equal_an_independent_twin(key, numel):
     np.testing.assert_array_equal(philox_uint32(*key, numel).numpy(), numpy_philox(*key, numel))
-
-
-TRITON_SCRIPT = """
-import torch, triton, triton.language as tl
-
-@triton.jit
-def kernel(integers, normals, seed, step, member, param_id, BLOCKS: tl.constexpr):
-    block = tl.arange(0, BLOCKS).to(tl.uint32)
-    i0, i1, i2, i3 = tl.philox(seed, block, block * 0 + step, block * 0 + member, block * 0 + param_id)
-    u0, u1 = tl.random.uint_to_uniform_float(i0), tl.random.uint_to_uniform_float(i1)
-    u2, u3 = tl.random.uint_to_uniform_float(i2), tl.random.uint_to_uniform_float(i3)
-    n0, n1 = tl.random.pair_uniform_to_normal(u0, u1)
-    n2, n3 = tl.random.pair_uniform_to_normal(u2, u3)
-    at = tl.arange(0, BLOCKS) * 4
-    tl.store(integers + at, i0.to(tl.int64)), tl.store(integers + at + 1, i1.to(tl.int64))
-    tl.store(integers + at + 2, i2.to(tl.int64)), tl.store(integers + at + 3, i3.to(tl.int64))
-    tl.store(normals + at, n0), tl.store(normals + at + 1, n1)
-    tl.store(normals + at + 2, n2), tl.store(normals + at + 3, n3)
-
-from mep_lightning.kernels import philox_normal, philox_uint32
-integers, normals = torch.empty(256, dtype=torch.int64), torch.empty(256)
-for key in ((0, 0, 0, 0), (0x1234567890ABCDEF, 5, 6, 7), (3, 30_000, 1, 2)):
-    kernel[(1,)](integers, normals, *key, BLOCKS=64)
-    assert torch.equal(integers, philox_uint32(*key, 256)), key
-    torch.testing.assert_close(normals, philox_normal(*key, 256), rtol=1e-5, atol=1e-6)
-print("equal")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_integers_equal_triton_in_its_interpreter(tmp_path):
-    script = tmp_path / "triton_philox.py"
-    script.write_text(TRITON_SCRIPT)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "equal", done.stderr
 
 
 def test_uniforms_fold_the_sign_as_triton_does():

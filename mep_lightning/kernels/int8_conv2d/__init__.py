@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mep_lightning.kernels.dequantize import dequantize
-from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference
+from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference, runs_triton
 from mep_lightning.kernels.int8_conv2d import reference
 from mep_lightning.kernels.int8_conv2d.reference import Pair
 
@@ -21,6 +21,10 @@ __all__ = ["int8_conv2d"]
 def _forward(
     x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
+    if runs_triton(x, rival=True) and x.dtype.itemsize <= 4:
+        from mep_lightning.kernels.int8_conv2d import triton
+
+        return triton.int8_conv2d(x, q, scale, bias, (stride[0], stride[1]), (padding[0], padding[1]))
     weight = dequantize(q, scale, x.dtype)
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
 

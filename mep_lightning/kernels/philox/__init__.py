@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels.dispatch import defined_by
+from mep_lightning.kernels.dispatch import defined_by, runs_triton
 from mep_lightning.kernels.philox import reference
 from mep_lightning.kernels.philox.reference import WORD, Member, philox_uint32
 
@@ -22,6 +22,11 @@ def _philox_normal(
     seed: int, step: int, members: Sequence[int], param_id: int, numel: int, device: torch.device | None = None
 ) -> Tensor:
     normals = torch.empty(len(members), -(-numel // 4), 4, dtype=torch.float32, device=device)
+    if runs_triton(normals):
+        from mep_lightning.kernels.philox import triton
+
+        triton.philox_normal(seed, step, members, param_id, normals.flatten(1))
+        return normals.flatten(1)[:, :numel]
     at_once = CPU_BLOCKS if normals.device.type == "cpu" else GPU_BLOCKS
     chunk = max(1, at_once // max(1, len(members)))
     for start in range(0, normals.shape[1], chunk):

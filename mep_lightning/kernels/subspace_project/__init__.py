@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels.dispatch import defined_by
+from mep_lightning.kernels.dispatch import defined_by, runs_triton
 from mep_lightning.kernels.subspace_project import reference
 
 __all__ = ["subspace_project_"]
@@ -13,7 +13,13 @@ __all__ = ["subspace_project_"]
 
 @torch.library.custom_op("mep_lightning::subspace_project_", mutates_args=("grad",))
 def _subspace_project_(grad: Tensor, basis: Tensor) -> None:
+    if runs_triton(grad):
+        from mep_lightning.kernels.subspace_project import triton
+
+        if triton.takes(grad, basis):
+            return triton.subspace_project_(grad, basis)
     reference.subspace_project_(grad, basis)
+    return None
 
 
 @_subspace_project_.register_fake

@@ -1,0 +1,43 @@
+"""Tile sizes for the matrix products among the Triton kernels, and what they share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+CANDIDATES = (  # rows, columns, depth, warps, stages
+    (16, 64, 128, 4, 4),
+    (32, 64, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (128, 128, 32, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+)
+GROUP = 8  # tiles of rows that share their columns in L2
+WIDE = knobs.runtime.interpret  # the interpreter multiplies bf16's bits: it is given fp32
+
+
+def tiles() -> list[triton.Config]:
+    """What an autotuner may choose from; in the interpreter, which cannot time, one small tile."""
+    if knobs.runtime.interpret:
+        return [triton.Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16})]
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in CANDIDATES
+    ]
+
+
+@triton.jit
+def place_of_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile of an [M, N] output: neighbours share columns, so that those stay in L2."""
+    pid = tl.program_id(0)
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    inside = pid % (GROUP * columns)
+    return first + inside % height, inside // height

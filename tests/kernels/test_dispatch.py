@@ -1,0 +1,75 @@
+"""Who answers for an operation, and what is said when Triton does not."""
+
+import sys
+
+import pytest
+import torch
+
+from mep_lightning.kernels import dispatch, philox_normal
+from mep_lightning.kernels.dispatch import SWITCH, runs_triton, status, why_not_triton
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    why_not_triton.cache_clear()
+    yield
+    why_not_triton.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a recent GPU."""
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+
+def test_the_switch_turns_triton_off(gpu, monkeypatch):
+    monkeypatch.setenv(SWITCH, "torch")
+    assert why_not_triton() == "switched off by MEP_KERNELS=torch"
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not_triton() == "there is no CUDA device"
+    assert not runs_triton(torch.zeros(1))
+
+
+def test_an_old_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert why_not_triton() == "the GPU has compute capability 7.5, and they need 8.0 or more"
+
+
+def test_triton_missing(gpu, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mep_lightning.kernels.philox.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton cannot be imported" in why_not_triton() and "pip install triton" in why_not_triton()
+
+
+def test_triton_broken(gpu, monkeypatch):
+    def fail(name):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", fail)
+    assert why_not_triton() == "Triton cannot compile here (Failed to find C compiler. Please specify via CC)"
+
+
+def test_noise_does_not_need_it():
+    assert philox_normal(0, 0, 0, 0, 5).shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("why", "switch", "active", "note"),
+    [
+        ("there is no CUDA device", "auto", "PyTorch", "not in use: there is no CUDA device"),
+        (None, "auto", "Triton", "in use; for int8_conv2d and int8_linear too with MEP_KERNELS=triton"),
+        (None, "triton", "Triton", None),
+    ],
+)
+def test_status(why, switch, active, note, monkeypatch):
+    monkeypatch.setenv(SWITCH, switch)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda: why)
+    lines = dict(status(["int8_linear", "zo_step_"]))
+    assert lines["zo_step_"] == f"active: {active}"
+    assert lines["int8_linear"].startswith("active: Triton" if switch == "triton" else "active: PyTorch (")
+    assert lines.get("triton") == note

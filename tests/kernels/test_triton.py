@@ -1,0 +1,168 @@
+"""Every Triton kernel equals its reference, on odd shapes, with whatever it leaves unwritten poisoned.
+
+Without a GPU they run in Triton's interpreter; `pytest -m gpu` runs the same tests compiled.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+from mep_lightning import kernels
+from mep_lightning.kernels.quantize_rows.reference import quantize_rows
+from mep_lightning.kernels.zo_step import reference as zo_step
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of the largest value
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton is not in its interpreter")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="no CUDA device")]),
+    ]
+)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """New memory holds NaN, or 77 where it holds integers, so that an element left unwritten shows."""
+
+    def poisoned(make):
+        def filled(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(math.nan if tensor.is_floating_point() else 77)
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def close(ours, exact, dtype):
+    """Within the rounding of a dtype; exact in float64."""
+    assert ours.dtype == dtype and ours.shape == exact.shape
+    assert not ours.isnan().any()
+    assert (ours.double() - exact).abs().max() <= ROUNDING[dtype] * exact.abs().max().clamp_min(1e-30)
+
+
+@pytest.mark.parametrize("numel", [1, 4, 7, 1024, 1025])
+@pytest.mark.parametrize("key", [(0, 0, 0), (0x1234567890ABCDEF, 5, 7), (3, 30_000, 2), (-1, 1, 2**32 - 1)], ids=str)
+def test_philox_normal(key, numel, device):
+    from mep_lightning.kernels.philox import triton
+
+    seed, step, param_id = key
+    members = [3, 4, 2**32 - 1, 0]
+    out = torch.empty(len(members), numel, device=device)
+    triton.philox_normal(seed, step, members, param_id, out)
+    expected = kernels.philox_normal.reference(seed, step, members, param_id, numel)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1025), (2, 3, 3, 3)], ids=str)
+def test_quantize_rows(shape, dtype, device):
+    from mep_lightning.kernels.quantize_rows import triton
+
+    x = torch.randn(shape).to(dtype)
+    x[0] = 0 if len(x) > 1 else 1
+    for source in (x, x.to(memory_format=torch.channels_last) if x.dim() == 4 else x.T.contiguous().T):
+        for ours, theirs in zip(triton.quantize_rows(source.to(device)), quantize_rows(x), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (33, 70, 65), (16, 32, 16), (130, 3, 129)], ids=str)
+def test_int8_linear(shape, biased, dtype, device):
+    from mep_lightning.kernels.int8_linear import triton
+
+    rows, outputs, inputs = shape
+    q, scale = quantize_rows(torch.randn(outputs, inputs))
+    bias = torch.randn(outputs) if biased else None
+    x = torch.randn(rows, inputs).to(dtype)
+    on_device = [None if t is None else t.to(device) for t in (x, q, scale, bias)]
+    exact = kernels.int8_linear.reference(x.double(), q, scale, bias)
+    close(triton.int8_linear(*on_device).cpu(), exact, dtype)
+
+    xq, x_scale = quantize_rows(x)
+    arguments = [None if t is None else t.to(device) for t in (xq, x_scale, q, scale, bias)]
+    exact = (xq.double() @ q.double().T) * x_scale.double()[:, None] * scale.double() + (0 if bias is None else bias)
+    close(triton.int8_linear_w8a8(*arguments, dtype).cpu(), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_linear_of_a_view(dtype, device):
+    from mep_lightning.kernels.int8_linear import triton
+
+    q, scale = quantize_rows(torch.randn(6, 7))
+    x = torch.randn(3, 7, 5).to(dtype).transpose(1, 2)  # [3, 5, 7], not contiguous
+    exact = kernels.int8_linear.reference(x.double(), q, scale)
+    close(triton.int8_linear(x.to(device), q.to(device), scale.to(device), None).cpu(), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("image", "outputs", "kernel", "stride", "padding"),
+    [
+        ((1, 3, 5, 5), 4, (3, 3), (1, 1), (1, 1)),
+        ((2, 17, 7, 9), 33, (3, 3), (2, 2), (1, 1)),
+        ((2, 20, 4, 4), 8, (1, 1), (1, 1), (0, 0)),
+        ((1, 4, 6, 8), 5, (3, 2), (1, 2), (2, 0)),
+    ],
+    ids=str,
+)
+def test_int8_conv2d(image, outputs, kernel, stride, padding, dtype, device):
+    from mep_lightning.kernels.int8_conv2d import triton
+
+    q, scale = quantize_rows(torch.randn(outputs, image[1], *kernel))
+    bias, x = torch.randn(outputs), torch.randn(image).to(dtype)
+    for b in (bias, None):
+        exact = kernels.int8_conv2d.reference(x.double(), q, scale, b, stride, padding)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            on_device = [None if t is None else t.to(device) for t in (x.to(memory_format=layout), q, scale, b)]
+            close(triton.int8_conv2d(*on_device, stride, padding).cpu(), exact, dtype)
+
+
+def orthonormal(k: int, d: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(d, k, dtype=torch.float64)).Q.T.float().contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("k", "d"), [(1, 2), (5, 40), (127, 768), (33, 4097)])
+def test_subspace_project(k, d, dtype, device):
+    from mep_lightning.kernels.subspace_project import triton
+
+    basis, grad = orthonormal(k, d), torch.randn(d).to(dtype)
+    exact = grad.double() - basis.double().T @ (basis.double() @ grad.double())
+    projected = grad.to(device)
+    assert triton.takes(projected, basis)
+    triton.subspace_project_(projected, basis.to(device))
+    assert (projected.cpu().double() - exact).abs().max() <= 3 * ROUNDING[dtype] * grad.abs().max()
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 0, 1), (2, 0, 5000), (2, 15, 128), (3, 127, 769), (8, 5, 1000)])
+def test_zo_step(n, k, d, device):
+    from mep_lightning.kernels.zo_step import triton
+
+    basis = orthonormal(k, d) if k else None
+    theirs = [torch.randn(d), torch.zeros(d), torch.zeros(d), torch.empty(d)]
+    ours = [tensor.clone().to(device) for tensor in theirs]
+    assert triton.takes(ours[0], basis)
+    for update in range(1, 5):
+        weights, step = torch.randn(n), torch.tensor([update * 1000])
+        pace = torch.tensor([5e-3 / (1 - 0.9**update), math.sqrt(1 - 0.999**update)])
+        settings = dict(seed=7, param_id=3, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.01)
+        theta, *moments, grad = theirs
+        zo_step.zo_step_(theta, weights, *moments, step, pace, **settings, basis=basis, grad=grad)
+        theta, *moments, grad = ours
+        on_device = [t.to(device) for t in (weights, step, pace)]
+        held = None if basis is None else basis.to(device)
+        triton.zo_step_(theta, on_device[0], *moments, *on_device[1:], **settings, basis=held, grad=grad)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=5e-6)
