@@ -29,7 +29,7 @@ Maker = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def architecture(name: str | Path) -> Path:
-    """The folder that describes a base: `sd15`, `sd21` or `sdxl` packaged with us, anything else as `load_base` takes it.
+    """The folder that describes a base: the packaged `sd15`, `sd21` or `sdxl`, or what `load_base` takes.
 
     Raises:
         UserError: nothing describes it.
