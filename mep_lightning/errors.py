@@ -17,3 +17,9 @@ def refuse_unless(fine: bool, name: str, value: object, mend: str) -> None:
     """Raise a `UserError` that says what `name` is and what to use, unless it is fine."""
     if not fine:
         raise UserError(f"{name} is {value}; use {mend}.")
+
+
+def reason(error: BaseException) -> str:
+    """What a library's exception says, in a line: its first, or its name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -63,7 +63,7 @@ class PersonalizationModule(LightningModule):
 
     Args:
         base: `tiny`, a folder in diffusers' layout, or a hub id.
-        precision: what the base's weights are kept in: "fp32", "bf16", "fp16" or "int8".
+        precision: what the base's weights are kept in: "fp32", "bf16", "fp16", "int8" or "int4".
         adapter: what is trained; a `TokenEmbedding` by default.
         estimator: where the gradient comes from; `Backprop` by default.
         subspace: a `SubspaceGradient` that denoises it, or None.
@@ -83,7 +83,7 @@ class PersonalizationModule(LightningModule):
     def __init__(
         self,
         base: str = "tiny",
-        precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32",
+        precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32",
         adapter: Adapter | None = None,
         estimator: Estimator | None = None,
         subspace: SubspaceGradient | None = None,

@@ -25,7 +25,7 @@ class Base:
         name: as the user gave it ("tiny", a folder, a hub id).
         folder: where its files lie.
         info: family, native resolution, prediction type.
-        precision: "fp32", "bf16", "fp16" or "int8" (what the weights are kept in).
+        precision: "fp32", "bf16", "fp16", "int8" or "int4" (what the weights are kept in).
         dtype: what activations are computed in.
         device: where it lives.
         unet: the U-Net.

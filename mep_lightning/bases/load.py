@@ -15,17 +15,18 @@ from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def activation_dtype(precision: str, device: torch.device, family: str) -> torch.dtype:
     """What a precision computes in.
 
-    int8 weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu drowns in bf16's
-    rounding, so bf16 is never chosen silently. `tiny` is small enough for fp32 everywhere.
+    Quantised weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu drowns in
+    bf16's rounding, so bf16 is never chosen silently. `tiny` is small enough for fp32 everywhere.
     """
-    if precision == "int8":
+    if precision in QUANTIZED:
         return torch.float16 if device.type == "cuda" and family != "tiny" else torch.float32
     return DTYPES[precision]
 
@@ -41,7 +42,7 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
 
     Args:
         name: `tiny`, a folder in diffusers' layout, or a hub id.
-        precision: "fp32", "bf16", "fp16" or "int8" (U-Net and text encoder; the autoencoder stays in floats).
+        precision: "fp32", "bf16", "fp16", "int8" or "int4" (U-Net and text encoder; the autoencoder stays in floats).
         device: where to.
 
     Raises:
@@ -57,8 +58,8 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
     with phase("load"):
         unet, text_encoder = build(folder)
         for module, part in ((unet, "unet"), (text_encoder, "text_encoder")):
-            if precision == "int8":
-                quantize_module_(module)
+            if precision in QUANTIZED:
+                quantize_module_(module, precision)
             fill_(module, stored(folder / part), folder / part, dtype, device)
             module.eval().requires_grad_(False)
         vae = load_vae(folder, device, dtype)

@@ -15,10 +15,10 @@ from transformers import CLIPTokenizer
 
 from mep_lightning.bases.base import Base
 from mep_lightning.bases.families import TINY_FOLDER, describe, locate
-from mep_lightning.bases.load import activation_dtype, build, exact_device
+from mep_lightning.bases.load import QUANTIZED, activation_dtype, build, exact_device
 from mep_lightning.bases.weights import Tensors, fill_, read_part
 from mep_lightning.phases import phase
-from mep_lightning.quantization import quantize_module_
+from mep_lightning.quantization import QuantizedWeight, quantize_module_
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 STORED = torch.float16
@@ -56,8 +56,8 @@ def skeleton(name: str | Path, precision: str, device: str | torch.device = "cpu
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder / "vae"))
         for module, part in ((unet, "unet"), (text_encoder, "text_encoder"), (vae, "vae")):
-            if precision == "int8" and part != "vae":
-                quantize_module_(module)
+            if precision in QUANTIZED and part != "vae":
+                quantize_module_(module, precision)
             fill_(module, made_up(module, make), folder / part, dtype, device)
             module.eval().requires_grad_(False)
         return Base(
@@ -80,9 +80,15 @@ def made_up(module: nn.Module, make: Maker) -> Tensors:
     """Every tensor that a file of this module's weights would hold, in floating point, one at a time."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, value in list(module.state_dict().items()):
-            if (value.is_floating_point() and not key.endswith(".scale")) or value.dtype == torch.int8:
-                yield key, make(key, tuple(value.shape))
+        for prefix, part in module.named_modules():
+            packed = part.packed if isinstance(part, QuantizedWeight) else ()
+            own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+            shapes = {key: value.shape for key, value in own if value.is_floating_point() and key not in packed}
+            if isinstance(part, QuantizedWeight):
+                shapes["weight"] = part.weight_shape
+            for key, shape in shapes.items():
+                name = f"{prefix}.{key}".lstrip(".")
+                yield name, make(name, tuple(shape))
 
     return tensors()
 

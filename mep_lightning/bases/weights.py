@@ -13,8 +13,8 @@ from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mep_lightning.errors import UserError
-from mep_lightning.quantization import Int8Weight
+from mep_lightning.errors import UserError, reason
+from mep_lightning.quantization import QuantizedWeight
 
 Tensors = Iterable[tuple[str, Tensor]]
 
@@ -23,7 +23,7 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
     """Give a module that was built on the meta device its weights, one tensor in flight at a time.
 
     Args:
-        module: its int8 layers quantise what they are given, everything else becomes `dtype`.
+        module: its quantised layers pack what they are given, everything else becomes `dtype`.
         tensors: the weights under their names, such as `stored(folder)`.
         source: the folder that messages name.
         dtype: of norms, biases, embeddings and layers that are not quantised.
@@ -36,7 +36,7 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
         owner, name = _find(module, key)
         if owner is None:
             continue  # such as position_ids, which older files hold and newer models make
-        if isinstance(owner, Int8Weight) and name == "weight":
+        if isinstance(owner, QuantizedWeight) and name == "weight":
             owner.quantize_(tensor.to(device, torch.float32))
             continue
         expected = getattr(owner, name)
@@ -74,9 +74,8 @@ def read_part(read: Callable[[Path], Any], folder: Path) -> Any:
     try:
         return read(folder)
     except Exception as error:  # whatever a broken folder makes them raise, the mend is the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{folder} cannot be read ({reason}): fetch the base again, with safetensors weights"
+            f"{folder} cannot be read ({reason(error)}): fetch the base again, with safetensors weights"
         ) from error
 
 

@@ -14,6 +14,7 @@ from mep_lightning.commands.options import Options
 
 NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jsonargparse", "torchmetrics", "pillow")
 OPTIONAL = {
+    "bitsandbytes": "--model.precision int4",
     "triton": "the kernels on a GPU",
     "accelerate": "faster loading of large bases",
     "tensorboard": "--trainer.logger TensorBoardLogger",

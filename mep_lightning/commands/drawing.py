@@ -28,7 +28,7 @@ def add_options(parser: Options) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the base's own)")
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the base's own)")
     parser.add_argument("--base", metavar="ID_OR_DIR", help="default: as trained")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help="default: as trained")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8", "int4"), help="default: as trained")
     parser.add_argument("--class-word", metavar="WORD", help="what the subject is (default: as trained)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (default)")
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mep_lightning.errors import reason
+
 SWITCH = "MEP_KERNELS"
 """Environment variable: `auto` (the default), `torch` to leave Triton alone, `triton` to take it wherever it runs."""
 LEAST_CAPABILITY = (8, 0)
@@ -96,7 +98,7 @@ def why_not_triton(index: int = 0) -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install triton"
     except Exception as error:  # a broken Triton fails in many ways: no compiler, another driver, another Python
-        return f"Triton cannot compile here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"Triton cannot compile here ({reason(error)})"
     return None
 
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 from torch import nn
 
 from mep_lightning.errors import UserError
+from mep_lightning.quantization.int4 import Int4Conv2d, Int4Linear
 from mep_lightning.quantization.int8 import Int8Conv2d, Int8Linear
+from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear
+
+KINDS: dict[str, tuple[type[QuantizedLinear], type[QuantizedConv2d]]] = {
+    "int8": (Int8Linear, Int8Conv2d),
+    "int4": (Int4Linear, Int4Conv2d),
+}
+"""Precisions that modules are quantised to, and their layers."""
 
 
-def _quantized(layer: nn.Module) -> nn.Module | None:
+def _quantized(layer: nn.Module, precision: str) -> nn.Module | None:
     # The exact classes: a subclass (bitsandbytes', peft's, attention's out-projection) means more than its parent does.
+    linear, conv = KINDS[precision]
     if type(layer) is nn.Linear:
-        return Int8Linear.from_float(layer)
-    if type(layer) is nn.Conv2d and Int8Conv2d.fits(layer):
-        return Int8Conv2d.from_float(layer)
+        return linear.from_float(layer)
+    if type(layer) is nn.Conv2d and conv.fits(layer):
+        return conv.from_float(layer)
     return None
 
 
@@ -21,17 +30,17 @@ def quantize_module_(module: nn.Module, precision: str = "int8") -> int:
     """Swap every `nn.Linear` and `nn.Conv2d` below `module` in place; norms and embeddings stay as they are.
 
     A float layer is dropped before the next is quantised, so the peak is the model and one weight. A layer used in two
-    places stays one layer. Works on the meta device too: the int8 layers then quantise what is loaded into them.
+    places stays one layer. Works on the meta device too: the layers then quantise what is loaded into them.
 
     Args:
         module: any model; itself neither a linear nor a convolution.
-        precision: "int8".
+        precision: "int8", or "int4" (NF4, which needs bitsandbytes).
 
     Returns:
         The number of layers swapped.
     """
-    if precision != "int8":
-        raise UserError(f"precision {precision!r} is not one that modules are quantised to; use 'int8'")
+    if precision not in KINDS:
+        raise UserError(f"precision {precision!r} is not one that modules are quantised to: {' or '.join(KINDS)}")
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in module.modules():
         for name, child in parent.named_children():
@@ -40,7 +49,7 @@ def quantize_module_(module: nn.Module, precision: str = "int8") -> int:
     count = 0
     while places:
         child, where = places.popitem()
-        quantized = _quantized(child)
+        quantized = _quantized(child, precision)
         if quantized is None:
             continue
         count += 1

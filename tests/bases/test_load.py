@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import identify, load_base
 from mep_lightning.errors import UserError
-from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
 
 
@@ -38,6 +38,23 @@ def test_int8_quantises_every_linear_and_convolution_of_unet_and_text_encoder():
     bytes_ = sum(w.numel() * w.element_size() for w in weights)
     assert bytes_ < 0.27 * sum(p.numel() * 4 for p in full.unet.parameters() if p.dim() > 1)
     assert small.dtype == torch.float32  # on a CPU: bf16 would drown a small mu
+
+
+def test_int4_packs_every_linear_and_convolution_of_unet_and_text_encoder():
+    pytest.importorskip("bitsandbytes")
+    full, small = load_base("tiny", "fp32"), load_base("tiny", "int4")
+    for a, b in zip((full.unet, *full.text_encoders), (small.unet, *small.text_encoders), strict=True):
+        theirs = dict(b.named_modules())
+        for name, layer in a.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                kind = Int4Linear if isinstance(layer, torch.nn.Linear) else Int4Conv2d
+                packed = theirs[name]
+                assert isinstance(packed, kind), name
+                assert (packed.weight.dtype, packed.absmax.dtype) == (torch.uint8, torch.float32)
+                count = layer.weight.numel()
+                assert (packed.weight.numel(), packed.absmax.numel()) == (-(-count // 2), -(-count // 64))
+                assert (packed.dequantize() - layer.weight).norm() < 0.5 * layer.weight.norm()
+    assert small.dtype == torch.float32
 
 
 def test_the_int8_unet_predicts_what_the_full_one_does():

@@ -1,0 +1,158 @@
+"""NF4 weights (QLoRA, arXiv 2305.14314) for linear layers and convolutions, packed and unpacked by bitsandbytes.
+
+16 levels that are quantiles of a normal distribution, one fp32 scale for 64 weights in a row: 4.5 bits a weight. The
+weight exists in floating point only while it is being used; a backward pass unpacks it again instead of keeping it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from mep_lightning.errors import UserError, reason
+from mep_lightning.kernels.dispatch import autocast_activation, needs_op, needs_reference
+from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedWeight
+
+BLOCK = 64  # weights that share a scale
+
+Operation = Callable[..., Tensor]
+
+
+@functools.cache
+def why_not_int4() -> str | None:
+    """Why NF4 weights cannot be had, in a few words with the mend; None where they can."""
+    try:
+        import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+    except ImportError as error:
+        return f"bitsandbytes cannot be imported ({error}): pip install 'mep-lightning[int4]'"
+    except Exception as error:  # a build for another CUDA or system fails in many ways
+        return f"bitsandbytes does not work here ({reason(error)})"
+    try:
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(torch.ones(1, BLOCK), BLOCK, "nf4", torch.uint8)
+        torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", [1, BLOCK], torch.float32)
+    except Exception as error:
+        return f"bitsandbytes has no backend here ({reason(error)})"
+    return None
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight into 4 bits an element.
+
+    Args:
+        weight: [O, ...], any floating dtype.
+
+    Returns:
+        packed uint8 [ceil(numel / 2)], two elements a byte, and absmax fp32 [ceil(numel / 64)].
+
+    Raises:
+        UserError: bitsandbytes is missing or does not work here.
+    """
+    if reason := why_not_int4():
+        raise UserError(f"precision int4: {reason}")
+    flat = weight.detach().reshape(1, -1)
+    flat = flat if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else flat.float()
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(flat.contiguous(), BLOCK, "nf4", torch.uint8)
+    return packed.flatten(), absmax
+
+
+def dequantize_nf4(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What `quantize_nf4` packed, in fp32, bf16 or fp16 and its own shape (fp64 by way of fp32)."""
+    narrow = dtype if dtype.itemsize <= 4 else torch.float32
+    rows = [shape[0], shape.numel() // shape[0]]  # bitsandbytes is slow where the last side is odd, as a 3x3 kernel's
+    values = torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], absmax, BLOCK, "nf4", rows, narrow)
+    return values.to(dtype).view(shape)
+
+
+class Int4Weight(QuantizedWeight):
+    """A `weight` of packed NF4 (uint8, two elements a byte) and its `absmax` (fp32, one for 64 elements)."""
+
+    packed = ("weight", "absmax")
+    absmax: Tensor
+    channel: ClassVar[int]  # the dimension of the output's channels
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_nf4(weight)
+
+    def empty(self, shape: torch.Size, device: Any) -> tuple[Tensor, Tensor]:
+        size = shape.numel()
+        packed = torch.zeros(-(-size // 2), dtype=torch.uint8, device=device)
+        return packed, torch.ones(-(-size // BLOCK), device=device)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, ...] in floating point."""
+        return dequantize_nf4(self.weight, self.absmax, self.weight_shape, dtype)
+
+    def _run(self, x: Tensor, operation: Operation, transposed: Operation) -> Tensor:
+        """An operation with the weight, which autograd does not keep."""
+        self._refuse_integers(x)
+        x = autocast_activation(x)
+        bias = cast(Tensor | None, self.bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        if needs_op(x, bias) and not needs_reference():
+            return _Transient.apply(x, bias, self.dequantize, operation, transposed, self.channel)
+        return operation(x, self.dequantize(x.dtype), bias)
+
+
+class _Transient(torch.autograd.Function):
+    """y = operation(x, W, b) for a frozen W that is made when it is needed, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Operation,
+        operation: Operation,
+        transposed: Operation,
+        channel: int,
+    ) -> Tensor:
+        ctx.shape, ctx.weight, ctx.transposed, ctx.channel = x.shape, weight, transposed, channel
+        return operation(x, weight(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.transposed(ctx.shape, ctx.weight(grad.dtype), grad)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.movedim(ctx.channel, -1).flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None, None, None, None
+
+
+def _linear_input(shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+    return grad @ weight
+
+
+class Int4Linear(Int4Weight, QuantizedLinear):
+    """`nn.Linear` with its weight in NF4."""
+
+    channel = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        return self._run(x, F.linear, _linear_input)
+
+
+class Int4Conv2d(Int4Weight, QuantizedConv2d):
+    """`nn.Conv2d` with its weight in NF4."""
+
+    channel = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, I, H, W] -> [B, O, H', W']."""
+        stride, padding = self.stride, self.padding
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv2d(x, weight, bias, stride, padding)
+
+        def transposed(shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
+            return conv2d_input(shape, weight, grad, stride, padding)
+
+        return self._run(x, convolve, transposed)
