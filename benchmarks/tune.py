@@ -52,6 +52,7 @@ AXES: dict[str, list[Axis]] = {
                 (3_000, 8e-3, "constant"),
             )
         ],
+        [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (200, 800), (100, 600))],
     ],
 }
 
