@@ -30,8 +30,8 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("zoodip", "*", "bf16", {"mu": 1e-2}),  # 1e-3 drowns in half precision's rounding
     ("zoodip", "*", "fp16", {"mu": 1e-2}),
     # A token of tiny has 128 dimensions, not 768 and more: shorter paths, and directions that cost little.
-    ("zoodip", "tiny", "*", {"n": 8, "tau": 16, "nu": 1e-2, "puts_low": 300, "puts_high": 1000}),
-    ("zoodip", "tiny", "*", {"standardize": True, "max_steps": 3_000}),
+    ("zoodip", "tiny", "*", {"n": 8, "tau": 16, "nu": 1e-2, "puts_low": 0, "puts_high": 1000}),
+    ("zoodip", "tiny", "*", {"standardize": True, "max_steps": 6_000}),
     ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
     ("textual_inversion", "tiny", "*", {"max_steps": 600}),
 ]
