@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base
-from mep_lightning.bases.families import identify, locate
-from mep_lightning.bases.weights import fill_, load_vae, read_part, stored
+from mep_lightning.bases.families import Family, identify, locate
+from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -50,19 +52,53 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-    device = exact_device(device)
     folder, info = locate(name), identify(name)
     if info.family == "sdxl":
         raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
+    return assemble(
+        name,
+        folder,
+        info,
+        precision,
+        exact_device(device),
+        tensors=lambda module, part: stored(part),
+        vae=lambda device, dtype: load_vae(folder, device, dtype),
+        tokenizer=lambda length: _load_tokenizer(folder / "tokenizer"),
+    )
+
+
+def assemble(
+    name: str | Path,
+    folder: Path,
+    info: Family,
+    precision: str,
+    device: torch.device,
+    *,
+    tensors: Callable[[nn.Module, Path], Tensors],
+    vae: Callable[[torch.device, torch.dtype], AutoencoderKL],
+    tokenizer: Callable[[int], CLIPTokenizer],
+) -> Base:
+    """Put a frozen base together from what its folder describes, one part after the other.
+
+    Args:
+        name: what the user calls it.
+        folder: in diffusers' layout.
+        info: its family.
+        precision: one of `PRECISIONS`.
+        device: where to.
+        tensors: the weights of a module that was built from a part's folder.
+        vae: makes the autoencoder on a device, in a dtype.
+        tokenizer: makes the tokenizer for a text encoder that reads so many tokens.
+    """
     dtype = activation_dtype(precision, device, info.family)
     with phase("load"):
         unet, text_encoder = build(folder)
-        for module, part in ((unet, "unet"), (text_encoder, "text_encoder")):
+        for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
             if precision in QUANTIZED:
                 quantize_module_(module, precision)
-            fill_(module, stored(folder / part), folder / part, dtype, device)
+            fill_(module, tensors(module, part), part, dtype, device)
             module.eval().requires_grad_(False)
-        vae = load_vae(folder, device, dtype)
+        autoencoder = vae(device, dtype)
         return Base(
             name=str(name),
             folder=folder,
@@ -72,10 +108,10 @@ def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | 
             device=device,
             unet=unet,
             text_encoders=[text_encoder],
-            tokenizers=[_load_tokenizer(folder / "tokenizer")],
-            vae=vae,
+            tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
+            vae=autoencoder,
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-            scaling_factor=float(vae.config.scaling_factor),
+            scaling_factor=float(autoencoder.config.scaling_factor),
         )
 
 

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from mep_lightning.bases.base import Base
 from mep_lightning.bases.families import TINY_FOLDER, describe, locate
-from mep_lightning.bases.load import QUANTIZED, activation_dtype, build, exact_device
+from mep_lightning.bases.load import assemble, exact_device
 from mep_lightning.bases.weights import Tensors, fill_, read_part
-from mep_lightning.phases import phase
-from mep_lightning.quantization import QuantizedWeight, quantize_module_
+from mep_lightning.quantization import QuantizedWeight
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 STORED = torch.float16
@@ -47,33 +46,25 @@ def skeleton(name: str | Path, precision: str, device: str | torch.device = "cpu
         device: where to.
         make: makes up what a file would hold; by default memory that nobody has written to.
     """
-    folder, device = architecture(name), exact_device(device)
-    info = describe(folder, name)
-    dtype = activation_dtype(precision, device, info.family)
+    folder = architecture(name)
     make = make or (lambda _, shape: torch.empty(shape, dtype=STORED))
-    with phase("load"):
-        unet, text_encoder = build(folder)
+
+    def vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         with torch.device("meta"):
-            vae = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder / "vae"))
-        for module, part in ((unet, "unet"), (text_encoder, "text_encoder"), (vae, "vae")):
-            if precision in QUANTIZED and part != "vae":
-                quantize_module_(module, precision)
-            fill_(module, made_up(module, make), folder / part, dtype, device)
-            module.eval().requires_grad_(False)
-        return Base(
-            name=str(name),
-            folder=folder,
-            info=info,
-            precision=precision,
-            dtype=dtype,
-            device=device,
-            unet=unet,
-            text_encoders=[text_encoder],
-            tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
-            vae=vae,
-            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-            scaling_factor=float(vae.config.scaling_factor),
-        )
+            module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder / "vae"))
+        fill_(module, made_up(module, make), folder / "vae", dtype, device)
+        return module.eval().requires_grad_(False)
+
+    return assemble(
+        name,
+        folder,
+        describe(folder, name),
+        precision,
+        exact_device(device),
+        tensors=lambda module, _: made_up(module, make),
+        vae=vae,
+        tokenizer=tokenizer,
+    )
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:

@@ -25,7 +25,10 @@ FIT_MISTAKES = {
     "own option misspelt": (["--config", "zoodip", "--resum"], "no option --resum; did you mean --resume?"),
     "stray word": (["--config", "zoodip", "fast"], "'fast' stands alone"),
     "wrong type": (["--config", "zoodip", "--model.lr", "fast"], "model.lr is 'fast'; it takes a number or auto."),
-    "wrong choice": (["--config", "zoodip", "--model.precision", "int3"], "'int3'; it takes fp32, bf16, fp16 or int8."),
+    "wrong choice": (
+        ["--config", "zoodip", "--model.precision", "int3"],
+        "'int3'; it takes fp32, bf16, fp16, int8 or int4.",
+    ),
     "wrong steps": (
         ["--config", "zoodip", "--trainer.max_steps", "x"],
         "trainer.max_steps is 'x'; it takes a whole number",
@@ -60,7 +63,7 @@ FIT_MISTAKES = {
         "limit_train_batches is 0; use 1",
     ),
     "endless decay": (
-        ["--config", "zoodip", "--trainer.max_steps", -1],
+        ["--config", "zoodip", "--model.lr_scheduler", "linear", "--trainer.max_steps", -1],
         "lr_scheduler is linear, and trainer.max_steps -1 is no end.*set model.lr_scheduler constant",
     ),
     "schedule": (["--config", "zoodip", "--model.lr_scheduler", "cosin"], "model.lr_scheduler is 'cosin'"),

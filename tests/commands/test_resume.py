@@ -177,7 +177,7 @@ def test_a_checkpoint_with_an_empty_subspace_is_refused(checkpoint, said, traine
 
 
 CHANGES = {
-    "--model.lr 1": ("model.lr is 1.0", "0.008"),
+    "--model.lr 1": ("model.lr is 1.0", "0.005"),
     "--model.adapter.token <zz>": ('model.adapter.token is "<zz>"', '"<sks>"'),
     "--model.estimator SPSAEstimator": ('model.estimator is "SPSAEstimator"', '"RandomGradientEstimator"'),
     "--model.estimator.mu 0.5": ("model.estimator.mu is 0.5", "0.001"),

@@ -64,6 +64,27 @@ def test_philox_normal(key, numel, device):
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("key", [(0, 0, 0, 0), (0x1234567890ABCDEF, 5, 3, 7), (-1, 1, 2**32 - 1, 2**32 - 1)], ids=str)
+def test_tritons_philox_gives_the_definitions_integers(key, device):
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["seed", "step", "member", "param_id"])
+    def words(out, seed, step, member, param_id):
+        block = tl.arange(0, 64).to(tl.int64)
+        zero = tl.zeros_like(block)
+        c1, c2, c3 = (zero + step).to(tl.uint32), (zero + member).to(tl.uint32), (zero + param_id).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), c1, c2, c3)
+        tl.store(out + 4 * block, w0.to(tl.int64))
+        tl.store(out + 4 * block + 1, w1.to(tl.int64))
+        tl.store(out + 4 * block + 2, w2.to(tl.int64))
+        tl.store(out + 4 * block + 3, w3.to(tl.int64))
+
+    out = torch.empty(256, dtype=torch.int64, device=device)
+    words[(1,)](out, *key)
+    assert torch.equal(out.cpu(), kernels.philox_uint32(*key, 256))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1025), (2, 3, 3, 3)], ids=str)
 def test_quantize_rows(shape, dtype, device):
