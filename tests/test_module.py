@@ -317,7 +317,7 @@ def test_16_mixed_is_refused():
         (lambda: module(subspace=SubspaceGradient()), "trained without model.subspace"),
         (lambda: module("spsa"), "estimator 'RandomGradientEstimator', not 'SPSAEstimator'"),
         (lambda: module(lr=1e-3), "lr 0.005, not 0.001"),
-        (lambda: module(lr_scheduler="constant"), "lr_scheduler 'linear', not 'constant'"),
+        (lambda: module(lr_scheduler="linear"), "lr_scheduler 'constant', not 'linear'"),
         (lambda: module(betas=(0.5, 0.999)), r"betas \[0.9, 0.999\], not \[0.5, 0.999\]"),
         (lambda: module(vectors=2), r"adapter.theta is \[1, 128\], this run's \[2, 128\]"),
     ],
