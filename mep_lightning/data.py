@@ -164,8 +164,8 @@ class SubjectData(LightningDataModule):
         """Encode every photo at every resolution, one picture at a time, into `latents`, replacing what was there.
 
         Args:
-            base: what `load_base` returns; needed are `.vae` (an AutoencoderKL; where it is None, `.borrowed_vae()` is
-                used), `.resolution` and `.vae_factor`.
+            base: what `open_base` or `load_base` returns; needed are `.vae` (an AutoencoderKL; where there is none,
+                `.borrowed_vae()` is used), `.resolution` and `.vae_factor`.
             resolutions: sides in px; batches take the highest. Default: the `resolution` this was made with.
 
         Raises:
@@ -181,7 +181,8 @@ class SubjectData(LightningDataModule):
 
         small = []
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {resolution: [] for resolution in resolutions}
-        with base.borrowed_vae() if base.vae is None else nullcontext(base.vae) as vae:
+        kept = getattr(base, "vae", None)
+        with base.borrowed_vae() if kept is None else nullcontext(kept) as vae:
             for photo in self._photos:
                 image = photo.read(at_least=2 * max(resolutions))
                 if (min if self.crop == "center" else max)(image.size) < max(resolutions):

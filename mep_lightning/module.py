@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
-from mep_lightning.bases import Base, encode_prompts, exact_device, identify, load_base, predict_noise
+from mep_lightning.bases import Base, encode_prompts, exact_device, identify, load_base, open_base, predict_noise
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData, sample_latents
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
@@ -124,7 +124,7 @@ class PersonalizationModule(LightningModule):
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Load the base, attach the adapter, encode the photos; the autoencoder is gone before the first step."""
+        """Encode the photos, load the base, attach the adapter; autoencoder and U-Net are never there together."""
         if self._trainer is not None and self.trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
             raise UserError(
                 f"trainer.precision {self.trainer.precision} cannot train hand-made gradients in fp32: choose "
@@ -135,26 +135,35 @@ class PersonalizationModule(LightningModule):
             self.class_word = getattr(data, "class_word", None)
             data.token = getattr(self.adapter, "token", None)  # captions may name it
             data.default_seed = self.seed
-        self.load(self.trainer.strategy.root_device if self._trainer is not None else "cpu")
+        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         if data is not None and stage == "fit":
             with phase("encode"):
-                data.encode(self._loaded())
-            self._loaded().release_vae()
+                data.encode(self.base or open_base(self.base_name, self.precision, device))
+        self.load(device)
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
         if self.base is None or self.base.device != exact_device(device):
-            self._fill_in_defaults()
+            self._fill_in_defaults(identify(self.base_name).family)
+            self._warn_of_rounding()
             self.base = None  # the old one goes before the new one comes
-            self.base = load_base(self.base_name, self.precision, device)
-        self.timesteps.follow(self.base.scheduler.alphas_cumprod)
-        self.adapter.attach(self.base, self.class_word)
-        return self.base
+            self.base = load_base(self.base_name, self.precision, device, vae=False)
+        return self.take(self.base)
 
-    def _fill_in_defaults(self) -> None:
-        values = defaults.lookup(self.method, identify(self.base_name).family, self.precision)
+    def take(self, base: Base) -> Base:
+        """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
+        self._fill_in_defaults(base.family)
+        self.base = base
+        self.timesteps.follow(base.scheduler.alphas_cumprod)
+        self.adapter.attach(base, self.class_word)
+        return base
+
+    def _fill_in_defaults(self, family: str) -> None:
+        values = defaults.lookup(self.method, family, self.precision)
         for part in (self, self.estimator, self.subspace):
             defaults.fill_in(part, values, self.method)
+
+    def _warn_of_rounding(self) -> None:
         least = ROUNDING.get(self.precision, 0.0)
         if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
             rank_zero_warn(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mep_lightning.adapters.adapter import Adapter
 from mep_lightning.bases import Base
-from mep_lightning.bases.tokens import token_ids, with_tokens
+from mep_lightning.bases.tokens import token_rows, with_tokens
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import replacing
 
@@ -117,7 +117,7 @@ class TokenEmbedding(Adapter):
 
 def _ids(base: Base, word: str) -> list[int]:
     """The tokens that a base spells a word with, without those that begin and end a prompt."""
-    ids = token_ids(base.tokenizers[0], [word])[0].tolist()
+    ids = token_rows(base.tokenizers[0], [word])[0]
     return ids[1 : ids.index(base.tokenizers[0].eos_token_id)]
 
 

@@ -7,18 +7,30 @@ from typing import TYPE_CHECKING, Any
 from mep_lightning.bases.families import Family, identify
 
 if TYPE_CHECKING:
-    from mep_lightning.bases.base import Base
+    from mep_lightning.bases.base import Base, BaseFolder
     from mep_lightning.bases.conditioning import encode_prompts
-    from mep_lightning.bases.load import exact_device, load_base
+    from mep_lightning.bases.load import exact_device, load_base, open_base
     from mep_lightning.bases.walk import predict_noise
 
-__all__ = ["Base", "Family", "encode_prompts", "exact_device", "identify", "load_base", "predict_noise"]
+__all__ = [
+    "Base",
+    "BaseFolder",
+    "Family",
+    "encode_prompts",
+    "exact_device",
+    "identify",
+    "load_base",
+    "open_base",
+    "predict_noise",
+]
 
 _HOMES = {
     "Base": "base",
+    "BaseFolder": "base",
     "encode_prompts": "conditioning",
     "exact_device": "load",
     "load_base": "load",
+    "open_base": "load",
     "predict_noise": "walk",
 }
 

@@ -18,8 +18,8 @@ from mep_lightning.bases.weights import load_vae
 
 
 @dataclass(eq=False)
-class Base:
-    """The frozen model that an adapter personalises.
+class BaseFolder:
+    """A base that is known and not loaded: what its folder says, and where and in which precision it is wanted.
 
     Attributes:
         name: as the user gave it ("tiny", a folder, a hub id).
@@ -27,13 +27,7 @@ class Base:
         info: family, native resolution, prediction type.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (what the weights are kept in).
         dtype: what activations are computed in.
-        device: where it lives.
-        unet: the U-Net.
-        text_encoders: one for SD1 and SD2, two for SDXL.
-        tokenizers: one a text encoder.
-        vae: the autoencoder, None once released.
-        scheduler: the training noise schedule.
-        scaling_factor: what scales the autoencoder's latents to unit variance.
+        device: where it lives, or will.
     """
 
     name: str
@@ -42,13 +36,6 @@ class Base:
     precision: str
     dtype: torch.dtype
     device: torch.device
-    unet: UNet2DConditionModel
-    text_encoders: list[nn.Module]
-    tokenizers: list[Any]
-    vae: AutoencoderKL | None
-    scheduler: DDPMScheduler
-    scaling_factor: float
-    _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def address(self) -> str:
@@ -67,6 +54,33 @@ class Base:
     @property
     def vae_factor(self) -> int:
         return self.info.vae_factor
+
+    @contextmanager
+    def borrowed_vae(self) -> Iterator[AutoencoderKL]:
+        """The autoencoder for the length of a `with`, read from disk; `SubjectData.encode` needs no more of a base."""
+        yield load_vae(self.folder, self.device, self.dtype)
+
+
+@dataclass(eq=False)
+class Base(BaseFolder):
+    """The frozen model that an adapter personalises; beside what `BaseFolder` holds:
+
+    Attributes:
+        unet: the U-Net.
+        text_encoders: one for SD1 and SD2, two for SDXL.
+        tokenizers: one a text encoder.
+        vae: the autoencoder, None where it was not loaded or is released.
+        scheduler: the training noise schedule.
+        scaling_factor: what scales the autoencoder's latents to unit variance.
+    """
+
+    unet: UNet2DConditionModel
+    text_encoders: list[nn.Module]
+    tokenizers: list[Any]
+    vae: AutoencoderKL | None
+    scheduler: DDPMScheduler
+    scaling_factor: float
+    _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     def modules(self) -> list[nn.Module]:
         """All parts that hold weights now."""
@@ -87,13 +101,27 @@ class Base:
 
     @contextmanager
     def borrowed_vae(self) -> Iterator[AutoencoderKL]:
-        """The autoencoder for the length of a `with`; read from disk again, and freed, where it had been released."""
-        kept = self.vae
-        self.vae = kept if kept is not None else load_vae(self.folder, self.device, self.dtype)
-        try:
+        """The autoencoder for the length of a `with`; read from disk again, and freed, where there is none."""
+        if self.vae is not None:
             yield self.vae
+            return
+        with super().borrowed_vae() as self.vae:
+            try:
+                yield self.vae
+            finally:
+                self.vae = None
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """U-Net and text encoders in host memory for the length of a `with`, where the device has memory of its own."""
+        parts = [self.unet, *self.text_encoders] if self.device.type == "cuda" else []
+        for part in parts:
+            part.to("cpu")
+        try:
+            yield
         finally:
-            self.vae = kept
+            for part in parts:
+                part.to(self.device)
 
     def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
         """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""

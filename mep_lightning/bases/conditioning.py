@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep_lightning.bases.base import Base
-from mep_lightning.bases.tokens import expand, token_ids
+from mep_lightning.bases.tokens import expand, token_rows
 from mep_lightning.errors import UserError
 
 Tokens = Mapping[str, Tensor]
@@ -62,32 +62,34 @@ def encode_prompts(base: Base, prompts: Sequence[str], tokens: Tokens | None = N
     tokens = tokens or {}
     counts = {name: values.shape[-2] for name, values in tokens.items()}
     encoder = base.text_encoders[0]
-    ids = token_ids(base.tokenizer_with(counts), [expand(prompt, counts) for prompt in prompts])
+    rows = token_rows(base.tokenizer_with(counts), [expand(prompt, counts) for prompt in prompts])
+    ids = torch.tensor(rows, device=base.device)
     if not tokens:
-        return encoder(ids.to(base.device)).last_hidden_state
+        return encoder(ids).last_hidden_state
     first = len(base.tokenizers[0])
-    _refuse_cut_tokens(prompts, counts, ids >= first)
+    _refuse_cut_tokens(prompts, counts, [sum(id >= first for id in row) for row in rows], ids.shape[1])
     members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
     if len(members) > 1:
         raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
     count = members.pop()
     stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
     with injected(encoder, stacked.to(base.device), first, count):
-        return encoder(ids.to(base.device).repeat(count, 1)).last_hidden_state
+        return encoder(ids.repeat(count, 1)).last_hidden_state
 
 
-def _refuse_cut_tokens(prompts: Sequence[str], counts: Mapping[str, int], new: Tensor) -> None:
+def _refuse_cut_tokens(prompts: Sequence[str], counts: Mapping[str, int], found: Sequence[int], length: int) -> None:
     """A token that a long prompt pushes out of the encoder's window would silently learn nothing.
 
     Args:
         prompts: N texts.
         counts: vectors a token.
-        new: [N, T], where trained vectors stand.
+        found: how many trained vectors stand in each prompt's ids.
+        length: how many tokens the encoder reads.
     """
-    for prompt, found in zip(prompts, new.sum(1).tolist(), strict=True):
+    for prompt, there in zip(prompts, found, strict=True):
         wanted = sum(prompt.count(token) * count for token, count in counts.items())
-        if found < wanted:
+        if there < wanted:
             raise UserError(
-                f"the prompt {prompt!r} with its {wanted} trained vectors is longer than the {new.shape[1]} tokens "
+                f"the prompt {prompt!r} with its {wanted} trained vectors is longer than the {length} tokens "
                 "that the base reads: shorten it, or train fewer vectors"
             )

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mep_lightning.bases.base import Base
-from mep_lightning.bases.families import Family, identify, locate
+from mep_lightning.bases.base import Base, BaseFolder
+from mep_lightning.bases.families import identify, locate
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
@@ -39,79 +39,71 @@ def exact_device(device: str | torch.device) -> torch.device:
     return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def load_base(name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu") -> Base:
+def open_base(name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu") -> BaseFolder:
+    """Find a base and read what it is, without its weights; arguments and errors as for `load_base`."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    folder, info = locate(name), identify(name)
+    if info.family == "sdxl":
+        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
+    device = exact_device(device)
+    return BaseFolder(str(name), folder, info, precision, activation_dtype(precision, device, info.family), device)
+
+
+def load_base(
+    name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu", *, vae: bool = True
+) -> Base:
     """Load a base and freeze it.
 
     Args:
         name: `tiny`, a folder in diffusers' layout, or a hub id.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (U-Net and text encoder; the autoencoder stays in floats).
         device: where to.
+        vae: whether the autoencoder comes along; without it `borrowed_vae` reads it when it is needed.
 
     Raises:
         UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-    folder, info = locate(name), identify(name)
-    if info.family == "sdxl":
-        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
+    found = open_base(name, precision, device)
     return assemble(
-        name,
-        folder,
-        info,
-        precision,
-        exact_device(device),
+        found,
         tensors=lambda module, part: stored(part),
-        vae=lambda device, dtype: load_vae(folder, device, dtype),
-        tokenizer=lambda length: _load_tokenizer(folder / "tokenizer"),
+        tokenizer=lambda length: _load_tokenizer(found.folder / "tokenizer"),
+        vae=(lambda: load_vae(found.folder, found.device, found.dtype)) if vae else None,
     )
 
 
 def assemble(
-    name: str | Path,
-    folder: Path,
-    info: Family,
-    precision: str,
-    device: torch.device,
+    found: BaseFolder,
     *,
     tensors: Callable[[nn.Module, Path], Tensors],
-    vae: Callable[[torch.device, torch.dtype], AutoencoderKL],
     tokenizer: Callable[[int], CLIPTokenizer],
+    vae: Callable[[], AutoencoderKL] | None,
 ) -> Base:
     """Put a frozen base together from what its folder describes, one part after the other.
 
     Args:
-        name: what the user calls it.
-        folder: in diffusers' layout.
-        info: its family.
-        precision: one of `PRECISIONS`.
-        device: where to.
+        found: the base that is wanted.
         tensors: the weights of a module that was built from a part's folder.
-        vae: makes the autoencoder on a device, in a dtype.
         tokenizer: makes the tokenizer for a text encoder that reads so many tokens.
+        vae: makes the autoencoder; None leaves it out.
     """
-    dtype = activation_dtype(precision, device, info.family)
+    folder = found.folder
     with phase("load"):
         unet, text_encoder = build(folder)
         for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
-            if precision in QUANTIZED:
-                quantize_module_(module, precision)
-            fill_(module, tensors(module, part), part, dtype, device)
+            if found.precision in QUANTIZED:
+                quantize_module_(module, found.precision)
+            fill_(module, tensors(module, part), part, found.dtype, found.device)
             module.eval().requires_grad_(False)
-        autoencoder = vae(device, dtype)
         return Base(
-            name=str(name),
-            folder=folder,
-            info=info,
-            precision=precision,
-            dtype=dtype,
-            device=device,
+            **vars(found),
             unet=unet,
             text_encoders=[text_encoder],
             tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
-            vae=autoencoder,
+            vae=None if vae is None else vae(),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-            scaling_factor=float(autoencoder.config.scaling_factor),
+            scaling_factor=read_part(AutoencoderKL.load_config, folder / "vae").get("scaling_factor", 0.18215),
         )
 
 

@@ -13,18 +13,20 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from mep_lightning.bases.base import Base
+from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.families import TINY_FOLDER, describe, locate
-from mep_lightning.bases.load import assemble, exact_device
+from mep_lightning.bases.load import activation_dtype, assemble, exact_device
 from mep_lightning.bases.weights import Tensors, fill_, read_part
 from mep_lightning.quantization import QuantizedWeight
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-STORED = torch.float16
-"""What the public bases' files hold."""
-
 Maker = Callable[[str, tuple[int, ...]], Tensor]
 """Makes up a tensor of a name and a shape."""
+
+
+def unwritten(_: str, shape: tuple[int, ...]) -> Tensor:
+    """Memory of what the public bases' files hold, fp16, that nobody has written to."""
+    return torch.empty(shape, dtype=torch.float16)
 
 
 def architecture(name: str | Path) -> Path:
@@ -37,34 +39,45 @@ def architecture(name: str | Path) -> Path:
     return packaged if str(name) and packaged.is_dir() else locate(name, weights=False)
 
 
-def skeleton(name: str | Path, precision: str, device: str | torch.device = "cpu", make: Maker | None = None) -> Base:
+def skeleton(
+    name: str | Path,
+    precision: str,
+    device: str | torch.device = "cpu",
+    make: Maker = unwritten,
+    *,
+    dtype: torch.dtype | None = None,
+    vae: bool = True,
+) -> Base:
     """A base with made-up weights, loaded just as `load_base` loads real ones.
 
     Args:
         name: as for `architecture`.
         precision: as for `load_base`.
         device: where to.
-        make: makes up what a file would hold; by default memory that nobody has written to.
+        make: makes up what a file would hold; by default `unwritten`.
+        dtype: what activations are computed in; by default what they are on the device.
+        vae: as for `load_base`.
     """
     folder = architecture(name)
-    make = make or (lambda _, shape: torch.empty(shape, dtype=STORED))
-
-    def vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-        with torch.device("meta"):
-            module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder / "vae"))
-        fill_(module, made_up(module, make), folder / "vae", dtype, device)
-        return module.eval().requires_grad_(False)
-
-    return assemble(
-        name,
-        folder,
-        describe(folder, name),
-        precision,
-        exact_device(device),
-        tensors=lambda module, _: made_up(module, make),
-        vae=vae,
-        tokenizer=tokenizer,
+    info = describe(folder, name)
+    device = exact_device(device)
+    found = BaseFolder(
+        str(name), folder, info, precision, dtype or activation_dtype(precision, device, info.family), device
     )
+    return assemble(
+        found,
+        tensors=lambda module, _: made_up(module, make),
+        tokenizer=tokenizer,
+        vae=(lambda: skeleton_vae(found, make)) if vae else None,
+    )
+
+
+def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
+    """An autoencoder with made-up weights, where and in what a base is wanted."""
+    with torch.device("meta"):
+        module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, found.folder / "vae"))
+    fill_(module, made_up(module, make), found.folder / "vae", found.dtype, found.device)
+    return module.eval().requires_grad_(False)
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mep_lightning.errors import UserError
@@ -42,6 +43,11 @@ def expand(prompt: str, counts: Mapping[str, int]) -> str:
     return prompt
 
 
+def token_rows(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids, N rows of T, padded to the text encoder's full length and truncated there."""
+    return tokenizer(list(prompts), padding="max_length", truncation=True).input_ids
+
+
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Ids [N, T], padded to the text encoder's full length and truncated there."""
-    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    """`token_rows` as a tensor, int64 [N, T]."""
+    return torch.tensor(token_rows(tokenizer, prompts))

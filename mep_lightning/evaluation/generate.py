@@ -32,7 +32,8 @@ def generate(
 
     A picture depends on its own prompt and seed and not on its neighbours or `batch_size` (up to rounding), nor on the
     device's random numbers: noise comes from a CPU generator a picture. Global random state is neither read nor set.
-    The VAE is in memory only after the last denoising step, and decodes one picture at a time.
+    The VAE is in memory only after the last denoising step, on a GPU in the U-Net's place, and decodes one picture at a
+    time.
 
     Args:
         module_or_base: a set-up `PersonalizationModule`, whose trained token the prompts may name, or a plain `Base`.
@@ -129,7 +130,7 @@ def _encode(base: Any, prompts: list[str]) -> Tensor:
 
 def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
     images = []
-    with base.borrowed_vae() as vae:
+    with base.parked(), base.borrowed_vae() as vae:
         # The VAE's own tile size; below it a seam would be all cost and no gain.
         tiled = resolution > max(vae.config.sample_size, 512) and not vae.use_tiling
         if tiled:

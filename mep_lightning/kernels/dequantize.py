@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PORTION = 2**19  # elements; 2 MiB of fp32 stays in a core's cache
+
 
 def per_output(scale: Tensor, ndim: int) -> Tensor:
     """View scale [O] as [O, 1, ...] with `ndim` dimensions."""
@@ -20,8 +22,9 @@ def dequantize_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The same values for code that needs no gradient, with as few transient bytes as PyTorch allows.
 
-    CUDA casts inside the multiplication; on CPU that would materialise both operands, and scaling in place is the
-    quicker way (one pass less; 1.3 to 3 times at 192 to 1280 channels).
+    CUDA casts inside the multiplication. On CPU that would materialise both operands: an fp32 weight is cast and scaled
+    in place (one pass less; 1.3 to 3 times as fast at 192 to 1280 channels), a narrower one comes about in portions,
+    so that no fp32 copy of it ever exists.
 
     Args:
         q: int8 weight [O, ...].
@@ -30,6 +33,12 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     scale = per_output(scale, q.dim())
     wide = torch.promote_types(dtype, torch.float32)
-    if q.is_cuda and wide == scale.dtype:
-        return torch.mul(q, scale, out=torch.empty_like(q, dtype=dtype))
-    return q.to(wide).mul_(scale).to(dtype)
+    if dtype == wide and not (q.is_cuda and wide == scale.dtype):
+        return q.to(wide).mul_(scale)
+    weight = torch.empty_like(q, dtype=dtype)
+    if q.is_cuda:
+        return torch.mul(q, scale, out=weight)
+    rows = max(PORTION // max(q[0].numel(), 1), 1)
+    for part, factor, target in zip(q.split(rows), scale.split(rows), weight.split(rows), strict=True):
+        torch.mul(part.to(wide), factor, out=target)
+    return weight

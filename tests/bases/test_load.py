@@ -9,10 +9,36 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mep_lightning.bases import identify, load_base
+from mep_lightning.bases import identify, load_base, open_base
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
+
+
+def test_a_base_is_known_before_its_weights_are_read():
+    found = open_base("tiny", "int8")
+    assert (found.family, found.resolution, found.vae_factor) == ("tiny", 64, 4)
+    assert (found.precision, found.dtype, found.device.type) == ("int8", torch.float32, "cpu")
+    with found.borrowed_vae() as vae:
+        assert vae.config.latent_channels == 4
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(found).values())
+
+
+def test_a_base_can_do_without_its_autoencoder():
+    base = load_base("tiny", vae=False)
+    assert base.vae is None and base.scaling_factor == load_base("tiny").vae.config.scaling_factor
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_parts_are_parked_only_where_the_device_has_memory_of_its_own(kind, monkeypatch):
+    base, moves = load_base("tiny", vae=False), []
+    for name, part in (("unet", base.unet), ("text", base.text_encoders[0])):
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+    base.device = torch.device(kind)
+    with base.parked():
+        parked = list(moves)
+    assert parked == ([("unet", "cpu"), ("text", "cpu")] if kind == "cuda" else [])
+    assert moves[len(parked) :] == ([("unet", "cuda"), ("text", "cuda")] if kind == "cuda" else [])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,12 @@ class StandIn:
         yield self.spare_vae
         self.events.append("vae returned")
 
+    @contextmanager
+    def parked(self) -> Any:
+        self.events.append("U-Net parked")
+        yield
+        self.events.append("U-Net back")
+
     def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
             vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler, None, None, requires_safety_checker=False

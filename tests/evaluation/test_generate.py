@@ -78,7 +78,7 @@ def test_the_vae_is_borrowed_once_after_the_last_denoising_step_and_given_back(p
 
     monkeypatch.setattr(base.unet, "forward", watched)
     generate(personalised, PROMPTS, [0, 1, 2], steps=2, batch_size=2)
-    assert base.events == ["denoise"] * 4 + ["vae borrowed", "vae returned"]
+    assert base.events == ["denoise"] * 4 + ["U-Net parked", "vae borrowed", "vae returned", "U-Net back"]
 
 
 def test_one_picture_is_decoded_at_a_time(personalised, base, monkeypatch):

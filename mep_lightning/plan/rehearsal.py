@@ -1,0 +1,135 @@
+"""A run played through with tensors that hold nothing: how much memory each of its phases would take.
+
+The real module, on a base of the real size, in fake tensors: no weights are read, no GPU is needed, seconds suffice.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mep_lightning.bases import BaseFolder
+from mep_lightning.bases.load import assemble
+from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
+from mep_lightning.module import PersonalizationModule
+from mep_lightning.plan.tracker import LiveBytes
+
+PROMPT = "a photo of {}"
+WORD = "ball"
+"""What the subject is: a word of the tokenizer that stands in for the base's own."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that a phase holds, and what for."""
+
+    weights: int
+    activations: int
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def rehearse(
+    module: PersonalizationModule, found: BaseFolder, resolution: int, *, batch_size: int = 1, pictures: int = 1
+) -> dict[str, Peak]:
+    """Play a run through.
+
+    Args:
+        module: fresh, as a recipe makes it; it takes the fake base and is of no use afterwards.
+        found: the base, its precision, and its dtype and device as they will be.
+        resolution: side of the photos and of the pictures in px.
+        batch_size: samples a step.
+        pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
+
+    Returns:
+        The peak of every phase: encode, load, step, denoise, decode.
+    """
+    live = LiveBytes(inside=transient)
+    host = replace(found, device=torch.device("cpu"))  # fakes of a CUDA device would need a CUDA build of torch
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        encode, decode = _autoencoder(live, host, resolution)
+        gc.collect()
+        live.reset_peak()
+        base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
+        load = Peak(weights=live.now, activations=live.peak - live.now)
+        if found.device.type != "cuda":  # nothing is parked: the autoencoder comes beside the U-Net
+            decode = replace(decode, weights=decode.weights + live.now)
+
+        module.class_word = WORD
+        if hasattr(module.adapter, "init"):
+            module.adapter.init = WORD
+        module.take(base)
+        held = {"weights": live.now}
+        kept = _state(module)
+        held["optimizer"] = live.now - held["weights"]
+        gradients = sum(p.numel() * p.element_size() for p in module.adapter.parameters())
+
+        side = resolution // found.vae_factor
+        latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
+        batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
+        step = _peak(live, lambda: _step(module, batch), **held, gradients=gradients)
+        denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
+        del kept
+    return {"encode": encode, "load": load, "step": step, "denoise": denoise, "decode": decode}
+
+
+def _peak(live: LiveBytes, run: Callable[[], object], **held: int) -> Peak:
+    """What something takes beside what is held already."""
+    gc.collect()
+    live.reset_peak()
+    run()
+    return Peak(**held, activations=max(live.peak - sum(held.values()), 0))
+
+
+@torch.no_grad()
+def _autoencoder(live: LiveBytes, found: BaseFolder, resolution: int) -> tuple[Peak, Peak]:
+    """Encoding a photo and decoding a picture."""
+    vae = skeleton_vae(found, unwritten)
+    weights, side = live.now, resolution // found.vae_factor
+    pixels = torch.empty(1, 3, resolution, resolution, dtype=found.dtype)
+    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=found.dtype)
+    encode = _peak(live, lambda: vae.encode(pixels), weights=weights)
+    return encode, _peak(live, lambda: vae.decode(latent), weights=weights)
+
+
+def _state(module: PersonalizationModule) -> list[Tensor]:
+    """What Adam and the subspace keep: two moments of every parameter, the path and its basis."""
+    kept = [torch.zeros_like(p) for p in module.adapter.parameters() for _ in range(2)]
+    if module.subspace is not None:
+        kept += [
+            torch.zeros(int(module.subspace.tau), p.numel()) for p in module.adapter.parameters() for _ in range(2)
+        ]
+    return kept
+
+
+def _step(module: PersonalizationModule, batch: dict[str, Any]) -> None:
+    draw = module.draw(batch)
+    module.estimator.estimate(lambda members: module.losses(members, draw), module.adapter.theta)
+
+
+@torch.no_grad()
+def _denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
+    base = module.base
+    assert base is not None
+    embeds = module.prompt_embeds([PROMPT.format(module.adapter.phrase(module.class_word))] * 2 * pictures)
+    noise = torch.empty(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype)
+    base.unet(noise, torch.zeros(2 * pictures, dtype=torch.int64), embeds)
+
+
+def transient(operation: Any, args: tuple[Any, ...]) -> int:
+    """Bytes that one of our own operations holds only while it runs: the dequantised weight."""
+    name = str(operation)
+    if name.startswith(("mep_lightning.int8_linear.", "mep_lightning.int8_conv2d.")):
+        x, q = args[:2]
+        return q.numel() * x.element_size()
+    return 0
