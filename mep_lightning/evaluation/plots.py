@@ -87,6 +87,29 @@ def memory_figure(memory: Mapping[str, Any], ink: str = INK) -> Figure:
     return figure
 
 
+def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -> Figure:
+    """A bar a row of `mep plan`, its highest phase stacked by what the memory holds; a line where the budget ends."""
+    figure, axes = _plain(ink, height=1.3 + 0.34 * max(len(rows), 1))
+    names = [f"{row.method}  {row.precision}{'  checkpointing' if row.checkpointing else ''}" for row in rows]
+    left = [0.0] * len(rows)
+    for part in PARTS[:4]:
+        sizes = [getattr(row.phases[row.peak_phase], part) / 2**30 for row in rows]
+        axes.barh(names, sizes, left=left, color=COLORS[part], label=part, height=0.62)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for place, row in enumerate(rows):
+        axes.text(
+            left[place] + max(left) * 0.012, place, f"{human(row.peak_bytes)}, {row.peak_phase}", va="center", color=ink
+        )
+    if limit is not None:
+        axes.axvline(limit / 2**30, color=ink, linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(left) * 1.25)
+    axes.set_xlabel(f"GiB in tensors, {rows[0].base} at {rows[0].resolution} px", color=ink)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, labelcolor=ink, handlelength=1)
+    return figure
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an inline SVG element whose ink is the page's text colour; `name` keeps its ids its own."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

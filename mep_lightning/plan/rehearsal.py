@@ -6,7 +6,7 @@ The real module, on a base of the real size, in fake tensors: no weights are rea
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mep_lightning.bases import BaseFolder
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import Base, BaseFolder
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.module import PersonalizationModule
@@ -40,19 +41,24 @@ class Peak:
 
 
 def rehearse(
-    module: PersonalizationModule, found: BaseFolder, resolution: int, *, batch_size: int = 1, pictures: int = 1
-) -> dict[str, Peak]:
-    """Play a run through.
+    modules: Iterable[PersonalizationModule],
+    found: BaseFolder,
+    resolution: int,
+    *,
+    batch_size: int = 1,
+    pictures: int = 1,
+) -> list[dict[str, Peak]]:
+    """Play runs through that differ in their module alone.
 
     Args:
-        module: fresh, as a recipe makes it; it takes the fake base and is of no use afterwards.
+        modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards.
         found: the base, its precision, and its dtype and device as they will be.
         resolution: side of the photos and of the pictures in px.
         batch_size: samples a step.
         pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
 
     Returns:
-        The peak of every phase: encode, load, step, denoise, decode.
+        For every module the peak of every phase: encode, load, step, denoise, decode.
     """
     live = LiveBytes(inside=transient)
     host = replace(found, device=torch.device("cpu"))  # fakes of a CUDA device would need a CUDA build of torch
@@ -64,23 +70,33 @@ def rehearse(
         load = Peak(weights=live.now, activations=live.peak - live.now)
         if found.device.type != "cuda":  # nothing is parked: the autoencoder comes beside the U-Net
             decode = replace(decode, weights=decode.weights + live.now)
+        return [
+            {"encode": encode, "load": load, **_training(live, module, base, resolution, batch_size, pictures)}
+            | {"decode": decode}
+            for module in modules
+        ]
 
-        module.class_word = WORD
-        if hasattr(module.adapter, "init"):
-            module.adapter.init = WORD
-        module.take(base)
-        held = {"weights": live.now}
-        kept = _state(module)
-        held["optimizer"] = live.now - held["weights"]
-        gradients = sum(p.numel() * p.element_size() for p in module.adapter.parameters())
 
-        side = resolution // found.vae_factor
-        latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
-        batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
-        step = _peak(live, lambda: _step(module, batch), **held, gradients=gradients)
-        denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
-        del kept
-    return {"encode": encode, "load": load, "step": step, "denoise": denoise, "decode": decode}
+def _training(
+    live: LiveBytes, module: PersonalizationModule, base: Base, resolution: int, batch_size: int, pictures: int
+) -> dict[str, Peak]:
+    """A step, and drawing samples between steps."""
+    module.class_word = WORD
+    if isinstance(module.adapter, TokenEmbedding):
+        module.adapter.init = WORD
+    gc.collect()
+    module.take(base)
+    weights = live.now
+    kept = _state(module)
+    held = {"weights": weights, "optimizer": live.now - weights}
+    gradients = sum(p.numel() * p.element_size() for p in module.adapter.parameters())
+    side = resolution // base.vae_factor
+    latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
+    batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
+    step = _peak(live, lambda: _step(module, batch), **held, gradients=gradients)
+    denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
+    del kept
+    return {"step": step, "denoise": denoise}
 
 
 def _peak(live: LiveBytes, run: Callable[[], object], **held: int) -> Peak:

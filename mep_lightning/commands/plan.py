@@ -1,0 +1,154 @@
+"""`mep plan`: how much memory every method takes on a base, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mep_lightning.commands.options import Options
+from mep_lightning.commands.recipes import find_recipe, read_recipe
+from mep_lightning.errors import UserError
+from mep_lightning.run_folder import replacing
+
+if TYPE_CHECKING:
+    from mep_lightning import PersonalizationModule
+    from mep_lightning.plan import Budget, Row
+
+EPILOG = """\
+Nothing is loaded and no GPU is needed: the real training step runs on tensors that hold nothing. A hub id fetches its
+JSON files alone; sd15, sd21 and sdxl need not even that.
+
+examples:
+  mep plan
+  mep plan --base sd21 --resolution 512 --budget 4GB
+  mep plan --base photos/my-base --precision int8 --json
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs `mep plan`."""
+    options = _options().parse_args(list(argv))
+    from mep_lightning.commands.chatter import quiet_after_imports
+    from mep_lightning.defaults import METHODS
+
+    names = options.methods or list(METHODS)
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UserError(f"--methods {unknown[0]}: there is no such method; choose of {', '.join(METHODS)}.")
+    recipes = {name: read_recipe(find_recipe(name)) for name in names}
+    quiet_after_imports()
+    from mep_lightning.bases.load import PRECISIONS
+    from mep_lightning.data import check_resolution
+    from mep_lightning.plan import Budget, parse_size, plan
+
+    precisions = options.precision or [name for name in PRECISIONS if name != "int4" or _has_int4(options)]
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise UserError(f"--precision {unknown[0]} is unknown; choose of {', '.join(PRECISIONS)}.")
+    if options.resolution is not None:
+        check_resolution(options.resolution)
+    budget = Budget(parse_size(options.budget), options.device) if options.budget else None
+
+    def tell(precision: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\rRehearsing in {precision} …\x1b[K", end="", file=sys.stderr, flush=True)
+
+    rows = plan(
+        {name: _maker(recipe) for name, recipe in recipes.items()},
+        options.base,
+        resolution=options.resolution,
+        device=options.device,
+        precisions=precisions,
+        progress=tell,
+    )
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    if options.json:
+        fits = [None if budget is None else budget.fits(row) for row in rows]
+        print(json.dumps({"rows": [row.as_dict(fit) for row, fit in zip(rows, fits, strict=True)]}, indent=2))
+    else:
+        print("\n".join(_table(rows, budget, options.device)))
+    if options.picture:
+        from mep_lightning.evaluation.plots import plan_figure
+
+        with replacing(Path(options.picture)) as temporary:
+            plan_figure(rows, None if budget is None else budget.tensors).savefig(temporary, format="png", dpi=144)
+    return 0
+
+
+def _options() -> Options:
+    parser = Options("plan", "Predicts the peak memory of every method on a base, without loading it.", EPILOG)
+    parser.add_argument(
+        "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder or a hub id (default: %(default)s)"
+    )
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the base's own)")
+    parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")
+    parser.add_argument("--precision", nargs="+", metavar="NAME", help="which precisions (default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train (default: cuda)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--picture", metavar="FILE", help="draw the rows as bars into a PNG file")
+    return parser
+
+
+def _has_int4(options: Any) -> bool:
+    """int4 is left out quietly where it cannot be had, as its layers cannot even be rehearsed there."""
+    from mep_lightning.quantization import why_not_int4
+
+    return why_not_int4() is None
+
+
+def _maker(recipe: dict[str, Any]) -> Any:
+    """A maker of modules from a recipe's `model` section."""
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from mep_lightning import PersonalizationModule
+    from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their names)
+    from mep_lightning import timesteps as _timesteps  # noqa: F401
+
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(PersonalizationModule, "model")
+
+    def make(precision: str, checkpointing: bool) -> PersonalizationModule:
+        model = recipe["model"] | {"precision": precision, "checkpointing": checkpointing}
+        return parser.instantiate_classes(parser.parse_object({"model": model})).model
+
+    return make
+
+
+def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]:
+    """The rows for people, and what the budget says."""
+    from mep_lightning.evaluation.plots import human
+    from mep_lightning.plan import best, savings
+    from mep_lightning.plan.budget import OVERHEAD
+
+    first = rows[0]
+    lines = [
+        f"Peak memory on {first.base} at {first.resolution} px, batch 1, in tensors "
+        f"(+ about {human(OVERHEAD[device])} for the {'CUDA context' if device == 'cuda' else 'interpreter'}):",
+        "",
+        f"  {'method':<20}{'precision':<11}{'switch':<15}{'training':>10}  {'highest in':<11}{'pictures':>10}",
+    ]
+    for row in rows:
+        switch = "checkpointing" if row.checkpointing else ""
+        fits = "" if budget is None else "   fits" if budget.fits(row) else ""
+        lines.append(
+            f"  {row.method:<20}{row.precision:<11}{switch:<15}{human(row.peak_bytes):>10}  {row.peak_phase:<11}"
+            f"{human(row.inference_peak_bytes):>10}{fits}"
+        )
+    if budget is None:
+        return lines
+    taken = best(rows, budget)
+    if taken is None:
+        least = min(rows, key=lambda row: row.peak_bytes)
+        need = human(least.peak_bytes + OVERHEAD[device])
+        return [
+            *lines,
+            "",
+            f"Nothing fits into {human(budget.size)}; {least.method} in {least.precision} needs {need}.",
+        ]
+    words = ["mep fit --config", taken.method, "--model.precision", taken.precision]
+    words += ["--model.checkpointing true"] if taken.checkpointing else []
+    lines += ["", f"Into {human(budget.size)} fits: {' '.join(words)}"]
+    return lines + [f"  {switch} would save {human(size)} more" for switch, size in list(savings(rows, taken))[:4]]

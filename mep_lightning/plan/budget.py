@@ -1,0 +1,85 @@
+"""What fits into a budget: which recipe to take, and what each switch saves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from mep_lightning.errors import UserError
+from mep_lightning.plan.rows import Row
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
+"""Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
+PREFERENCE = ("textual_inversion", "zoodip")
+"""Methods from the one that needs the fewest steps; within one, more bits before fewer."""
+PRECISION_PREFERENCE = ("fp32", "bf16", "fp16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a run may take.
+
+    Attributes:
+        size: bytes, everything included.
+        device: "cuda" or "cpu".
+    """
+
+    size: int
+    device: str
+
+    @property
+    def tensors(self) -> int:
+        """Bytes left for tensors."""
+        return self.size - OVERHEAD[self.device]
+
+    def fits(self, row: Row) -> bool:
+        return row.peak_bytes <= self.tensors
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GB" (10^9), "4GiB" (2^30), "800M" or plain bytes.
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"--budget is {text!r}; give a size such as 4GB or 3.5GiB.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def best(rows: Iterable[Row], budget: Budget) -> Row | None:
+    """The recipe to take: of those that fit, the method with the fewest steps, then the most bits; None fits none."""
+
+    def rank(row: Row) -> tuple[int, ...]:
+        known = PREFERENCE.index(row.method) if row.method in PREFERENCE else len(PREFERENCE)
+        return known, row.offload != "none", PRECISION_PREFERENCE.index(row.precision), row.checkpointing
+
+    return min(filter(budget.fits, rows), key=rank, default=None)
+
+
+def savings(rows: Sequence[Row], taken: Row) -> Iterator[tuple[str, int]]:
+    """What one switch would save against a row: a description and bytes, the largest saving first."""
+    found = []
+    for row in rows:
+        changed = [
+            f"--model.{key} {getattr(row, key)}".replace("True", "true").replace("False", "false")
+            for key in ("method", "precision", "checkpointing")
+            if getattr(row, key) != getattr(taken, key)
+        ]
+        if len(changed) == 1 and row.peak_bytes < taken.peak_bytes:
+            switch = f"--config {row.method}" if row.method != taken.method else changed[0]
+            found.append((switch, taken.peak_bytes - row.peak_bytes))
+    yield from sorted(found, key=lambda saving: -saving[1])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

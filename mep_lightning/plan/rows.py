@@ -1,0 +1,126 @@
+"""`plan`: a row for every recipe, precision and switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mep_lightning.bases import BaseFolder
+from mep_lightning.bases.families import describe
+from mep_lightning.bases.load import PRECISIONS, QUANTIZED, activation_dtype
+from mep_lightning.bases.skeleton import architecture
+from mep_lightning.module import PersonalizationModule
+from mep_lightning.plan.rehearsal import Peak, rehearse
+
+Recipe = Callable[[str, bool], PersonalizationModule]
+"""(precision, checkpointing) -> a fresh module."""
+GENERATING = ("load", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way to train would take.
+
+    Attributes:
+        method: the recipe's name.
+        base: as the user gave it.
+        precision: of the frozen base.
+        resolution: px a side.
+        offload: where the weights wait: "none" keeps them on the device.
+        checkpointing: whether activations are recomputed in the backward pass.
+        phases: the peak of every phase.
+    """
+
+    method: str
+    base: str
+    precision: str
+    resolution: int
+    offload: str
+    checkpointing: bool
+    phases: Mapping[str, Peak]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of a whole run: loading, encoding, training, and drawing samples."""
+        return max(peak.total for peak in self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def inference_peak_bytes(self) -> int:
+        """Of drawing pictures alone: no optimizer."""
+        return max(self.phases[name].total - self.phases[name].optimizer for name in GENERATING)
+
+    def as_dict(self, fits: bool | None) -> dict[str, Any]:
+        """As `mep plan --json` prints it; `fits` is None without a budget."""
+        return {
+            "method": self.method,
+            "base": self.base,
+            "precision": self.precision,
+            "resolution": self.resolution,
+            "offload": self.offload,
+            "checkpointing": self.checkpointing,
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "inference_peak_bytes": self.inference_peak_bytes,
+            "breakdown": {name: asdict(peak) for name, peak in self.phases.items()},
+            "fits": fits,
+        }
+
+
+def plan(
+    recipes: Mapping[str, Recipe],
+    base: str | Path,
+    *,
+    resolution: int | None = None,
+    device: str = "cuda",
+    precisions: Sequence[str] = PRECISIONS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Rehearse every recipe in every precision, with and without checkpointing where there is a backward pass.
+
+    Args:
+        recipes: name -> maker of fresh modules.
+        base: `sd15`, `sd21`, `sdxl`, or what `load_base` takes; only its JSON files are read.
+        resolution: px a side; the base's own by default.
+        device: "cuda" or "cpu", where the run would be; neither is needed here.
+        precisions: which.
+        progress: told each precision before its turn.
+
+    Raises:
+        UserError: nothing describes the base, or it cannot be rehearsed.
+    """
+    folder = architecture(base)
+    info = describe(folder, base)
+    where = torch.device(device)
+    rows: list[Row] = []
+    known: dict[object, list[dict[str, Peak]]] = {}
+    for precision in precisions:
+        dtype = activation_dtype(precision, where, info.family)
+        found = BaseFolder(str(base), folder, info, precision, dtype, where)
+        side = resolution or found.resolution
+        ways = list(_ways(recipes, precision))
+        kind = precision if precision in QUANTIZED else dtype.itemsize  # bf16 takes what fp16 takes
+        if kind not in known:
+            progress(precision)
+            known[kind] = rehearse((module for _, _, module in ways), found, side)
+        peaks = known[kind]
+        rows += [
+            Row(name, str(base), precision, side, "none", checkpointing, phases)
+            for (name, checkpointing, _), phases in zip(ways, peaks, strict=True)
+        ]
+    return rows
+
+
+def _ways(recipes: Mapping[str, Recipe], precision: str) -> Iterator[tuple[str, bool, PersonalizationModule]]:
+    for name, make in recipes.items():
+        module = make(precision, False)
+        yield name, False, module
+        if not module.estimator.forward_only:
+            yield name, True, make(precision, True)
