@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def rehearse(
     Returns:
         For every module the peak of every phase: encode, load, step, denoise, decode.
     """
-    live = LiveBytes(inside=transient)
+    live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
     host = replace(found, device=torch.device("cpu"))  # fakes of a CUDA device would need a CUDA build of torch
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         encode, decode = _autoencoder(live, host, resolution)
@@ -95,7 +96,8 @@ def _training(
     batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
     step = _peak(live, lambda: _step(module, batch), **held, gradients=gradients)
     denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
-    del kept
+    del kept, module.adapter  # what it trains is gone before the next one comes
+    module.base = None
     return {"step": step, "denoise": denoise}
 
 
@@ -142,10 +144,16 @@ def _denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
     base.unet(noise, torch.zeros(2 * pictures, dtype=torch.int64), embeds)
 
 
-def transient(operation: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that one of our own operations holds only while it runs: the dequantised weight."""
+def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:
+    """Bytes that an operation holds only while it runs.
+
+    Our own hold the dequantised weight. On a CPU oneDNN brings every convolution's weight into an order of its own.
+    """
     name = str(operation)
-    if name.startswith(("mep_lightning.int8_linear.", "mep_lightning.int8_conv2d.")):
-        x, q = args[:2]
-        return q.numel() * x.element_size()
+    if name.startswith("mep_lightning.int8_linear."):
+        return args[1].numel() * args[0].element_size()
+    if name.startswith("mep_lightning.int8_conv2d."):
+        return args[1].numel() * args[0].element_size() * (1 + on_cpu)
+    if name.startswith("aten.convolution.") and on_cpu:
+        return args[1].numel() * args[1].element_size()
     return 0

@@ -1,0 +1,66 @@
+"""Sizes as people write them, what fits, what to take, and what a switch saves."""
+
+import pytest
+
+from mep_lightning.errors import UserError
+from mep_lightning.plan import Budget, Peak, Row, best, parse_size, savings
+
+GIB = 2**30
+
+
+def row(method, precision, gib, checkpointing=False):
+    return Row(method, "sd15", precision, 512, "none", checkpointing, {"step": Peak(int(gib * GIB), 0)})
+
+
+ROWS = [
+    row("zoodip", "int8", 1.2),
+    row("zoodip", "int4", 0.8),
+    row("textual_inversion", "fp32", 5),
+    row("textual_inversion", "fp32", 4, checkpointing=True),
+    row("textual_inversion", "int8", 1.6),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("4GiB", 4 * GIB), ("1.5g", 15 * 10**8), ("800M", 8 * 10**8), (" 2 KiB ", 2048), ("100", 100)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "four", "-1GB", "4 PB"])
+def test_no_size(text):
+    with pytest.raises(UserError, match="give a size such as 4GB"):
+        parse_size(text)
+
+
+def test_the_overhead_is_part_of_the_budget():
+    assert Budget(int(1.7 * GIB) + 1, "cuda").fits(ROWS[0])
+    assert not Budget(int(1.6 * GIB), "cuda").fits(ROWS[0])
+
+
+@pytest.mark.parametrize(
+    ("gib", "taken"),
+    [
+        (8, ("textual_inversion", "fp32", False)),
+        (5, ("textual_inversion", "fp32", True)),
+        (3, ("textual_inversion", "int8", False)),
+        (1.9, ("zoodip", "int8", False)),
+        (1.5, ("zoodip", "int4", False)),
+    ],
+)
+def test_the_method_with_the_fewest_steps_and_then_the_most_bits_is_taken(gib, taken):
+    found = best(ROWS, Budget(int(gib * GIB), "cuda"))
+    assert (found.method, found.precision, found.checkpointing) == taken
+
+
+def test_nothing_may_fit():
+    assert best(ROWS, Budget(GIB, "cuda")) is None
+
+
+def test_a_switch_changes_one_thing_and_the_largest_saving_comes_first():
+    found = list(savings(ROWS, ROWS[2]))
+    assert [switch for switch, _ in found] == ["--model.precision int8", "--model.checkpointing true"]
+    assert [size for _, size in found] == [int(5 * GIB) - int(1.6 * GIB), GIB]
+    assert list(savings(ROWS, ROWS[4])) == [("--config zoodip", int(1.6 * GIB) - int(1.2 * GIB))]

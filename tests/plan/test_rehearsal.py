@@ -1,0 +1,103 @@
+"""A rehearsal's figures beside those of the allocator in a real run on the embedded base."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mep_lightning import PersonalizationModule
+from mep_lightning.bases import open_base
+from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.plan import rehearse
+from mep_lightning.plan.rehearsal import transient
+from mep_lightning.quantization import why_not_int4
+
+
+def allocated_peak(run) -> int:
+    """The most bytes that the C++ allocator had out at once while something ran, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def held(modules) -> int:
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+METHODS = {
+    "zoodip": lambda precision: PersonalizationModule(
+        "tiny", precision, estimator=RandomGradientEstimator("auto", "auto", standardize="auto"),
+        subspace=SubspaceGradient("auto", "auto"),
+    ),
+    "textual_inversion": lambda precision: PersonalizationModule("tiny", precision),
+    "checkpointed": lambda precision: PersonalizationModule("tiny", precision, checkpointing=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_takes_what_was_planned(method, precision):
+    if precision == "int4" and why_not_int4():
+        pytest.skip(why_not_int4())
+    (planned,) = rehearse([METHODS[method](precision)], open_base("tiny", precision), 64)
+    module = METHODS[method](precision)
+    module.class_word = "ball"
+    module.load()
+    latents = torch.randn(1, 4, 16, 16)
+    batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]}
+
+    def step():
+        draw = module.draw(batch)
+        module.estimator.estimate(lambda members: module.losses(members, draw), module.adapter.theta)
+
+    step()  # whatever is made once
+    weights = held([*module.base.modules(), module.adapter])
+    assert planned["step"].weights == pytest.approx(weights, rel=0.01)
+    assert planned["step"].total == pytest.approx(weights + allocated_peak(step), rel=0.1)
+
+
+def test_encoding_and_decoding_take_what_was_planned():
+    found = open_base("tiny")
+    (planned,) = rehearse([METHODS["textual_inversion"]("fp32")], found, 64)
+    with torch.no_grad(), found.borrowed_vae() as vae:
+        encoded = held([vae]) + allocated_peak(lambda: vae.encode(torch.zeros(1, 3, 64, 64)))
+        decoded = held([vae]) + allocated_peak(lambda: vae.decode(torch.zeros(1, 4, 16, 16)))
+    assert planned["encode"].total == pytest.approx(encoded, rel=0.1)
+    base = planned["load"].weights
+    assert planned["decode"].total == pytest.approx(base + decoded, rel=0.1)  # nothing is parked on a CPU
+
+
+def test_what_training_keeps_is_counted():
+    module = METHODS["zoodip"]("fp32")
+    (planned,) = rehearse([module], open_base("tiny"), 64)
+    floats = 128  # a token of tiny
+    assert planned["step"].gradients == 4 * floats
+    assert planned["step"].optimizer == 4 * floats * (2 + 2 * 16)  # two moments; the path and its basis, tau 16
+    assert planned["load"].optimizer == planned["encode"].optimizer == 0
+
+
+def test_modules_are_rehearsed_one_after_the_other_as_if_alone():
+    found = open_base("tiny", "int8")
+    alone = [rehearse([METHODS[name]("int8")], found, 64)[0] for name in METHODS]
+    assert rehearse([make("int8") for make in METHODS.values()], found, 64) == alone
+
+
+def test_more_of_anything_takes_more():
+    def peak(resolution=64, **kwargs):
+        (planned,) = rehearse([METHODS["textual_inversion"]("fp32")], open_base("tiny"), resolution, **kwargs)
+        return planned
+
+    least, most = peak(), peak(128, batch_size=2, pictures=4)
+    assert all(most[name].activations > 2 * least[name].activations for name in ("encode", "step", "denoise", "decode"))
+    assert most["load"] == least["load"]
+
+
+def test_an_operation_of_our_own_holds_its_dequantised_weight():
+    x, q = torch.zeros(2, 7, dtype=torch.float16), torch.zeros(6, 7, dtype=torch.int8)
+    assert transient(torch.ops.mep_lightning.int8_linear.default, (x, q)) == 84
+    assert transient(torch.ops.aten.add.Tensor, (x, x)) == 0
