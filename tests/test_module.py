@@ -298,6 +298,23 @@ def test_a_bf16_trainer_does_not_round_finite_differences(precision, tmp_path):
     assert torch.equal(plain.adapter.theta, mixed.adapter.theta)
 
 
+def test_checkpointing_changes_no_gradient_and_keeps_less():
+    found = []
+    for checkpointing in (False, True):
+        mod = module("backprop", checkpointing=checkpointing)
+        mod.class_word = "ball"
+        mod.load()
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        draw = mod.draw({"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]})
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            grad, _ = mod.estimator.estimate(lambda members, m=mod, d=draw: m.losses(members, d), mod.adapter.theta)
+        found.append((grad, sum(kept)))
+    (plain, all_kept), (recomputed, some_kept) = found
+    assert torch.equal(plain, recomputed)
+    assert some_kept < 0.5 * all_kept
+
+
 def test_16_mixed_is_refused():
     class Fake:
         precision = "16-mixed"

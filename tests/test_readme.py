@@ -32,12 +32,14 @@ def parse_only(monkeypatch):
 
     monkeypatch.setattr(FitCLI, "before_instantiate_classes", stop)
     monkeypatch.setattr(learned, "open_learned", stop)
+    monkeypatch.setattr("mep_lightning.plan.plan", stop)
+    monkeypatch.setattr("mep_lightning.commands.budget.plan", stop)
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_a_command_in_the_readme_parses(line, parse_only, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(line)[1:]
+    words = shlex.split(line, comments=True)[1:]
     if "--resume" in words:
         run = Path(words[words.index("--run") + 1])
         run.mkdir(parents=True)
@@ -47,7 +49,7 @@ def test_a_command_in_the_readme_parses(line, parse_only, tmp_path, monkeypatch)
 
 
 def test_the_readme_shows_every_command_and_recipe():
-    assert {line.split()[1] for line in COMMAND_LINES} >= {"fit", "test", "predict"}
+    assert {line.split()[1] for line in COMMAND_LINES} >= {"fit", "test", "predict", "plan"}
     assert all(f"mep {name}" in README for name in COMMANDS)
     assert all(f"`{name}`" in README for name in recipe_names())
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mep_lightning.commands.options import Options
 from mep_lightning.commands.recipes import recipe_names
 from mep_lightning.commands.request import RUNS, read_request
+from mep_lightning.errors import UserError
 
 EPILOG = """\
 most used settings (each can also stand in a YAML file):
@@ -28,6 +29,7 @@ most used settings (each can also stand in a YAML file):
 examples:
   mep fit --config quickstart
   mep fit --config models/sd15 --config zoodip --data.path photos/ --data.class_word dog
+  mep fit --budget 4GB --model.base ID_OR_DIR --data.path photos/ --data.class_word dog
   mep fit --config zoodip --model.estimator SPSAEstimator --model.estimator.n 4
   mep fit --run runs/zoodip-1 --resume --trainer.max_steps 5000
 """
@@ -41,11 +43,14 @@ def run(argv: Sequence[str]) -> int:
         from mep_lightning.commands.training import show_all_options
 
         return show_all_options(["--help"] if options.help_all else settings)
-    request = read_request(options.config or [], settings, options.run, options.resume)
+    if options.budget and options.resume:
+        raise UserError("--budget chooses how a run begins; leave it out with --resume.")
+    chosen = options.budget is not None
+    request = read_request(options.config or [], settings, options.run, options.resume, chosen=chosen)
 
     from mep_lightning.commands.training import train
 
-    return train(request)
+    return train(request, budget=options.budget, planned=not options.no_plan)
 
 
 def _options() -> Options:
@@ -56,5 +61,7 @@ def _options() -> Options:
     )
     parser.add_argument("--run", metavar="DIR", help=f"the run's folder (default: {RUNS}/<method>-N)")
     parser.add_argument("--resume", action="store_true", help="carry on where the run in --run DIR stopped")
+    parser.add_argument("--budget", metavar="SIZE", help="take what fits into so much memory, such as 4GB")
+    parser.add_argument("--no-plan", action="store_true", help="begin even if the plan says that memory will run out")
     parser.add_argument("--help-all", action="store_true", help="every setting of the model, data and Trainer")
     return parser

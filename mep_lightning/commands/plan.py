@@ -6,15 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mep_lightning.commands.options import Options
-from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import replacing
 
 if TYPE_CHECKING:
-    from mep_lightning import PersonalizationModule
     from mep_lightning.plan import Budget, Row
 
 EPILOG = """\
@@ -37,13 +35,13 @@ def run(argv: Sequence[str]) -> int:
     names = options.methods or list(METHODS)
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"--methods {unknown[0]}: there is no such method; choose of {', '.join(METHODS)}.")
-    recipes = {name: read_recipe(find_recipe(name)) for name in names}
     quiet_after_imports()
     from mep_lightning.bases.load import PRECISIONS
+    from mep_lightning.commands.budget import available_precisions, recipe
     from mep_lightning.data import check_resolution
     from mep_lightning.plan import Budget, parse_size, plan
 
-    precisions = options.precision or [name for name in PRECISIONS if name != "int4" or _has_int4(options)]
+    precisions = options.precision or available_precisions()
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise UserError(f"--precision {unknown[0]} is unknown; choose of {', '.join(PRECISIONS)}.")
     if options.resolution is not None:
@@ -55,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
             print(f"\rRehearsing in {precision} …\x1b[K", end="", file=sys.stderr, flush=True)
 
     rows = plan(
-        {name: _maker(recipe) for name, recipe in recipes.items()},
+        {name: recipe(name) for name in names},
         options.base,
         resolution=options.resolution,
         device=options.device,
@@ -92,33 +90,9 @@ def _options() -> Options:
     return parser
 
 
-def _has_int4(options: Any) -> bool:
-    """int4 is left out quietly where it cannot be had, as its layers cannot even be rehearsed there."""
-    from mep_lightning.quantization import why_not_int4
-
-    return why_not_int4() is None
-
-
-def _maker(recipe: dict[str, Any]) -> Any:
-    """A maker of modules from a recipe's `model` section."""
-    from lightning.pytorch.cli import LightningArgumentParser
-
-    from mep_lightning import PersonalizationModule
-    from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their names)
-    from mep_lightning import timesteps as _timesteps  # noqa: F401
-
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(PersonalizationModule, "model")
-
-    def make(precision: str, checkpointing: bool) -> PersonalizationModule:
-        model = recipe["model"] | {"precision": precision, "checkpointing": checkpointing}
-        return parser.instantiate_classes(parser.parse_object({"model": model})).model
-
-    return make
-
-
 def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]:
     """The rows for people, and what the budget says."""
+    from mep_lightning.commands.budget import least
     from mep_lightning.evaluation.plots import human
     from mep_lightning.plan import best, savings
     from mep_lightning.plan.budget import OVERHEAD
@@ -141,13 +115,7 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]
         return lines
     taken = best(rows, budget)
     if taken is None:
-        least = min(rows, key=lambda row: row.peak_bytes)
-        need = human(least.peak_bytes + OVERHEAD[device])
-        return [
-            *lines,
-            "",
-            f"Nothing fits into {human(budget.size)}; {least.method} in {least.precision} needs {need}.",
-        ]
+        return [*lines, "", f"Nothing fits into {human(budget.size)}: {least(rows, device)}."]
     words = ["mep fit --config", taken.method, "--model.precision", taken.precision]
     words += ["--model.checkpointing true"] if taken.checkpointing else []
     lines += ["", f"Into {human(budget.size)} fits: {' '.join(words)}"]

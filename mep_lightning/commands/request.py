@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,26 @@ class FitRequest:
         said = any(word.partition("=")[0] == f"--{key}" for word in self.settings)
         return said or any(mentions(recipe, key) for _, recipe in self.recipes)
 
+    def setting(self, key: str) -> str | None:
+        """What the command line sets a key to; the last word counts."""
+        found = None
+        for word, after in pairwise([*self.settings, ""]):
+            name, equals, value = word.partition("=")
+            if name == f"--{key}":
+                found = value if equals else after
+        return found
 
-def read_request(configs: Sequence[str], settings: list[str], run: str | None, resume: bool) -> FitRequest:
-    """Reads the recipes and checks the run's folder.
+    def value(self, key: str) -> Any:
+        """What the command line, or the last recipe that says it, sets a key of two parts to, such as model.base."""
+        section, _, name = key.partition(".")
+        said = [recipe[section][name] for _, recipe in self.recipes if name in (recipe.get(section) or {})]
+        return self.setting(key) or (said[-1] if said else None)
+
+
+def read_request(
+    configs: Sequence[str], settings: list[str], run: str | None, resume: bool, *, chosen: bool = False
+) -> FitRequest:
+    """Reads the recipes and checks the run's folder; `chosen` says that a recipe will be chosen by its memory.
 
     Raises:
         UserError: no recipe, one that cannot be read, or a folder that is taken or cannot be resumed.
@@ -65,7 +83,7 @@ def read_request(configs: Sequence[str], settings: list[str], run: str | None, r
             "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
         )
         raise UserError(f"{folder.root} exists and is not empty; {mend}.")
-    if not paths and not any(word.startswith("--print_config") for word in settings):
+    if not paths and not chosen and not any(word.startswith("--print_config") for word in settings):
         raise UserError(f"say what to do with --config RECIPE: a YAML file or one of {', '.join(recipe_names())}.")
     return FitRequest([(path, read_recipe(path)) for path in paths], settings, folder, resume)
 

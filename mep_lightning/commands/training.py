@@ -25,6 +25,7 @@ from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that
 from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify
 from mep_lightning.callbacks import PUTS, Export, MemoryProfiler, Samples  # noqa: F401
+from mep_lightning.commands.budget import choose, refuse_too_large
 from mep_lightning.commands.chatter import debugging, quiet_after_imports
 from mep_lightning.commands.keeping import (
     AtomicCheckpointIO,
@@ -177,8 +178,13 @@ def _parsed(parser: LightningArgumentParser, args: Any, sources: Sources) -> Nam
         raise UserError(sentence(error.message, parser, sources)) from error
 
 
-def train(request: FitRequest) -> int:
+def train(request: FitRequest, budget: str | None = None, planned: bool = True) -> int:
     """Trains as requested and returns the exit status.
+
+    Args:
+        request: what to train.
+        budget: memory that the plan may spend; it then chooses what the request leaves open.
+        planned: whether a run that would not fit into free memory is refused.
 
     Raises:
         UserError: wrong input; a folder made for the run is gone again unless a step was saved.
@@ -186,10 +192,12 @@ def train(request: FitRequest) -> int:
     quiet_after_imports()
     if not request.says("model.base") and not request.says("print_config"):
         say("No --model.base given: taking the embedded base, tiny.")
+    if budget is not None:
+        request = choose(request, budget)
     cli = None
     try:
         cli = FitCLI(request)
-        return _fit(cli)
+        return _fit(cli, planned)
     except BaseException:
         made = request.run
         begun = request.resume or (cli is not None and cli.trainer.global_step > 0)
@@ -198,7 +206,7 @@ def train(request: FitRequest) -> int:
         raise
 
 
-def _fit(cli: FitCLI) -> int:
+def _fit(cli: FitCLI, planned: bool) -> int:
     run, trainer, model, data = cli.request.run, cli.trainer, cli.model, cli.datamodule
     assert run is not None
     os.environ[RUN_VARIABLE] = str(run.root)
@@ -215,6 +223,8 @@ def _fit(cli: FitCLI) -> int:
         f"{model.method} on {model.base_name} ({model.precision}) with {data.summary()}.",
         f"{_span(first_step, trainer.max_steps)} Everything goes to {run.root}.",
     )
+    if planned:
+        refuse_too_large(model, data, trainer.strategy.root_device, cli.config.samples.batch_size)
     before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
         save_config(cli.config, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ import torch
 from mep_lightning.errors import UserError
 from mep_lightning.plan.rows import Row
 
+CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
 """Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
@@ -79,7 +81,12 @@ def savings(rows: Sequence[Row], taken: Row) -> Iterator[tuple[str, int]]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device has free now."""
+    """What a device has free now; on a CPU no more than the container's own limit leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
+        return available
+    return min(available, max(limit - used, 0))

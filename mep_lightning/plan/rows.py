@@ -79,6 +79,7 @@ def plan(
     base: str | Path,
     *,
     resolution: int | None = None,
+    batch_size: int = 1,
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     progress: Callable[[str], None] = lambda _: None,
@@ -89,6 +90,7 @@ def plan(
         recipes: name -> maker of fresh modules.
         base: `sd15`, `sd21`, `sdxl`, or what `load_base` takes; only its JSON files are read.
         resolution: px a side; the base's own by default.
+        batch_size: samples a step.
         device: "cuda" or "cpu", where the run would be; neither is needed here.
         precisions: which.
         progress: told each precision before its turn.
@@ -109,7 +111,7 @@ def plan(
         kind = precision if precision in QUANTIZED else dtype.itemsize  # bf16 takes what fp16 takes
         if kind not in known:
             progress(precision)
-            known[kind] = rehearse((module for _, _, module in ways), found, side)
+            known[kind] = rehearse((module for _, _, module in ways), found, side, batch_size=batch_size)
         peaks = known[kind]
         rows += [
             Row(name, str(base), precision, side, "none", checkpointing, phases)
