@@ -1,0 +1,212 @@
+"""Weights that wait in host memory and visit the device one layer after the other, ahead of their use.
+
+Layers are those modules that own tensors. Which is called after which is remembered: from the second pass on the coming
+ones are copied while the present one computes, through an arena a few layers large. All members of a zeroth-order step
+share one pass, so the weights cross over once a step. Forward passes only: an arena has long been overwritten when a
+backward pass would read it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ALIGNMENT = 256
+"""Bytes; what cuBLAS and cuDNN like their operands to begin at."""
+LAYERS_AHEAD = 2
+"""The arena holds so many of the largest layer; smaller ones fit many times."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """A module's own tensors, one after the other in a stretch of host memory.
+
+    Attributes:
+        module: whose they are.
+        host: uint8 [size], pinned where the device is a GPU.
+        places: for each tensor whether it is a parameter, its name, its offset in bytes, and what it looks like.
+    """
+
+    module: nn.Module
+    host: Tensor
+    places: list[tuple[bool, str, int, Tensor]]
+
+    @property
+    def size(self) -> int:
+        return self.host.numel()
+
+    def put(self, memory: Tensor) -> None:
+        """Let the module's tensors lie in `memory`, uint8 [size]."""
+        for is_parameter, name, offset, like in self.places:
+            flat = memory[offset : offset + like.numel() * like.element_size()].view(like.dtype)
+            value = flat.as_strided(like.shape, like.stride())
+            if is_parameter:
+                self.module._parameters[name].data = value  # type: ignore[union-attr]
+            else:
+                self.module._buffers[name] = value
+
+
+@dataclass(eq=False)
+class Visit:
+    """A layer in the arena.
+
+    Attributes:
+        layer: which.
+        start, stop: its stretch of the arena, in bytes.
+        arrived: CUDA event, when its copy is complete; None on a CPU.
+        done: whether its computation was begun, or will never be.
+        used: CUDA event, when that computation ends.
+    """
+
+    layer: Layer
+    start: int
+    stop: int
+    arrived: Any
+    done: bool = False
+    used: Any = None
+
+
+class Stream:
+    """The layers of a frozen module on the CPU, computing on a device through an arena there.
+
+    Embeddings are not streamed: they stay on the host for good and look up there. What a module owns beside layers of
+    its own stays on the device.
+
+    Args:
+        module: on the CPU, frozen.
+        device: where it computes.
+
+    Raises:
+        RuntimeError: where a gradient is asked for.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.layers = _stage(_layers(module, device), device)
+        self.arena = torch.empty(arena_bytes(self.layers), dtype=torch.uint8, device=device)
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._follows: dict[Layer, Layer] = {}  # which layer was called after which, the last time
+        self._now: Layer | None = None
+        self._visits: deque[Visit] = deque()
+        self._head = 0
+        for layer in self.layers:
+            layer.module.register_forward_pre_hook(partial(self._before, layer))
+            layer.module.register_forward_hook(partial(self._after, layer))
+        for part in module.modules():
+            if isinstance(part, nn.Embedding):
+                part.forward = partial(_look_up, part, device)  # type: ignore[method-assign]
+
+    def _before(self, layer: Layer, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """The layer is about to compute: have it there."""
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise RuntimeError("streamed weights are gone before a backward pass could read them: use torch.no_grad()")
+        if self._now is not None:
+            self._follows[self._now] = layer
+        self._now = layer
+        coming = self._coming()
+        visit = coming if coming is not None and coming.layer is layer else self._surprise(layer)
+        if visit.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(visit.arrived)
+        layer.put(self.arena[visit.start : visit.stop])
+
+    def _after(self, layer: Layer, *_: Any) -> None:
+        """The layer computes: its stretch may be overwritten once that ends, and the next ones may come."""
+        visit = self._coming()
+        assert visit is not None and visit.layer is layer
+        visit.done = True
+        if self._copying is not None:
+            visit.used = torch.cuda.current_stream(self.device).record_event()
+        layer.put(layer.host)
+        while (following := self._follows.get(self._visits[-1].layer)) and self._fetch(following):
+            pass
+
+    def _coming(self) -> Visit | None:
+        """What is in the arena for the next computation."""
+        return next((visit for visit in self._visits if not visit.done), None)
+
+    def _surprise(self, layer: Layer) -> Visit:
+        """Another layer than was expected, as in the first pass: forget what has come too early and fetch this one."""
+        for early in self._visits:
+            early.done, early.used = True, early.used or early.arrived
+        visit = self._fetch(layer)
+        assert visit is not None  # the arena is larger than any layer, and nothing in it is waited for
+        return visit
+
+    def _fetch(self, layer: Layer) -> Visit | None:
+        """Begin to copy a layer; None where the arena has no room yet."""
+        start = self._head if self._head + layer.size <= self.arena.numel() else 0
+        stop = start + layer.size
+        blocking = [visit for visit in self._visits if visit.start < stop and start < visit.stop]
+        if any(not visit.done for visit in blocking):
+            return None
+        target, arrived = self.arena[start:stop], None
+        if self._copying is None:
+            target.copy_(layer.host)
+        else:
+            with torch.cuda.stream(self._copying):
+                for visit in blocking:
+                    if visit.used is not None:
+                        self._copying.wait_event(visit.used)
+                target.copy_(layer.host, non_blocking=True)
+                arrived = self._copying.record_event()
+        visit = Visit(layer, start, stop, arrived)
+        self._visits = deque([*(other for other in self._visits if other not in blocking), visit])
+        self._head = stop
+        return visit
+
+
+def arena_bytes(layers: Sequence[Layer]) -> int:
+    """What a stream takes on its device."""
+    return LAYERS_AHEAD * max(layer.size for layer in layers)
+
+
+def _layers(module: nn.Module, device: torch.device) -> list[nn.Module]:
+    """The modules to stream; what is owned by a module with such modules inside moves to the device at once."""
+    owners = [part for part in module.modules() if _own(part) and not isinstance(part, nn.Embedding)]
+    layers = [part for part in owners if not any(inner in owners for inner in part.modules() if inner is not part)]
+    for part in owners:
+        for is_parameter, name, value in _own(part) if part not in layers else ():
+            if is_parameter:
+                value.data = value.data.to(device)
+            else:
+                part._buffers[name] = value.to(device)
+    return layers
+
+
+def _own(part: nn.Module) -> list[tuple[bool, str, Tensor]]:
+    """A module's own tensors: whether each is a parameter, and its name."""
+    parameters = [(True, name, value) for name, value in part.named_parameters(recurse=False)]
+    return [*parameters, *((False, name, value) for name, value in part.named_buffers(recurse=False))]
+
+
+def _stage(modules: Sequence[nn.Module], device: torch.device) -> list[Layer]:
+    """Bring modules' tensors together in host memory, one stretch a module."""
+    plans = []
+    for module in modules:
+        places, size = [], 0
+        for is_parameter, name, value in _own(module):
+            places.append((is_parameter, name, size, torch.empty_like(value, device="meta")))
+            size += -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
+        plans.append((module, places, size))
+    host = torch.empty(sum(size for *_, size in plans), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    layers = []
+    for (module, places, _), stretch in zip(plans, host.split([size for *_, size in plans]), strict=True):
+        values = [value.detach() for _, _, value in _own(module)]
+        layer = Layer(module, stretch, places)
+        layer.put(stretch)
+        for (_, _, target), value in zip(_own(module), values, strict=True):
+            target.detach().copy_(value)
+        layers.append(layer)
+    return layers
+
+
+def _look_up(embedding: nn.Embedding, device: torch.device, ids: Tensor) -> Tensor:
+    """Rows of a table that stays on the host. ids int64 [...] -> [..., D] on the device."""
+    return F.embedding(ids.cpu(), embedding.weight).to(device)

@@ -1,0 +1,116 @@
+"""Streamed weights: the same bits through a small arena, whatever the order of the layers."""
+
+import pytest
+import torch
+from torch import nn
+
+from mep_lightning.bases import load_base
+from mep_lightning.bases.streaming import Stream
+
+CPU = torch.device("cpu")
+
+
+class Poisoned(Stream):
+    """Overwrites a layer's stretch as soon as it has computed, and counts the layers that were not expected."""
+
+    surprises = 0
+
+    def _after(self, layer, *args):
+        visit = self._coming()
+        self.arena[visit.start : visit.stop] = 0xFF
+        super()._after(layer, *args)
+
+    def _surprise(self, layer):
+        self.surprises += 1
+        return super()._surprise(layer)
+
+
+def weights(module):
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_streamed_unet_and_text_encoder_compute_the_same_bits(precision):
+    plain, base = load_base("tiny", precision, vae=False), load_base("tiny", precision, vae=False)
+    streams = [Poisoned(part, CPU) for part in (base.unet, base.text_encoders[0])]
+    ids = torch.randint(0, 100, (3, 32))
+    for step in range(3):
+        x, t = torch.randn(3, 4, 16, 16), torch.tensor([step])
+        with torch.no_grad():
+            outputs = []
+            for one in (plain, base):
+                embeds = one.text_encoders[0](ids).last_hidden_state
+                outputs.append(one.unet(x, t, embeds).sample)
+        assert torch.equal(*outputs)
+    assert len(streams[0].arena) < 0.35 * weights(plain.unet)
+    for stream in streams:  # the first pass, and the beginning of the second
+        assert stream.surprises == len(stream.layers) + 1
+    for name, value in plain.unet.state_dict().items():
+        assert torch.equal(base.unet.state_dict()[name], value)
+
+
+class Choosing(nn.Module):
+    """Layers called in an order that changes, one of them never."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleList([nn.Linear(8, 8) for _ in range(5)])
+        self.table = nn.Embedding(10, 8)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, ids, order):
+        x = self.table(ids) + self.shift
+        for i in order:
+            x = self.steps[i](x)
+        return x
+
+
+@torch.no_grad()
+def test_any_order_is_right():
+    torch.manual_seed(0)
+    module = Choosing()
+    orders = [[0, 1, 2], [0, 1, 2], [0, 2, 1], [2, 0, 3], [0, 1, 2, 3], [3, 3, 3], [1], [0, 1, 2, 3], [0, 1, 2, 3]]
+    ids = torch.arange(10)
+    expected = [module(ids, order) for order in orders]
+    stream = Poisoned(module, CPU)
+    assert len(stream.layers) == 5  # neither the table nor what is owned beside layers
+    for order, right in zip(orders, expected, strict=True):
+        assert torch.equal(module(ids, order), right)
+    before = stream.surprises
+    for _ in range(3):
+        module(ids, [0, 1, 2, 3])
+    assert stream.surprises == before  # learned by now
+
+
+def test_a_backward_pass_is_refused():
+    module = nn.Sequential(nn.Linear(4, 4))
+    Stream(module, CPU)
+    with pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+        module(torch.randn(2, 4, requires_grad=True))
+    with torch.no_grad():
+        module(torch.randn(2, 4, requires_grad=True))
+
+
+def test_channels_last_weights_keep_their_format():
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 5, 5)
+    module = nn.Sequential(conv).requires_grad_(False)
+    expected = module(x)
+    Stream(module, CPU)
+    assert torch.equal(module(x), expected)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_computes_the_same_bits_from_pinned_memory():
+    device = torch.device("cuda")
+    plain = load_base("tiny", "int8", device, vae=False).unet
+    waiting = load_base("tiny", "int8", vae=False).unet
+    stream = Poisoned(waiting, device)
+    assert all(layer.host.is_pinned() for layer in stream.layers)
+    for _ in range(20):
+        inputs = torch.randn(9, 4, 16, 16, device=device), torch.tensor([7], device=device)
+        embeds = torch.randn(9, 32, 128, device=device)
+        with torch.no_grad():
+            assert torch.equal(plain(*inputs, embeds).sample, waiting(*inputs, embeds).sample)
