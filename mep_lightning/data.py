@@ -190,7 +190,10 @@ class SubjectData(LightningDataModule):
                 for resolution in parts:
                     pixels = to_pixels(square(image, resolution, self.crop))
                     views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
-                    means, stds = zip(*(encode_image(vae, view, photo.name) for view in views), strict=True)
+                    means, stds = zip(
+                        *(encode_image(vae, view, photo.name, getattr(base, "device", None)) for view in views),
+                        strict=True,
+                    )
                     parts[resolution].append((torch.stack(means), torch.stack(stds)))  # [views, C, h, w]
         self.latents = {}
         for resolution, moments in parts.items():
@@ -289,9 +292,18 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def encode_image(vae: Any, pixels: Tensor, name: str = "the picture") -> tuple[Tensor, Tensor]:
-    """Mean and std [C, h, w] of the VAE's posterior for pixels [3, H, W]: fp32, on the CPU, unscaled."""
-    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+def encode_image(
+    vae: Any, pixels: Tensor, name: str = "the picture", device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and std [C, h, w] of the VAE's posterior for pixels [3, H, W]: fp32, on the CPU, unscaled.
+
+    Args:
+        vae: the autoencoder.
+        pixels: in [-1, 1].
+        name: what a message calls the picture.
+        device: where it computes, if that is not where its weights are.
+    """
+    posterior = vae.encode(pixels[None].to(device or vae.device, vae.dtype)).latent_dist
     mean, std = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise UserError(f"The VAE gives values that are not finite for {name} in {vae.dtype}: load the base in fp32")

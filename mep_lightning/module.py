@@ -76,6 +76,9 @@ class PersonalizationModule(LightningModule):
         weight_decay: Adam's.
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: much less memory,
             about a third more time. Methods without a backward pass have nothing to keep.
+        offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
+            visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
+            without a backward pass.
         seed: of noise, timesteps, prompts and perturbations; the same seed gives bitwise the same adapter.
         method: the name under which `auto` values are looked up; told from the parts when None.
     """
@@ -96,6 +99,7 @@ class PersonalizationModule(LightningModule):
         eps: float | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
         checkpointing: bool = False,
+        offload: Literal["none", "stream"] = "none",
         seed: int = 0,
         method: str | None = None,
     ):
@@ -117,7 +121,7 @@ class PersonalizationModule(LightningModule):
         self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self.checkpointing = checkpointing
+        self.checkpointing, self.offload = checkpointing, offload
         self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
         self.class_word: str | None = None
         self.base: Base | None = None
@@ -142,7 +146,7 @@ class PersonalizationModule(LightningModule):
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         if data is not None and stage == "fit":
             with phase("encode"):
-                data.encode(self.base or open_base(self.base_name, self.precision, device))
+                data.encode(self.base or open_base(self.base_name, self.precision, device, self.offload))
         self.load(device)
 
     def load(self, device: str | torch.device = "cpu") -> Base:
@@ -150,8 +154,9 @@ class PersonalizationModule(LightningModule):
         if self.base is None or self.base.device != exact_device(device):
             self._fill_in_defaults(identify(self.base_name).family)
             self._warn_of_rounding()
+            self._refuse_streaming_backwards(torch.device(device))
             self.base = None  # the old one goes before the new one comes
-            self.base = load_base(self.base_name, self.precision, device, vae=False)
+            self.base = load_base(self.base_name, self.precision, device, self.offload, vae=False)
         return self.take(self.base)
 
     def take(self, base: Base) -> Base:
@@ -174,6 +179,13 @@ class PersonalizationModule(LightningModule):
             rank_zero_warn(
                 f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training may "
                 f"diverge: take mu {least:g} or more, or precision fp32"
+            )
+
+    def _refuse_streaming_backwards(self, device: torch.device) -> None:
+        if self.offload == "stream" and device.type == "cuda" and not self.estimator.forward_only:
+            raise UserError(
+                "model.offload stream is for methods without a backward pass, which would need the weights again: use "
+                "zoodip, or model.checkpointing true and model.precision int8"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

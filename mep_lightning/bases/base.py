@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from mep_lightning.bases.families import Family
+from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
 from mep_lightning.bases.weights import load_vae
 
+Module = TypeVar("Module", bound=nn.Module)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, kw_only=True)
 class BaseFolder:
     """A base that is known and not loaded: what its folder says, and where and in which precision it is wanted.
 
@@ -27,7 +30,9 @@ class BaseFolder:
         info: family, native resolution, prediction type.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (what the weights are kept in).
         dtype: what activations are computed in.
-        device: where it lives, or will.
+        device: where it computes.
+        offload: where the weights are: "none" on the device; "stream" in host memory, from where they visit a GPU layer
+            by layer, or on a CPU in a file that is mapped into memory.
     """
 
     name: str
@@ -36,6 +41,12 @@ class BaseFolder:
     precision: str
     dtype: torch.dtype
     device: torch.device
+    offload: str = "none"
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where the weights are between uses."""
+        return torch.device("cpu") if self.offload == "stream" else self.device
 
     @property
     def address(self) -> str:
@@ -58,10 +69,19 @@ class BaseFolder:
     @contextmanager
     def borrowed_vae(self) -> Iterator[AutoencoderKL]:
         """The autoencoder for the length of a `with`, read from disk; `SubjectData.encode` needs no more of a base."""
-        yield load_vae(self.folder, self.device, self.dtype)
+        yield self.placed(load_vae(self.folder, self.weights_device, self.dtype))
+
+    def placed(self, module: Module) -> Module:
+        """A loaded part as it is used from now on: streamed, where that is wanted."""
+        if self.offload == "stream":
+            if self.device.type == "cpu":
+                map_to_disk(module)
+            else:
+                Stream(module, self.device)
+        return module
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Base(BaseFolder):
     """The frozen model that an adapter personalises; beside what `BaseFolder` holds:
 
@@ -114,7 +134,8 @@ class Base(BaseFolder):
     @contextmanager
     def parked(self) -> Iterator[None]:
         """U-Net and text encoders in host memory for the length of a `with`, where the device has memory of its own."""
-        parts = [self.unet, *self.text_encoders] if self.device.type == "cuda" else []
+        movable = self.device.type == "cuda" and self.offload == "none"
+        parts = [self.unet, *self.text_encoders] if movable else []
         for part in parts:
             part.to("cpu")
         try:
@@ -125,7 +146,7 @@ class Base(BaseFolder):
 
     def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
         """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""
-        pipe = StableDiffusionPipeline(
+        pipe = _Pipeline(
             vae=vae,
             text_encoder=self.text_encoders[0],
             tokenizer=self.tokenizers[0],
@@ -135,5 +156,16 @@ class Base(BaseFolder):
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        pipe.home = self.device
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+class _Pipeline(StableDiffusionPipeline):
+    """A pipeline that computes on `home`, wherever its weights wait."""
+
+    home: torch.device
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.home

@@ -18,6 +18,7 @@ from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+OFFLOADS = ("none", "stream")
 QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,19 +40,36 @@ def exact_device(device: str | torch.device) -> torch.device:
     return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def open_base(name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu") -> BaseFolder:
+def open_base(
+    name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu", offload: str = "none"
+) -> BaseFolder:
     """Find a base and read what it is, without its weights; arguments and errors as for `load_base`."""
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if offload not in OFFLOADS:
+        raise UserError(f"offload {offload!r} is unknown: choose one of {', '.join(OFFLOADS)}")
     folder, info = locate(name), identify(name)
     if info.family == "sdxl":
         raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
     device = exact_device(device)
-    return BaseFolder(str(name), folder, info, precision, activation_dtype(precision, device, info.family), device)
+    return BaseFolder(
+        name=str(name),
+        folder=folder,
+        info=info,
+        precision=precision,
+        dtype=activation_dtype(precision, device, info.family),
+        device=device,
+        offload=offload,
+    )
 
 
 def load_base(
-    name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu", *, vae: bool = True
+    name: str | Path = "tiny",
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    offload: str = "none",
+    *,
+    vae: bool = True,
 ) -> Base:
     """Load a base and freeze it.
 
@@ -59,17 +77,18 @@ def load_base(
         name: `tiny`, a folder in diffusers' layout, or a hub id.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (U-Net and text encoder; the autoencoder stays in floats).
         device: where to.
+        offload: "none", or "stream" for weights that wait outside the device's memory (see `BaseFolder`).
         vae: whether the autoencoder comes along; without it `borrowed_vae` reads it when it is needed.
 
     Raises:
         UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
     """
-    found = open_base(name, precision, device)
+    found = open_base(name, precision, device, offload)
     return assemble(
         found,
         tensors=lambda module, part: stored(part),
         tokenizer=lambda length: _load_tokenizer(found.folder / "tokenizer"),
-        vae=(lambda: load_vae(found.folder, found.device, found.dtype)) if vae else None,
+        vae=(lambda: load_vae(found.folder, found.weights_device, found.dtype)) if vae else None,
     )
 
 
@@ -94,14 +113,14 @@ def assemble(
         for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
             if found.precision in QUANTIZED:
                 quantize_module_(module, found.precision)
-            fill_(module, tensors(module, part), part, found.dtype, found.device)
-            module.eval().requires_grad_(False)
+            fill_(module, tensors(module, part), part, found.dtype, found.weights_device)
+            found.placed(module.eval().requires_grad_(False))
         return Base(
             **vars(found),
             unet=unet,
             text_encoders=[text_encoder],
             tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
-            vae=None if vae is None else vae(),
+            vae=None if vae is None else found.placed(vae()),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
             scaling_factor=read_part(AutoencoderKL.load_config, folder / "vae").get("scaling_factor", 0.18215),
         )

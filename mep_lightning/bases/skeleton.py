@@ -62,7 +62,12 @@ def skeleton(
     info = describe(folder, name)
     device = exact_device(device)
     found = BaseFolder(
-        str(name), folder, info, precision, dtype or activation_dtype(precision, device, info.family), device
+        name=str(name),
+        folder=folder,
+        info=info,
+        precision=precision,
+        dtype=dtype or activation_dtype(precision, device, info.family),
+        device=device,
     )
     return assemble(
         found,

@@ -8,10 +8,13 @@ backward pass would read it.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.nn import functional as F
 
 ALIGNMENT = 256
 """Bytes; what cuBLAS and cuDNN like their operands to begin at."""
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mep-lightning"
 LAYERS_AHEAD = 2
 """The arena holds so many of the largest layer; smaller ones fit many times."""
 
@@ -89,9 +93,15 @@ class Stream:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.device = device
-        self.layers = _stage(_layers(module, device), device)
-        self.arena = torch.empty(arena_bytes(self.layers), dtype=torch.uint8, device=device)
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        allocate = partial(torch.empty, dtype=torch.uint8, pin_memory=on_gpu)
+        layers, staying = _split(module)
+        for part in staying:
+            part._apply(partial(torch.Tensor.to, device=device), recurse=False)
+        self.layers = _stage(layers, allocate)
+        size = LAYERS_AHEAD * max(layer.size for layer in self.layers)
+        self.arena = torch.empty(size, dtype=torch.uint8, device=device)
+        self._copying = torch.cuda.Stream(device) if on_gpu else None
         self._follows: dict[Layer, Layer] = {}  # which layer was called after which, the last time
         self._now: Layer | None = None
         self._visits: deque[Visit] = deque()
@@ -162,22 +172,42 @@ class Stream:
         return visit
 
 
-def arena_bytes(layers: Sequence[Layer]) -> int:
-    """What a stream takes on its device."""
-    return LAYERS_AHEAD * max(layer.size for layer in layers)
+def map_to_disk(module: nn.Module) -> None:
+    """Move a module's tensors into a file mapped into memory, so that the system may drop them where memory is short.
+
+    The file lies in the user's cache folder and has no name any more: it is gone with the process.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=CACHE, prefix="weights-") as file:
+
+        def allocate(size: int) -> Tensor:
+            file.truncate(size)
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+
+        _stage([part for part in module.modules() if _own(part)], allocate)
 
 
-def _layers(module: nn.Module, device: torch.device) -> list[nn.Module]:
-    """The modules to stream; what is owned by a module with such modules inside moves to the device at once."""
+def streamed_bytes(module: nn.Module) -> int:
+    """What a module takes on its device once it is streamed: its arena, and what stays."""
+    layers, staying = _split(module)
+    stay = sum(value.numel() * value.element_size() for part in staying for _, _, value in _own(part))
+    return LAYERS_AHEAD * max(_size(layer) for layer in layers) + stay
+
+
+def _split(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The layers to stream, and those modules whose own tensors stay on the device as they have such layers inside."""
     owners = [part for part in module.modules() if _own(part) and not isinstance(part, nn.Embedding)]
-    layers = [part for part in owners if not any(inner in owners for inner in part.modules() if inner is not part)]
-    for part in owners:
-        for is_parameter, name, value in _own(part) if part not in layers else ():
-            if is_parameter:
-                value.data = value.data.to(device)
-            else:
-                part._buffers[name] = value.to(device)
-    return layers
+    staying = [part for part in owners if any(inner in owners for inner in part.modules() if inner is not part)]
+    return [part for part in owners if part not in staying], staying
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of a module's own tensors, each aligned."""
+    return sum(_aligned(value) for _, _, value in _own(module))
+
+
+def _aligned(value: Tensor) -> int:
+    return -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
 
 
 def _own(part: nn.Module) -> list[tuple[bool, str, Tensor]]:
@@ -186,16 +216,16 @@ def _own(part: nn.Module) -> list[tuple[bool, str, Tensor]]:
     return [*parameters, *((False, name, value) for name, value in part.named_buffers(recurse=False))]
 
 
-def _stage(modules: Sequence[nn.Module], device: torch.device) -> list[Layer]:
-    """Bring modules' tensors together in host memory, one stretch a module."""
+def _stage(modules: Sequence[nn.Module], allocate: Callable[[int], Tensor]) -> list[Layer]:
+    """Bring modules' tensors together in host memory, one stretch a module; `allocate` gives so many bytes of it."""
     plans = []
     for module in modules:
         places, size = [], 0
         for is_parameter, name, value in _own(module):
             places.append((is_parameter, name, size, torch.empty_like(value, device="meta")))
-            size += -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
+            size += _aligned(value)
         plans.append((module, places, size))
-    host = torch.empty(sum(size for *_, size in plans), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = allocate(sum(size for *_, size in plans))
     layers = []
     for (module, places, _), stretch in zip(plans, host.split([size for *_, size in plans]), strict=True):
         values = [value.detach() for _, _, value in _own(module)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -44,7 +43,7 @@ def available_precisions() -> list[str]:
 
 
 def choose(request: FitRequest, size: str) -> FitRequest:
-    """Let the plan choose what a request leaves open: method, precision and checkpointing.
+    """Let the plan choose what a request leaves open: method, precision, checkpointing and streaming.
 
     Args:
         request: what the command line asks for; a method that a recipe names, and settings of the command line, stay.
@@ -73,23 +72,19 @@ def choose(request: FitRequest, size: str) -> FitRequest:
     taken = best(rows, budget)
     if taken is None:
         raise UserError(f"--budget {size}: {least(rows, device)}; give more, or a lower --data.resolution.")
-    checkpointing = " with checkpointing" if taken.checkpointing else ""
     say(
-        f"Into {size} fits {taken.method} in {taken.precision}{checkpointing}: {human(taken.peak_bytes)} at its peak "
-        f"({taken.peak_phase}), and about {human(OVERHEAD[device])} beside tensors."
+        f"Into {size} fits {taken}: {human(taken.peak_bytes)} at its peak ({taken.peak_phase}), and about "
+        f"{human(OVERHEAD[device])} beside tensors."
     )
     path = find_recipe(taken.method)
     recipes = request.recipes if named else [*request.recipes, (path, read_recipe(path))]
-    settings = [*request.settings, f"--model.precision={taken.precision}"]
-    settings.append(f"--model.checkpointing={json.dumps(taken.checkpointing)}")
-    return replace(request, recipes=recipes, settings=settings)
+    return replace(request, recipes=recipes, settings=[*request.settings, *taken.settings])
 
 
 def least(rows: Sequence[Row], device: str) -> str:
     """What needs the least, in words."""
     row = min(rows, key=lambda row: row.peak_bytes)
-    what = f"{row.method} in {row.precision}{' with checkpointing' if row.checkpointing else ''}"
-    return f"the least, {what}, needs {human(row.peak_bytes + OVERHEAD[device])}"
+    return f"the least, {row}, needs {human(row.peak_bytes + OVERHEAD[device])}"
 
 
 def refuse_too_large(module: PersonalizationModule, data: SubjectData, device: torch.device, pictures: int) -> None:
@@ -106,7 +101,7 @@ def refuse_too_large(module: PersonalizationModule, data: SubjectData, device: t
     """
     if identify(module.base_name).family == "tiny":  # fits wherever torch does
         return
-    found = open_base(module.base_name, module.precision, device)
+    found = open_base(module.base_name, module.precision, device, module.offload)
     side = found.resolution if data.resolution == "auto" else int(data.resolution)
     (phases,) = rehearse([copy.deepcopy(module)], found, side, batch_size=data.batch_size, pictures=pictures)
     highest = max(phases, key=lambda name: phases[name].total)

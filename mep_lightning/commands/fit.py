@@ -14,6 +14,7 @@ EPILOG = """\
 most used settings (each can also stand in a YAML file):
   --model.base ID_OR_DIR          a hub id, a folder in diffusers' layout, or tiny (default)
   --model.precision P             what its weights are kept in: fp32, bf16, fp16, int8 or int4
+  --model.offload stream          weights wait in host memory and visit the GPU layer by layer
   --model.lr LR                   learning rate
   --model.seed N                  of noise, timesteps and perturbations
   --model.estimator NAME          how a gradient comes about; its settings as --model.estimator.n 4

@@ -105,7 +105,7 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]
         f"  {'method':<20}{'precision':<11}{'switch':<15}{'training':>10}  {'highest in':<11}{'pictures':>10}",
     ]
     for row in rows:
-        switch = "checkpointing" if row.checkpointing else ""
+        switch = ", ".join(row.switches)
         fits = "" if budget is None else "   fits" if budget.fits(row) else ""
         lines.append(
             f"  {row.method:<20}{row.precision:<11}{switch:<15}{human(row.peak_bytes):>10}  {row.peak_phase:<11}"
@@ -116,7 +116,6 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]
     taken = best(rows, budget)
     if taken is None:
         return [*lines, "", f"Nothing fits into {human(budget.size)}: {least(rows, device)}."]
-    words = ["mep fit --config", taken.method, "--model.precision", taken.precision]
-    words += ["--model.checkpointing true"] if taken.checkpointing else []
-    lines += ["", f"Into {human(budget.size)} fits: {' '.join(words)}"]
+    words = " ".join(["mep fit --config", taken.method, *taken.settings])
+    lines += ["", f"Into {human(budget.size)} fits: {words}"]
     return lines + [f"  {switch} would save {human(size)} more" for switch, size in list(savings(rows, taken))[:4]]

@@ -137,7 +137,7 @@ def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Ima
             vae.enable_tiling()
         try:
             for latent in latents:
-                scaled = latent[None].to(next(vae.parameters())) / vae.config.scaling_factor
+                scaled = latent[None].to(base.device, vae.dtype) / vae.config.scaling_factor
                 images.append(_to_image(vae.decode(scaled, return_dict=False)[0][0]))
         finally:
             if tiled:

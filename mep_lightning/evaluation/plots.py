@@ -90,7 +90,7 @@ def memory_figure(memory: Mapping[str, Any], ink: str = INK) -> Figure:
 def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -> Figure:
     """A bar a row of `mep plan`, its highest phase stacked by what the memory holds; a line where the budget ends."""
     figure, axes = _plain(ink, height=1.3 + 0.34 * max(len(rows), 1))
-    names = [f"{row.method}  {row.precision}{'  checkpointing' if row.checkpointing else ''}" for row in rows]
+    names = [str(row) for row in rows]
     left = [0.0] * len(rows)
     for part in PARTS[:4]:
         sizes = [getattr(row.phases[row.peak_phase], part) / 2**30 for row in rows]

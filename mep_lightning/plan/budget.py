@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
 PREFERENCE = ("textual_inversion", "zoodip")
 """Methods from the one that needs the fewest steps; within one, more bits before fewer."""
 PRECISION_PREFERENCE = ("fp32", "bf16", "fp16", "int8", "int4")
+SWITCHES = ("method", "precision", "offload", "checkpointing")
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,10 @@ def savings(rows: Sequence[Row], taken: Row) -> Iterator[tuple[str, int]]:
     """What one switch would save against a row: a description and bytes, the largest saving first."""
     found = []
     for row in rows:
-        changed = [
-            f"--model.{key} {getattr(row, key)}".replace("True", "true").replace("False", "false")
-            for key in ("method", "precision", "checkpointing")
-            if getattr(row, key) != getattr(taken, key)
-        ]
+        changed = [key for key in SWITCHES if getattr(row, key) != getattr(taken, key)]
         if len(changed) == 1 and row.peak_bytes < taken.peak_bytes:
-            switch = f"--config {row.method}" if row.method != taken.method else changed[0]
+            value = json.dumps(getattr(row, changed[0])).strip('"')
+            switch = f"--config {value}" if changed == ["method"] else f"--model.{changed[0]} {value}"
             found.append((switch, taken.peak_bytes - row.peak_bytes))
     yield from sorted(found, key=lambda saving: -saving[1])
 

@@ -19,6 +19,7 @@ from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base, BaseFolder
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
+from mep_lightning.bases.streaming import streamed_bytes
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
 
@@ -62,30 +63,44 @@ def rehearse(
         For every module the peak of every phase: encode, load, step, denoise, decode.
     """
     live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
-    host = replace(found, device=torch.device("cpu"))  # fakes of a CUDA device would need a CUDA build of torch
+    host = replace(
+        found, device=torch.device("cpu"), offload="none"
+    )  # fakes of a CUDA device would need a CUDA build of torch
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        encode, decode = _autoencoder(live, host, resolution)
+        encode, decode = _autoencoder(live, host, resolution, _streams(found))
         gc.collect()
         live.reset_peak()
         base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
         load = Peak(weights=live.now, activations=live.peak - live.now)
         if found.device.type != "cuda":  # nothing is parked: the autoencoder comes beside the U-Net
             decode = replace(decode, weights=decode.weights + live.now)
+        streamed = sum(map(streamed_bytes, (base.unet, *base.text_encoders))) if _streams(found) else None
         return [
-            {"encode": encode, "load": load, **_training(live, module, base, resolution, batch_size, pictures)}
-            | {"decode": decode}
+            {
+                "encode": encode,
+                "load": load if streamed is None else Peak(weights=streamed, activations=0),
+                **_training(live, module, base, resolution, batch_size, pictures, streamed),
+                "decode": decode,
+            }
             for module in modules
         ]
 
 
 def _training(
-    live: LiveBytes, module: PersonalizationModule, base: Base, resolution: int, batch_size: int, pictures: int
+    live: LiveBytes,
+    module: PersonalizationModule,
+    base: Base,
+    resolution: int,
+    batch_size: int,
+    pictures: int,
+    streamed: int | None,
 ) -> dict[str, Peak]:
-    """A step, and drawing samples between steps."""
+    """A step, and drawing samples between steps; `streamed` is what streamed weights take on the device."""
     module.class_word = WORD
     if isinstance(module.adapter, TokenEmbedding):
         module.adapter.init = WORD
     gc.collect()
+    resident = live.now
     module.take(base)
     weights = live.now
     kept = _state(module)
@@ -98,7 +113,15 @@ def _training(
     denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
     del kept, module.adapter  # what it trains is gone before the next one comes
     module.base = None
+    if streamed is not None:
+        waiting = resident - streamed
+        step, denoise = (replace(peak, weights=peak.weights - waiting) for peak in (step, denoise))
     return {"step": step, "denoise": denoise}
+
+
+def _streams(found: BaseFolder) -> bool:
+    """Whether weights wait outside the device's memory; a CPU's are in its own, if only as long as there is room."""
+    return found.offload == "stream" and found.device.type == "cuda"
 
 
 def _peak(live: LiveBytes, run: Callable[[], object], **held: int) -> Peak:
@@ -110,14 +133,16 @@ def _peak(live: LiveBytes, run: Callable[[], object], **held: int) -> Peak:
 
 
 @torch.no_grad()
-def _autoencoder(live: LiveBytes, found: BaseFolder, resolution: int) -> tuple[Peak, Peak]:
+def _autoencoder(live: LiveBytes, found: BaseFolder, resolution: int, streams: bool) -> tuple[Peak, Peak]:
     """Encoding a photo and decoding a picture."""
     vae = skeleton_vae(found, unwritten)
     weights, side = live.now, resolution // found.vae_factor
     pixels = torch.empty(1, 3, resolution, resolution, dtype=found.dtype)
     latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=found.dtype)
     encode = _peak(live, lambda: vae.encode(pixels), weights=weights)
-    return encode, _peak(live, lambda: vae.decode(latent), weights=weights)
+    decode = _peak(live, lambda: vae.decode(latent), weights=weights)
+    held = streamed_bytes(vae) if streams else weights
+    return replace(encode, weights=held), replace(decode, weights=held)
 
 
 def _state(module: PersonalizationModule) -> list[Tensor]:

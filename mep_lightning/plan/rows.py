@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import PRECISIONS, QUANTIZED, activation_dtype
+from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, rehearse
@@ -42,6 +43,21 @@ class Row:
     offload: str
     checkpointing: bool
     phases: Mapping[str, Peak]
+
+    @property
+    def switches(self) -> list[str]:
+        """What is switched on to save memory."""
+        return ["checkpointing"] * self.checkpointing + ["streamed"] * (self.offload == "stream")
+
+    @property
+    def settings(self) -> list[str]:
+        """The words of a command line that ask for it, beside the method's."""
+        words = ["--model.precision", self.precision]
+        words += ["--model.checkpointing", "true"] if self.checkpointing else []
+        return words + (["--model.offload", self.offload] if self.offload != "none" else [])
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.method} in {self.precision}", *(f"({switch})" for switch in self.switches)])
 
     @property
     def peak_bytes(self) -> int:
@@ -84,7 +100,8 @@ def plan(
     precisions: Sequence[str] = PRECISIONS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Rehearse every recipe in every precision, with and without checkpointing where there is a backward pass.
+    """Rehearse every recipe in every precision: with and without checkpointing where there is a backward pass, and
+    resident and streamed, on a GPU, where there is none.
 
     Args:
         recipes: name -> maker of fresh modules.
@@ -103,18 +120,20 @@ def plan(
     where = torch.device(device)
     rows: list[Row] = []
     known: dict[object, list[dict[str, Peak]]] = {}
-    for precision in precisions:
+    for precision, offload in product(precisions, OFFLOADS if device == "cuda" else OFFLOADS[:1]):
         dtype = activation_dtype(precision, where, info.family)
-        found = BaseFolder(str(base), folder, info, precision, dtype, where)
+        found = BaseFolder(
+            name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where, offload=offload
+        )
         side = resolution or found.resolution
-        ways = list(_ways(recipes, precision))
-        kind = precision if precision in QUANTIZED else dtype.itemsize  # bf16 takes what fp16 takes
+        ways = [way for way in _ways(recipes, precision) if offload == "none" or way[2].estimator.forward_only]
+        kind = (precision if precision in QUANTIZED else dtype.itemsize, offload)  # bf16 takes what fp16 takes
         if kind not in known:
-            progress(precision)
+            progress(f"{precision}, streamed" if offload == "stream" else precision)
             known[kind] = rehearse((module for _, _, module in ways), found, side, batch_size=batch_size)
         peaks = known[kind]
         rows += [
-            Row(name, str(base), precision, side, "none", checkpointing, phases)
+            Row(name, str(base), precision, side, offload, checkpointing, phases)
             for (name, checkpointing, _), phases in zip(ways, peaks, strict=True)
         ]
     return rows

@@ -1,11 +1,17 @@
 """Streamed weights: the same bits through a small arena, whatever the order of the layers."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
-from mep_lightning.bases import load_base
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.bases import load_base, streaming
 from mep_lightning.bases.streaming import Stream
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import RandomGradientEstimator
 
 CPU = torch.device("cpu")
 
@@ -99,6 +105,46 @@ def test_channels_last_weights_keep_their_format():
     Stream(module, CPU)
     assert torch.equal(module(x), expected)
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files")
+def test_on_a_cpu_weights_are_mapped_from_a_file_that_is_gone_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "CACHE", tmp_path / "cache")
+    plain, mapped = load_base("tiny", "int8"), load_base("tiny", "int8", offload="stream")
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3]), torch.randn(2, 32, 128)
+    with torch.no_grad():
+        assert torch.equal(plain.unet(*inputs).sample, mapped.unet(*inputs).sample)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/cache" in line]
+    ranges = [tuple(int(end, 16) for end in words[0].split("-")) for words in maps]
+    for part in mapped.modules():
+        for tensor in (*part.parameters(), *part.buffers()):
+            assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_run_learns_the_same_bits_from_mapped_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "CACHE", tmp_path)
+    learned = []
+    for offload in ("none", "stream"):
+        module = PersonalizationModule("tiny", "int8", estimator=RandomGradientEstimator(2, 1e-3), offload=offload)
+        quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        Trainer(max_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(module, SubjectData(seed=0))
+        learned.append(module.adapter.theta)
+    assert torch.equal(*learned)
+
+
+def test_a_pipeline_computes_where_its_base_does():
+    base = load_base("tiny", vae=False)
+    base.device = torch.device("meta")
+    assert base.pipeline(None)._execution_device == torch.device("meta")
+
+
+def test_methods_with_a_backward_pass_cannot_stream_to_a_gpu():
+    module = PersonalizationModule("tiny", offload="stream")
+    with pytest.raises(UserError, match="model.offload stream is for methods without a backward pass"):
+        module.load("cuda:0")
+    with pytest.raises(UserError, match="offload 'disk' is unknown: choose one of none, stream"):
+        load_base("tiny", offload="disk")
 
 
 @pytest.mark.gpu

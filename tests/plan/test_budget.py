@@ -8,13 +8,14 @@ from mep_lightning.plan import Budget, Peak, Row, best, parse_size, savings
 GIB = 2**30
 
 
-def row(method, precision, gib, checkpointing=False):
-    return Row(method, "sd15", precision, 512, "none", checkpointing, {"step": Peak(int(gib * GIB), 0)})
+def row(method, precision, gib, checkpointing=False, offload="none"):
+    return Row(method, "sd15", precision, 512, offload, checkpointing, {"step": Peak(int(gib * GIB), 0)})
 
 
 ROWS = [
     row("zoodip", "int8", 1.2),
     row("zoodip", "int4", 0.8),
+    row("zoodip", "int8", 0.4, offload="stream"),
     row("textual_inversion", "fp32", 5),
     row("textual_inversion", "fp32", 4, checkpointing=True),
     row("textual_inversion", "int8", 1.6),
@@ -48,6 +49,7 @@ def test_the_overhead_is_part_of_the_budget():
         (3, ("textual_inversion", "int8", False)),
         (1.9, ("zoodip", "int8", False)),
         (1.5, ("zoodip", "int4", False)),
+        (1, ("zoodip", "int8", False)),
     ],
 )
 def test_the_method_with_the_fewest_steps_and_then_the_most_bits_is_taken(gib, taken):
@@ -56,11 +58,18 @@ def test_the_method_with_the_fewest_steps_and_then_the_most_bits_is_taken(gib, t
 
 
 def test_nothing_may_fit():
-    assert best(ROWS, Budget(GIB, "cuda")) is None
+    assert best(ROWS, Budget(GIB // 2, "cuda")) is None
 
 
 def test_a_switch_changes_one_thing_and_the_largest_saving_comes_first():
-    found = list(savings(ROWS, ROWS[2]))
+    found = list(savings(ROWS, ROWS[3]))
     assert [switch for switch, _ in found] == ["--model.precision int8", "--model.checkpointing true"]
     assert [size for _, size in found] == [int(5 * GIB) - int(1.6 * GIB), GIB]
-    assert list(savings(ROWS, ROWS[4])) == [("--config zoodip", int(1.6 * GIB) - int(1.2 * GIB))]
+    assert [switch for switch, _ in savings(ROWS, ROWS[0])] == ["--model.offload stream", "--model.precision int4"]
+    assert list(savings(ROWS, ROWS[5])) == [("--config zoodip", int(1.6 * GIB) - int(1.2 * GIB))]
+
+
+def test_a_row_says_how_to_ask_for_it():
+    assert ROWS[2].settings == ["--model.precision", "int8", "--model.offload", "stream"]
+    assert ROWS[4].settings == ["--model.precision", "fp32", "--model.checkpointing", "true"]
+    assert str(ROWS[2]) == "zoodip in int8 (streamed)"

@@ -1,11 +1,14 @@
 """A rehearsal's figures beside those of the allocator in a real run on the embedded base."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mep_lightning import PersonalizationModule
-from mep_lightning.bases import open_base
+from mep_lightning.bases import load_base, open_base
+from mep_lightning.bases.streaming import Stream
 from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
 from mep_lightning.plan import rehearse
 from mep_lightning.plan.rehearsal import transient
@@ -95,6 +98,18 @@ def test_more_of_anything_takes_more():
     least, most = peak(), peak(128, batch_size=2, pictures=4)
     assert all(most[name].activations > 2 * least[name].activations for name in ("encode", "step", "denoise", "decode"))
     assert most["load"] == least["load"]
+
+
+def test_streamed_weights_take_an_arena():
+    whole = dataclasses.replace(open_base("tiny", "int8"), device=torch.device("cuda"))
+    waiting = dataclasses.replace(whole, offload="stream")
+    (resident,), (streamed,) = (rehearse([METHODS["zoodip"]("int8")], found, 64) for found in (whole, waiting))
+    for name in ("encode", "load", "step", "denoise", "decode"):
+        assert streamed[name].weights < 0.4 * resident[name].weights
+        assert streamed[name].activations == resident[name].activations or name == "load"
+    base = load_base("tiny", "int8", vae=False)
+    arenas = sum(len(Stream(part, torch.device("cpu")).arena) for part in (base.unet, *base.text_encoders))
+    assert streamed["load"].weights == arenas
 
 
 def test_an_operation_of_our_own_holds_its_dequantised_weight():
