@@ -35,7 +35,11 @@ def main() -> None:
     tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
-    for suite in (step, quality, ablation, tune, tiny):
+    memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
+    memory.add_argument("--base", default="sd15", help="sd15, sd21, tiny, a folder or a hub id")
+    memory.add_argument("--resolution", type=int, default=None)
+    memory.add_argument("--device", default="cpu", help="cpu or cuda")
+    for suite in (step, quality, ablation, tune, tiny, memory):
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     suites.add_parser("reproduction", help="write the tables of docs/reproduction.md anew from benchmarks/results")
     parsers = suites.choices
@@ -56,6 +60,10 @@ def main() -> None:
         from benchmarks.step import run
 
         measured = run(args.rounds, args.device)
+    elif args.suite == "memory":
+        from benchmarks.memory import run
+
+        measured = run(args.base, args.device, args.resolution)
     elif args.suite == "tiny":
         from benchmarks.tiny import run
 

@@ -109,14 +109,14 @@ def _training(
     side = resolution // base.vae_factor
     latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
     batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
-    step = _peak(live, lambda: _step(module, batch), **held, gradients=gradients)
-    denoise = _peak(live, lambda: _denoise(module, side, pictures), **held)
+    training = _peak(live, lambda: step(module, batch), **held, gradients=gradients)
+    drawing = _peak(live, lambda: denoise(module, side, pictures), **held)
     del kept, module.adapter  # what it trains is gone before the next one comes
     module.base = None
     if streamed is not None:
         waiting = resident - streamed
-        step, denoise = (replace(peak, weights=peak.weights - waiting) for peak in (step, denoise))
-    return {"step": step, "denoise": denoise}
+        training, drawing = (replace(peak, weights=peak.weights - waiting) for peak in (training, drawing))
+    return {"step": training, "denoise": drawing}
 
 
 def _streams(found: BaseFolder) -> bool:
@@ -155,18 +155,20 @@ def _state(module: PersonalizationModule) -> list[Tensor]:
     return kept
 
 
-def _step(module: PersonalizationModule, batch: dict[str, Any]) -> None:
+def step(module: PersonalizationModule, batch: dict[str, Any]) -> None:
+    """What one training step computes; batch as `SubjectData` gives it, without its photos' rows."""
     draw = module.draw(batch)
     module.estimator.estimate(lambda members: module.losses(members, draw), module.adapter.theta)
 
 
 @torch.no_grad()
-def _denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
-    base = module.base
+def denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
+    """One denoising step of so many pictures, `side` latents wide, with guidance."""
+    base, device = module.base, module.adapter.theta.device
     assert base is not None
     embeds = module.prompt_embeds([PROMPT.format(module.adapter.phrase(module.class_word))] * 2 * pictures)
-    noise = torch.empty(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype)
-    base.unet(noise, torch.zeros(2 * pictures, dtype=torch.int64), embeds)
+    noise = torch.randn(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype, device=device)
+    base.unet(noise, torch.zeros(2 * pictures, dtype=torch.int64, device=device), embeds)
 
 
 def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:

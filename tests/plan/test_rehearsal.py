@@ -11,7 +11,7 @@ from mep_lightning.bases import load_base, open_base
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
 from mep_lightning.plan import rehearse
-from mep_lightning.plan.rehearsal import transient
+from mep_lightning.plan.rehearsal import step, transient
 from mep_lightning.quantization import why_not_int4
 
 
@@ -54,14 +54,10 @@ def test_a_step_takes_what_was_planned(method, precision):
     latents = torch.randn(1, 4, 16, 16)
     batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]}
 
-    def step():
-        draw = module.draw(batch)
-        module.estimator.estimate(lambda members: module.losses(members, draw), module.adapter.theta)
-
-    step()  # whatever is made once
+    step(module, batch)  # whatever is made once
     weights = held([*module.base.modules(), module.adapter])
     assert planned["step"].weights == pytest.approx(weights, rel=0.01)
-    assert planned["step"].total == pytest.approx(weights + allocated_peak(step), rel=0.1)
+    assert planned["step"].total == pytest.approx(weights + allocated_peak(lambda: step(module, batch)), rel=0.1)
 
 
 def test_encoding_and_decoding_take_what_was_planned():

@@ -1,0 +1,122 @@
+"""`memory`: the plan of every method on a base, and what runs at its real size take beside it, with made-up weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.rows import Row, row
+from mep_lightning.bases import Base, BaseFolder
+from mep_lightning.bases.families import describe
+from mep_lightning.bases.load import activation_dtype, assemble
+from mep_lightning.bases.skeleton import architecture, made_up, skeleton_vae, tokenizer
+from mep_lightning.commands.budget import available_precisions, recipe
+from mep_lightning.defaults import METHODS
+from mep_lightning.module import PersonalizationModule
+from mep_lightning.plan import Row as Planned
+from mep_lightning.plan import plan
+from mep_lightning.plan.rehearsal import PROMPT, WORD, denoise, step
+
+MEASURED = (
+    "zoodip in int8",
+    "zoodip in int8 (streamed)",
+    "zoodip in int4",
+    "textual_inversion in int8 (checkpointing)",
+)
+"""Which rows of the plan are run as well; on a CPU, where nothing waits outside, those that are not streamed."""
+
+
+def run(base: str, device: str = "cpu", resolution: int | None = None) -> list[Row]:
+    """The plan for a GPU, and for this device plan and measurement of the rows in `MEASURED`."""
+    recipes = {name: recipe(name) for name in METHODS}
+    rows = []
+    for planned in plan(recipes, base, resolution=resolution, precisions=available_precisions()):
+        case = f"{base} {planned.resolution} px {planned}"
+        rows.append(row("memory", case, "planned peak on a GPU", planned.peak_bytes, "B"))
+        rows.append(row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B"))
+    for planned in plan(recipes, base, resolution=resolution, device=device, precisions=("int8", "int4")):
+        if str(planned) not in MEASURED:
+            continue
+        module = recipes[planned.method](planned.precision, planned.checkpointing)
+        for phase, peak in measure(module, planned, device).items():
+            case = f"{base} {planned.resolution} px {planned} {phase}"
+            expected = planned.phases[phase].total
+            rows.append(row("memory", case, f"peak on {device}", peak, "B", expected, peak / expected))
+            print(f"{case}: {peak / 2**20:.0f} MiB, planned {expected / 2**20:.0f}", flush=True)
+    return rows
+
+
+def measure(module: PersonalizationModule, planned: Planned, device: str) -> dict[str, int]:
+    """Bytes at the peak of every phase of a run that does one of everything."""
+    folder, where = architecture(planned.base), torch.device(device)
+    info = describe(folder, planned.base)
+    found = BaseFolder(
+        name=planned.base,
+        folder=folder,
+        info=info,
+        precision=planned.precision,
+        dtype=activation_dtype(planned.precision, where, info.family),
+        device=where,
+        offload=planned.offload,
+    )
+    side = planned.resolution // info.vae_factor
+    peaks = _autoencoder(found, planned.resolution)
+    base: list[Base] = []
+    peaks["load"] = peak_of(lambda: base.append(_load(found)), found)
+    held = _held(base[0].unet, *base[0].text_encoders) if where.type == "cpu" else 0
+    if where.type == "cpu":
+        peaks["load"] = max(peaks["load"], held)
+        peaks["decode"] += held  # nothing is parked
+    module.class_word = module.adapter.init = WORD
+    module.take(base[0])
+    latents = torch.randn(1, base[0].unet.config.in_channels, side, side)
+    batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": [PROMPT]}
+    peaks["step"] = held + peak_of(lambda: step(module, batch), found)
+    peaks["denoise"] = held + peak_of(lambda: denoise(module, side, 1), found)
+    return {name: peaks[name] for name in planned.phases}
+
+
+def peak_of(run: Callable[[], object], found: BaseFolder) -> int:
+    """The most bytes that are allocated while something runs: all there are on a GPU, those that come in on a CPU."""
+    if found.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(found.device)
+        run()
+        return torch.cuda.max_memory_allocated(found.device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@torch.no_grad()
+def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
+    vae = found.placed(skeleton_vae(replace(found, device=found.weights_device), _random))
+    held = _held(vae) if found.device.type == "cpu" else 0
+    side = resolution // found.vae_factor
+    pixels = torch.rand(1, 3, resolution, resolution, dtype=found.dtype, device=found.device)
+    latent = torch.randn(1, vae.config.latent_channels, side, side, dtype=found.dtype, device=found.device)
+    return {
+        "encode": held + peak_of(lambda: vae.encode(pixels), found),
+        "decode": held + peak_of(lambda: vae.decode(latent), found),
+    }
+
+
+def _load(found: BaseFolder) -> Base:
+    return assemble(found, tensors=lambda part, _: made_up(part, _random), tokenizer=tokenizer, vae=None)
+
+
+def _held(*modules: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+def _random(_: str, shape: tuple[int, ...]) -> Tensor:
+    """Small enough that activations stay finite through a hundred layers."""
+    return torch.randn(shape, dtype=torch.float32).mul_(0.02).half()
