@@ -187,3 +187,23 @@ def test_zo_step(n, k, d, device):
         triton.zo_step_(theta, on_device[0], *moments, *on_device[1:], **settings, basis=held, grad=grad)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "rank"), [(5, 7, 6, 1), (3, 8, 33, 4), (17, 68, 20, 5), (65, 12, 40, 16)], ids=str
+)
+def test_perturbed_lora_linear(rows, inputs, outputs, rank, dtype, device):
+    from mep_lightning.kernels.perturbed_lora_linear import triton
+
+    q, scale = quantize_rows(torch.randn(outputs, inputs))
+    bias, a, b = torch.randn(outputs), torch.randn(rank, inputs), torch.randn(outputs, rank)
+    probes = [(0, 0.0), (0, 1.0), (3, -1.0)]
+    x = torch.randn(3 * rows, inputs).to(dtype)
+    tail = (0.5, probes, 0.1, 7, 2, (1, 2))
+    for held in (bias, None):
+        exact = kernels.perturbed_lora_linear.reference(x.double().float(), q, scale, held, a, b, *tail).double()
+        on_device = [None if t is None else t.to(device) for t in (x, q, scale, held, a, b)]
+        ours = triton.perturbed_lora_linear(*on_device, *tail).cpu()
+        assert ours.dtype == dtype and not ours.isnan().any()
+        assert (ours.double() - exact).abs().max() <= 3 * ROUNDING[dtype] * exact.abs().max()

@@ -13,14 +13,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mep_lightning.kernels.int8_conv2d import triton as conv
 from mep_lightning.kernels.int8_linear import triton as linear
+from mep_lightning.kernels.perturbed_lora_linear import triton as lora
 from mep_lightning.kernels.philox import triton as philox
 from mep_lightning.kernels.quantize_rows import triton as rows
 from mep_lightning.kernels.subspace_project import triton as subspace
 from mep_lightning.kernels.zo_step import triton as zo_step
 
-FP32 = "scale bias row_scale weights exp_avg exp_avg_sq pace basis grad".split()
+FP32 = "a b h amounts scale bias row_scale weights exp_avg exp_avg_sq pace basis grad".split()
 FP32 = dict.fromkeys(FP32, "*fp32")
-FLOATS = dict.fromkeys(["gain1", "gain2", "eps", "weight_decay"], "fp32")
+FLOATS = dict.fromkeys(["gain1", "gain2", "eps", "weight_decay", "scaling"], "fp32")
 TILE = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP=8, WIDE=False, HAS_BIAS=True)
 TAPS = dict(KH=3, KW=3, STRIDE_H=1, STRIDE_W=2, PAD_H=1, PAD_W=0)
 CASES = [
@@ -30,8 +31,12 @@ CASES = [
     (zo_step._zo_step_kernel, {"theta": "*fp32", "step": "*i64"}, dict(PROJECT=True, KEEP=True, D=1024, ROWS=8)),
     (zo_step._zo_step_kernel, {"theta": "*bf16", "step": "*i64"}, dict(PROJECT=False, KEEP=False, D=2048, ROWS=4)),
 ]
+RANK = {"RANK": 16}
+LORA = {"directions": "*i64", "seed": "i64"}
 for dtype in ("fp32", "bf16", "fp16"):
     CASES += [
+        (lora._down_kernel, LORA | {"x": f"*{dtype}"}, RANK | dict(ROWS=64, DEPTH=64, ALIGNED=True)),
+        (lora._up_kernel.fn, LORA | {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | RANK | dict(ALIGNED=False)),
         (rows._quantize_rows_kernel, {"x": f"*{dtype}", "q": "*i8"}, {"BLOCK": 1024}),
         (linear._linear_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE),
         (linear._linear_kernel.fn, {"x": "*i8", "q": "*i8", "y": f"*{dtype}"}, TILE),
@@ -57,4 +62,4 @@ def test_every_kernel_compiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "compiled 17", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 23", done.stderr[-2000:]
