@@ -36,7 +36,7 @@ LORA = {"directions": "*i64", "seed": "i64"}
 for dtype in ("fp32", "bf16", "fp16"):
     CASES += [
         (lora._down_kernel, LORA | {"x": f"*{dtype}"}, RANK | dict(ROWS=64, DEPTH=64, ALIGNED=True)),
-        (lora._up_kernel.fn, LORA | {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | RANK | dict(ALIGNED=False)),
+        (lora._up_kernel.fn, LORA | {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | RANK | {"ALIGNED": False}),
         (rows._quantize_rows_kernel, {"x": f"*{dtype}", "q": "*i8"}, {"BLOCK": 1024}),
         (linear._linear_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE),
         (linear._linear_kernel.fn, {"x": "*i8", "q": "*i8", "y": f"*{dtype}"}, TILE),

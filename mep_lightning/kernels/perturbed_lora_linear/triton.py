@@ -178,22 +178,10 @@ def perturbed_lora_linear(
         return y.view(*x.shape[:-1], outputs)
     wide = max(16, triton.next_power_of_2(rank))
     down = (triton.cdiv(each, ROWS), members)
-    common = (directions, amounts)
+    common, sizes = (directions, amounts), (each, inputs, rank)
+    aligned = [width % 4 == 0 for width in (inputs, rank)]
     _down_kernel[down](
-        rows,
-        a.contiguous(),
-        h,
-        *common,
-        seed,
-        step,
-        param_ids[0],
-        each,
-        inputs,
-        rank,
-        ROWS,
-        wide,
-        DEPTH,
-        inputs % 4 == 0,
+        rows, a.contiguous(), h, *common, seed, step, param_ids[0], *sizes, ROWS, wide, DEPTH, aligned[0]
     )
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
