@@ -86,6 +86,11 @@ def peak_of(run: Callable[[], object], found: BaseFolder) -> int:
         torch.cuda.reset_peak_memory_stats(found.device)
         run()
         return torch.cuda.max_memory_allocated(found.device)
+    return allocated_peak(run)
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that the CPU's allocator had out at once while something ran, beyond what it had before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     now = peak = 0

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import allocated_peak
 from mep_lightning import PersonalizationModule
 from mep_lightning.bases import load_base, open_base
 from mep_lightning.bases.streaming import Stream
@@ -13,18 +13,6 @@ from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
 from mep_lightning.plan import rehearse
 from mep_lightning.plan.rehearsal import step, transient
 from mep_lightning.quantization import why_not_int4
-
-
-def allocated_peak(run) -> int:
-    """The most bytes that the C++ allocator had out at once while something ran, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    now = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def held(modules) -> int:
