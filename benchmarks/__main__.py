@@ -18,6 +18,8 @@ def main() -> None:
     step = suites.add_parser("step", help="the batched zeroth-order step beside members one after the other")
     step.add_argument("--rounds", type=int, default=15)
     step.add_argument("--device", default="cpu", help="cpu or cuda")
+    step.add_argument("--base", default="tiny", help="tiny; or sd15, sd21: at its real size, beside the ordinary step")
+    step.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
     for suite in (quality, ablation):
@@ -57,9 +59,13 @@ def main() -> None:
     about = rows.measured_with(getattr(args, "device", "cpu"), threads=1 if hasattr(args, "workers") else None)
 
     if args.suite == "step":
-        from benchmarks.step import run
+        from benchmarks import real_step
+        from benchmarks import step as members
 
-        measured = run(args.rounds, args.device)
+        if args.base == "tiny":
+            measured = members.run(args.rounds, args.device)
+        else:
+            measured = real_step.run(args.base, args.rounds, args.device, args.compile)
     elif args.suite == "memory":
         from benchmarks.memory import run
 

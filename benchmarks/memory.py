@@ -103,7 +103,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
-    vae = found.placed(skeleton_vae(replace(found, device=found.weights_device), _random))
+    vae = found.placed(skeleton_vae(replace(found, device=found.weights_device), random_weights))
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor
     pixels = torch.rand(1, 3, resolution, resolution, dtype=found.dtype, device=found.device)
@@ -115,13 +115,13 @@ def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
 
 
 def _load(found: BaseFolder) -> Base:
-    return assemble(found, tensors=lambda part, _: made_up(part, _random), tokenizer=tokenizer, vae=None)
+    return assemble(found, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None)
 
 
 def _held(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
 
 
-def _random(_: str, shape: tuple[int, ...]) -> Tensor:
+def random_weights(_: str, shape: tuple[int, ...]) -> Tensor:
     """Small enough that activations stay finite through a hundred layers."""
     return torch.randn(shape, dtype=torch.float32).mul_(0.02).half()

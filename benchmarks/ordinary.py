@@ -1,0 +1,97 @@
+"""A zeroth-order step as it is commonly written: what ours is measured against.
+
+Members one after the other, each with its own text encoding and whole forward pass; quantised weights dequantised
+before every product; the photo encoded in every step; noise from a generator, PyTorch's Adam, no graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mep_lightning.bases import Base
+from mep_lightning.bases.tokens import token_ids
+from mep_lightning.quantization import Int8Conv2d, Int8Linear
+
+
+class DequantizingLinear(nn.Module):
+    """Int8 weights, made floating point whole before each product."""
+
+    def __init__(self, layer: Int8Linear) -> None:
+        super().__init__()
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
+        return F.linear(x, weight, self.bias)
+
+
+class DequantizingConv2d(nn.Module):
+    """As `DequantizingLinear`."""
+
+    def __init__(self, layer: Int8Conv2d) -> None:
+        super().__init__()
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+        self.stride, self.padding = layer.stride, layer.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None, None, None]
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def plainly_dequantizing_(module: nn.Module) -> None:
+    """Put the plain layers in the place of ours, over the same weights."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, Int8Linear):
+            setattr(module, name, DequantizingLinear(child))
+        elif isinstance(child, Int8Conv2d):
+            setattr(module, name, DequantizingConv2d(child))
+        else:
+            plainly_dequantizing_(child)
+
+
+class OrdinaryStep:
+    """One-sided random gradient estimation of a token, in place in the embedding table.
+
+    Args:
+        base: loaded, with its autoencoder; taken over.
+        photo: [1, 3, H, W] in [-1, 1].
+        n: directions.
+        mu: the finite step.
+        compiled: whether U-Net and text encoder go through `torch.compile`.
+    """
+
+    def __init__(self, base: Base, photo: Tensor, n: int = 2, mu: float = 1e-3, compiled: bool = False) -> None:
+        assert base.vae is not None
+        self.base, self.photo, self.n, self.mu = base, photo, n, mu
+        for part in (base.unet, base.text_encoders[0]):
+            plainly_dequantizing_(part)
+        compile_ = torch.compile if compiled else (lambda part: part)
+        self.unet, self.text_encoder = compile_(base.unet), compile_(base.text_encoders[0])
+        self.table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
+        self.ids = token_ids(base.tokenizers[0], ["a photo of a ball"]).to(base.device)
+        self.row = int(self.ids[0, 5])  # the noun stands in for the new token
+        self.token = nn.Parameter(self.table[self.row].detach().float().clone())
+        self.optimizer = torch.optim.Adam([self.token], lr=5e-3, eps=1e-3)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Take a step; the members' losses [n + 1]."""
+        base = self.base
+        latents = base.vae.encode(self.photo).latent_dist.sample() * base.scaling_factor  # type: ignore[union-attr]
+        noise, timestep = torch.randn_like(latents), torch.randint(500, 900, (1,), device=latents.device)
+        noisy = base.scheduler.add_noise(latents, noise, timestep)
+        directions = [torch.randn_like(self.token) for _ in range(self.n)]
+        losses = []
+        for move in (torch.zeros_like(self.token), *directions):
+            self.table[self.row] = (self.token + self.mu * move).to(self.table.dtype)
+            embeds = self.text_encoder(self.ids).last_hidden_state
+            predicted = self.unet(noisy, timestep, embeds).sample
+            losses.append((predicted.float() - noise.float()).pow(2).mean())
+        slopes = [(loss - losses[0]) / self.mu for loss in losses[1:]]
+        self.token.grad = sum(
+            (slope * move for slope, move in zip(slopes, directions, strict=True)), torch.zeros_like(self.token)
+        ) / len(directions)
+        self.optimizer.step()
+        return torch.stack(losses)

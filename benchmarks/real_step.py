@@ -1,0 +1,67 @@
+"""`step` at a base's real size: our step beside the ordinary one, with made-up weights."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.memory import random_weights
+from benchmarks.ordinary import OrdinaryStep
+from benchmarks.rows import Row, interleaved, median_ratio, row
+from mep_lightning import PersonalizationModule
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases.skeleton import skeleton
+from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.plan.rehearsal import WORD
+
+ORDINARY = {"cpu": ("fp32", "bf16"), "cuda": ("int8",)}
+"""Precisions of the ordinary step by device: what one would run there today."""
+
+
+def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False) -> list[Row]:
+    """Seconds a step of ours, in int8, and of the ordinary ones; all in turn in one process."""
+    sides: dict[str, Callable[[], object]] = {"ours": ours(name, device)}
+    for precision in ORDINARY[torch.device(device).type]:
+        base = skeleton(name, precision, device, random_weights)
+        photo = torch.rand(1, 3, base.resolution, base.resolution, dtype=base.dtype, device=device) * 2 - 1
+        sides[precision] = OrdinaryStep(base, photo, compiled=compiled)
+    seconds = interleaved(sides, rounds, warmup=1)
+    rows = []
+    for precision in list(sides)[1:]:
+        case = f"{name} int8 RGE n=2 beside ordinary {precision}{', compiled' if compiled else ''}"
+        value, baseline = statistics.median(seconds["ours"]), statistics.median(seconds[precision])
+        ratio = median_ratio(seconds[precision], seconds["ours"])
+        rows.append(row("step", case, "seconds a step", value, "s", baseline, ratio))
+        print(f"{case}: {ratio:.2f}x ({value:.2f} s, {baseline:.2f} s)", flush=True)
+    return rows
+
+
+def ours(name: str, device: str) -> Callable[[], object]:
+    """Our step: draw, estimate, project, Adam."""
+    module = PersonalizationModule(
+        name,
+        "int8",
+        adapter=TokenEmbedding(init=WORD),
+        estimator=RandomGradientEstimator(2, 1e-3, normalize=True),
+        subspace=SubspaceGradient(),
+    )
+    module.class_word = WORD
+    base = module.take(skeleton(name, "int8", device, random_weights, vae=False))
+    side = base.resolution // base.vae_factor
+    latents = torch.randn(1, base.unet.config.in_channels, side, side)
+    batch = {"mean": latents, "std": torch.ones_like(latents), "prompts": ["a photo of a {}"]}
+    optimizer = torch.optim.Adam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
+    theta, subspace = module.adapter.theta, module.subspace
+    assert subspace is not None
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        draw = module.draw(batch)
+        grad, _ = module.estimator.estimate(lambda members: module.losses(members, draw), theta, step=next(steps))
+        theta.grad = subspace.project_(grad)
+        optimizer.step()
+        subspace.observe(theta.detach())
+
+    return step
