@@ -1,0 +1,40 @@
+"""The ordinary step computes what ours does, in the ordinary way."""
+
+import copy
+
+import torch
+
+from benchmarks import real_step
+from benchmarks.ordinary import DequantizingConv2d, DequantizingLinear, OrdinaryStep, plainly_dequantizing_
+from mep_lightning.bases import load_base
+from mep_lightning.quantization import QuantizedWeight
+
+
+def test_the_plain_layers_compute_what_ours_do():
+    unet = load_base("tiny", "int8").unet
+    plain = copy.deepcopy(unet)
+    plainly_dequantizing_(plain)
+    assert not any(isinstance(part, QuantizedWeight) for part in plain.modules())
+    assert {DequantizingLinear, DequantizingConv2d} <= {type(part) for part in plain.modules()}
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([500]), torch.randn(2, 32, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(*inputs).sample, unet(*inputs).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_the_ordinary_step_moves_the_token_by_the_slopes_it_finds():
+    torch.manual_seed(0)
+    step = OrdinaryStep(load_base("tiny", "int8"), torch.rand(1, 3, 64, 64) * 2 - 1, mu=1e-2)
+    before = step.token.detach().clone()
+    losses = step()
+    assert losses.shape == (3,) and losses.isfinite().all() and losses.std() > 0
+    assert step.token.grad.norm() > 0
+    assert not torch.equal(step.token, before)
+
+
+def test_both_sides_are_timed_in_one_run():
+    rows = real_step.run("tiny", rounds=1)
+    assert [row["case"] for row in rows] == [
+        "tiny int8 RGE n=2 beside ordinary fp32",
+        "tiny int8 RGE n=2 beside ordinary bf16",
+    ]
+    assert all(row["ratio"] > 0 and row["value"] > 0 for row in rows)
