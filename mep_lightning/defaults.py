@@ -17,8 +17,8 @@ FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
 _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("*", "*", "*", {"lr_scheduler": "constant"}),
-    ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20}),
+    ("*", "*", "*", {"lr_scheduler": "constant", "sampling_batch": 1}),
+    ("*", "tiny", "*", {"guidance": 3.0, "sampling_steps": 20, "sampling_batch": 4}),
     ("*", "sd1", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sd2", "*", {"guidance": 7.5, "sampling_steps": 50}),
     ("*", "sdxl", "*", {"guidance": 7.5, "sampling_steps": 50}),
@@ -41,8 +41,8 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
 
     Returns:
-        lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps; also n, mu, standardize, tau
-        and nu where the method has them.
+        lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps and sampling_batch; also n, mu,
+        standardize, tau and nu where the method has them.
 
     Raises:
         UserError: the method or family is unknown.

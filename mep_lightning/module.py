@@ -132,7 +132,7 @@ class PersonalizationModule(LightningModule):
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Encode the photos, load the base, attach the adapter; autoencoder and U-Net are never there together."""
+        """Encode the photos, load the base, attach the adapter: the autoencoder is gone before the U-Net comes."""
         if self._trainer is not None and self.trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
             raise UserError(
                 f"trainer.precision {self.trainer.precision} cannot train hand-made gradients in fp32: choose "
@@ -144,6 +144,8 @@ class PersonalizationModule(LightningModule):
             data.token = getattr(self.adapter, "token", None)  # captions may name it
             data.default_seed = self.seed
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        if stage == "fit":
+            self._refuse_streaming_backwards(device)
         if data is not None and stage == "fit":
             with phase("encode"):
                 data.encode(self.base or open_base(self.base_name, self.precision, device, self.offload))
@@ -154,7 +156,8 @@ class PersonalizationModule(LightningModule):
         if self.base is None or self.base.device != exact_device(device):
             self._fill_in_defaults(identify(self.base_name).family)
             self._warn_of_rounding()
-            self._refuse_streaming_backwards(torch.device(device))
+            if self.base is not None:
+                self.base.close()
             self.base = None  # the old one goes before the new one comes
             self.base = load_base(self.base_name, self.precision, device, self.offload, vae=False)
         return self.take(self.base)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -16,8 +17,6 @@ from mep_lightning.bases.families import Family
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
 from mep_lightning.bases.weights import load_vae
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -69,16 +68,21 @@ class BaseFolder:
     @contextmanager
     def borrowed_vae(self) -> Iterator[AutoencoderKL]:
         """The autoencoder for the length of a `with`, read from disk; `SubjectData.encode` needs no more of a base."""
-        yield self.placed(load_vae(self.folder, self.weights_device, self.dtype))
+        vae = load_vae(self.folder, self.weights_device, self.dtype)
+        stream = self.placed(vae)
+        try:
+            yield vae
+        finally:
+            if stream is not None:
+                stream.close()
 
-    def placed(self, module: Module) -> Module:
-        """A loaded part as it is used from now on: streamed, where that is wanted."""
+    def placed(self, module: nn.Module) -> Stream | None:
+        """Bring a loaded part to where its weights wait, where that is not the device; its stream, where it has one."""
+        if self.offload == "stream" and self.device.type != "cpu":
+            return Stream(module, self.device)
         if self.offload == "stream":
-            if self.device.type == "cpu":
-                map_to_disk(module)
-            else:
-                Stream(module, self.device)
-        return module
+            map_to_disk(module)
+        return None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -92,6 +96,7 @@ class Base(BaseFolder):
         vae: the autoencoder, None where it was not loaded or is released.
         scheduler: the training noise schedule.
         scaling_factor: what scales the autoencoder's latents to unit variance.
+        streams: of the parts that are streamed to a GPU.
     """
 
     unet: UNet2DConditionModel
@@ -100,6 +105,7 @@ class Base(BaseFolder):
     vae: AutoencoderKL | None
     scheduler: DDPMScheduler
     scaling_factor: float
+    streams: list[Stream] = field(default_factory=list)
     _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     def modules(self) -> list[nn.Module]:
@@ -114,6 +120,11 @@ class Base(BaseFolder):
         if key not in self._enlarged:
             self._enlarged[key] = with_tokens(self.tokenizers[0], counts)
         return self._enlarged[key]
+
+    def close(self) -> None:
+        """Give back what streaming holds on the device; the base is of no use afterwards."""
+        for stream in self.streams:
+            stream.close()
 
     def release_vae(self) -> None:
         """Free the autoencoder: after the photos are encoded, training never needs it."""
@@ -136,10 +147,13 @@ class Base(BaseFolder):
         """U-Net and text encoders in host memory for the length of a `with`, where the device has memory of its own."""
         movable = self.device.type == "cuda" and self.offload == "none"
         parts = [self.unet, *self.text_encoders] if movable else []
-        for part in parts:
-            part.to("cpu")
         try:
+            for part in parts:
+                part.to("cpu")
             yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what a failed body holds would be in the way
+            raise
         finally:
             for part in parts:
                 part.to(self.device)

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mep_lightning.bases.base import Base, BaseFolder
-from mep_lightning.bases.families import identify, locate
+from mep_lightning.bases.families import Family, describe, locate
+from mep_lightning.bases.streaming import Stream
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
@@ -41,16 +42,29 @@ def exact_device(device: str | torch.device) -> torch.device:
 
 
 def open_base(
-    name: str | Path = "tiny", precision: str = "fp32", device: str | torch.device = "cpu", offload: str = "none"
+    name: str | Path = "tiny",
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    offload: str = "none",
+    *,
+    weights: bool = True,
 ) -> BaseFolder:
-    """Find a base and read what it is, without its weights; arguments and errors as for `load_base`."""
+    """Find a base and read what it is, but not its weights.
+
+    Args:
+        name, precision, device, offload: as for `load_base`.
+        weights: False fetches only the JSON files of a hub id.
+
+    Raises:
+        UserError: as `load_base` does.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
     if offload not in OFFLOADS:
         raise UserError(f"offload {offload!r} is unknown: choose one of {', '.join(OFFLOADS)}")
-    folder, info = locate(name), identify(name)
-    if info.family == "sdxl":
-        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
+    folder = locate(name, weights=weights)
+    info = describe(folder, name)
+    refuse_unsupported(info, name)
     device = exact_device(device)
     return BaseFolder(
         name=str(name),
@@ -61,6 +75,12 @@ def open_base(
         device=device,
         offload=offload,
     )
+
+
+def refuse_unsupported(info: Family, name: str | Path) -> None:
+    """Raise a `UserError` for a family that is recognised and cannot be trained yet."""
+    if info.family == "sdxl":
+        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
 
 
 def load_base(
@@ -108,19 +128,24 @@ def assemble(
         vae: makes the autoencoder; None leaves it out.
     """
     folder = found.folder
+    streams: list[Stream | None] = []
     with phase("load"):
         unet, text_encoder = build(folder)
         for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
             if found.precision in QUANTIZED:
                 quantize_module_(module, found.precision)
             fill_(module, tensors(module, part), part, found.dtype, found.weights_device)
-            found.placed(module.eval().requires_grad_(False))
+            streams.append(found.placed(module.eval().requires_grad_(False)))
+        autoencoder = None if vae is None else vae()
+        if autoencoder is not None:
+            streams.append(found.placed(autoencoder))
         return Base(
             **vars(found),
             unet=unet,
             text_encoders=[text_encoder],
             tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
-            vae=None if vae is None else found.placed(vae()),
+            vae=autoencoder,
+            streams=[stream for stream in streams if stream is not None],
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
             scaling_factor=read_part(AutoencoderKL.load_config, folder / "vae").get("scaling_factor", 0.18215),
         )

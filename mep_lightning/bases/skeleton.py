@@ -24,6 +24,11 @@ Maker = Callable[[str, tuple[int, ...]], Tensor]
 """Makes up a tensor of a name and a shape."""
 
 
+def packaged() -> list[str]:
+    """The names of the public bases whose configuration files are here."""
+    return sorted(path.name for path in ARCHITECTURES.iterdir() if path.is_dir())
+
+
 def unwritten(_: str, shape: tuple[int, ...]) -> Tensor:
     """Memory of what the public bases' files hold, fp16, that nobody has written to."""
     return torch.empty(shape, dtype=torch.float16)
@@ -35,8 +40,7 @@ def architecture(name: str | Path) -> Path:
     Raises:
         UserError: nothing describes it.
     """
-    packaged = ARCHITECTURES / str(name)
-    return packaged if str(name) and packaged.is_dir() else locate(name, weights=False)
+    return ARCHITECTURES / str(name) if str(name) in packaged() else locate(name, weights=False)
 
 
 def skeleton(

@@ -102,16 +102,36 @@ class Stream:
         size = LAYERS_AHEAD * max(layer.size for layer in self.layers)
         self.arena = torch.empty(size, dtype=torch.uint8, device=device)
         self._copying = torch.cuda.Stream(device) if on_gpu else None
+        if self._copying is not None:  # the arena's memory may have been another's a moment ago, and will be again
+            self._copying.wait_stream(torch.cuda.current_stream(device))
+            self.arena.record_stream(self._copying)
         self._follows: dict[Layer, Layer] = {}  # which layer was called after which, the last time
         self._now: Layer | None = None
         self._visits: deque[Visit] = deque()
         self._head = 0
-        for layer in self.layers:
-            layer.module.register_forward_pre_hook(partial(self._before, layer))
-            layer.module.register_forward_hook(partial(self._after, layer))
-        for part in module.modules():
-            if isinstance(part, nn.Embedding):
-                part.forward = partial(_look_up, part, device)  # type: ignore[method-assign]
+        self._hooks = [
+            handle
+            for layer in self.layers
+            for handle in (
+                layer.module.register_forward_pre_hook(partial(self._before, layer)),
+                layer.module.register_forward_hook(partial(self._after, layer)),
+            )
+        ]
+        self._tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+        for table in self._tables:
+            table.forward = partial(_look_up, table, device)  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Leave the module on the host, and give the device's memory back at once."""
+        for handle in self._hooks:
+            handle.remove()
+        for table in self._tables:
+            del table.forward
+        self._hooks, self._tables, self.layers = [], [], []
+        self._visits.clear()
+        self._follows.clear()
+        self._now = None
+        self.arena = self.arena.new_empty(0)
 
     def _before(self, layer: Layer, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The layer is about to compute: have it there."""
@@ -181,6 +201,8 @@ def map_to_disk(module: nn.Module) -> None:
     with tempfile.NamedTemporaryFile(dir=CACHE, prefix="weights-") as file:
 
         def allocate(size: int) -> Tensor:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not by a dead process
             file.truncate(size)
             return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
 

@@ -22,7 +22,7 @@ from mep_lightning.evaluation.prompts import prompts_for
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
-SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5}
+SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5, "sampling_batch": 1}
 """How a module is sampled whose method and base have no defaults."""
 
 
@@ -40,7 +40,7 @@ class Samples(Callback):
         seed: picture i starts from the noise of seed + i.
         steps: denoising steps; "auto" is the base's own number.
         guidance: the guidance scale; "auto" is the base's own.
-        batch_size: pictures denoised at once.
+        batch_size: pictures denoised at once; "auto" is one, but more for a small base.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Samples(Callback):
         seed: int = 0,
         steps: int | Literal["auto"] = "auto",
         guidance: float | Literal["auto"] = "auto",
-        batch_size: int = 4,
+        batch_size: int | Literal["auto"] = "auto",
     ) -> None:
         if every < 0:
             raise UserError(f"Samples every is {every}: set it to 0 (before and after only) or more.")
@@ -62,7 +62,8 @@ class Samples(Callback):
         refuse_unless(0 <= seed < SEEDS, "samples.seed", seed, f"0 to {SEEDS - 1}")
         refuse_unless(isinstance(steps, str) or steps >= 1, "samples.steps", steps, "1 or more, or auto")
         refuse_unless(isinstance(guidance, str) or math.isfinite(guidance), "samples.guidance", guidance, "a number")
-        refuse_unless(batch_size >= 1, "samples.batch_size", batch_size, "1 or more")
+        few = isinstance(batch_size, str) or batch_size >= 1
+        refuse_unless(few, "samples.batch_size", batch_size, "1 or more, or auto")
         self.every, self.prompts, self.count, self.seed = every, prompts, count, seed
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
         self._shown_at = -1
@@ -135,7 +136,7 @@ class Samples(Callback):
                 seeds,
                 steps=known["sampling_steps"] if self.steps == "auto" else self.steps,
                 guidance=known["guidance"] if self.guidance == "auto" else self.guidance,
-                batch_size=self.batch_size,
+                batch_size=known["sampling_batch"] if self.batch_size == "auto" else self.batch_size,
             )
         step = trainer.global_step
         heading = f"{name} (step {step})" if name in ("before", "after") else f"step {step}"

@@ -9,18 +9,19 @@ from dataclasses import replace
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their short names)
 from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify, open_base
 from mep_lightning.bases.load import PRECISIONS
+from mep_lightning.callbacks import Samples
 from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation.plots import human
 from mep_lightning.plan import Budget, Row, best, free_bytes, parse_size, plan, rehearse
-from mep_lightning.plan.budget import OVERHEAD
+from mep_lightning.plan.budget import overhead
 from mep_lightning.quantization import why_not_int4
 
 
@@ -42,76 +43,124 @@ def available_precisions() -> list[str]:
     return [name for name in PRECISIONS if name != "int4" or why_not_int4() is None]
 
 
-def choose(request: FitRequest, size: str) -> FitRequest:
+def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
     """Let the plan choose what a request leaves open: method, precision, checkpointing and streaming.
 
     Args:
-        request: what the command line asks for; a method that a recipe names, and settings of the command line, stay.
+        request: what the command line asks for. A method that a recipe names stays, and so does what the command line
+            or a recipe of the user's own says of the rest; the packaged recipes' precisions are only defaults.
         size: the budget, such as 4GB.
 
     Returns:
-        The request with the choice in it.
+        The request with the choice in it, and the budget that the run is held to.
 
     Raises:
         UserError: nothing fits.
     """
-    device = "cpu" if request.value("trainer.accelerator") == "cpu" or not torch.cuda.is_available() else "cuda"
+    accelerator = request.value("trainer.accelerator")
+    device = "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
     budget = Budget(parse_size(size), device)
     named = request.value("model.method")
-    methods = [name for name in METHODS if named in (None, name)]
-    precision = request.setting("model.precision")
-    resolution = request.value("data.resolution")
-    rows = plan(
-        {name: recipe(name) for name in methods},
-        request.value("model.base") or "tiny",
-        resolution=int(resolution) if str(resolution).isdecimal() else None,
-        batch_size=int(request.value("data.batch_size") or 1),
-        device=device,
-        precisions=[precision] if precision else available_precisions(),
+    if named not in (None, *METHODS):
+        raise UserError(f"method {named!r} is unknown: choose one of {', '.join(METHODS)}.")
+    wanted = {key: request.own(f"model.{key}") for key in ("precision", "checkpointing", "offload")}
+    resolution, batch_size, pictures = (
+        int(value) if str(value).isdecimal() else None
+        for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
+    base = request.value("model.base") or "tiny"
+    rows = plan(
+        {name: recipe(name) for name in METHODS if named in (None, name)},
+        base,
+        resolution=resolution,
+        batch_size=batch_size or 1,
+        pictures=pictures or defaults.lookup("zoodip", identify(base).family, "int8")["sampling_batch"],
+        device=device,
+        precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
+    )
+    rows = [row for row in rows if all(w is None or _same(getattr(row, key), w) for key, w in wanted.items())]
+    if not rows:
+        raise UserError(f"--budget {size}: no method runs with what is asked for; leave one of its switches out.")
     taken = best(rows, budget)
     if taken is None:
         raise UserError(f"--budget {size}: {least(rows, device)}; give more, or a lower --data.resolution.")
-    say(
-        f"Into {size} fits {taken}: {human(taken.peak_bytes)} at its peak ({taken.peak_phase}), and about "
-        f"{human(OVERHEAD[device])} beside tensors."
-    )
+    if not request.says("print_config"):
+        say(
+            f"Into {size} fits {taken}: {human(taken.peak_bytes)} at its peak ({taken.peak_phase}), and about "
+            f"{human(overhead(device))} beside tensors."
+        )
     path = find_recipe(taken.method)
-    recipes = request.recipes if named else [*request.recipes, (path, read_recipe(path))]
-    return replace(request, recipes=recipes, settings=[*request.settings, *taken.settings])
+    known = any(path == other for other, _ in request.recipes)
+    recipes = request.recipes if known else [(path, read_recipe(path)), *request.recipes]
+    return replace(request, recipes=recipes, settings=[*request.settings, *taken.settings]), budget
+
+
+def _same(value: object, asked: object) -> bool:
+    """Whether a row has what was asked for, which a command line says in words."""
+    return str(value).lower() == str(asked).lower()
 
 
 def least(rows: Sequence[Row], device: str) -> str:
     """What needs the least, in words."""
     row = min(rows, key=lambda row: row.peak_bytes)
-    return f"the least, {row}, needs {human(row.peak_bytes + OVERHEAD[device])}"
+    return f"the least, {row}, needs {human(row.peak_bytes + overhead(device))}"
 
 
-def refuse_too_large(module: PersonalizationModule, data: SubjectData, device: torch.device, pictures: int) -> None:
-    """Compare a run's plan with what is free on its device, before anything is loaded.
+def refuse_too_large(
+    module: PersonalizationModule,
+    data: SubjectData,
+    samples: Samples,
+    device: torch.device,
+    budget: Budget | None = None,
+    *,
+    resumed: bool = False,
+) -> None:
+    """Compare a run's plan with its budget, and with what is free on its device, before anything is loaded.
 
     Args:
         module: as it will be trained; it stays fresh.
         data: its photos.
+        samples: the pictures that are drawn in between.
         device: where.
-        pictures: how many samples are drawn at once.
+        budget: what it may take at most.
+        resumed: whether the run was begun earlier, and its method stays.
 
     Raises:
         UserError: the run would not fit.
     """
-    if identify(module.base_name).family == "tiny":  # fits wherever torch does
+    family = identify(module.base_name).family
+    if family == "tiny" and budget is None:  # fits wherever torch does
         return
-    found = open_base(module.base_name, module.precision, device, module.offload)
+    found = open_base(module.base_name, module.precision, device, module.offload, weights=False)
     side = found.resolution if data.resolution == "auto" else int(data.resolution)
-    (phases,) = rehearse([copy.deepcopy(module)], found, side, batch_size=data.batch_size, pictures=pictures)
-    highest = max(phases, key=lambda name: phases[name].total)
-    peak, free = phases[highest].total, free_bytes(device)
-    if peak > free:
-        names = {name: recipe(name) for name in METHODS}
-        rows = plan(names, module.base_name, resolution=side, device=device.type, precisions=available_precisions())
-        fitting = best(rows, Budget(free, device.type))
-        mend = f"--budget {human(free).replace(' ', '')} takes what fits" if fitting else least(rows, device.type)
+    drawn = samples.count if samples.prompts is None else len(samples.prompts)
+    together = defaults.lookup(module.method, family, module.precision)["sampling_batch"]
+    together = together if samples.batch_size == "auto" else int(samples.batch_size)
+    (phases,) = rehearse(
+        [copy.deepcopy(module)], found, side, batch_size=data.batch_size, pictures=min(drawn, together)
+    )
+    mapped = module.offload == "stream" and device.type == "cpu"  # the system may drop such weights
+    needs = {name: peak.total - (peak.weights if mapped else 0) for name, peak in phases.items()}
+    highest = max(needs, key=lambda name: needs[name])
+    peak = needs[highest]
+    if budget is not None and peak > budget.tensors:
         raise UserError(
-            f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: {mend}; "
-            "--no-plan tries it all the same."
+            f"with its other settings this run would take {human(peak)} ({highest}), and the budget leaves "
+            f"{human(max(budget.tensors, 0))}: leave the settings out that make it larger, or give more."
         )
+    free = free_bytes(device)
+    if peak > free:
+        raise UserError(
+            f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: "
+            f"{_mend(module, device, side, free, resumed)}; --no-plan tries it all the same."
+        )
+
+
+def _mend(module: PersonalizationModule, device: torch.device, resolution: int, free: int, resumed: bool) -> str:
+    """What would fit."""
+    if resumed:
+        return "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
+    recipes = {name: recipe(name) for name in METHODS}
+    rows = plan(recipes, module.base_name, resolution=resolution, device=device.type, precisions=available_precisions())
+    fitting = best(rows, Budget(free, device.type))
+    return f"--budget {human(free).replace(' ', '')} takes what fits" if fitting else least(rows, device.type)

@@ -100,7 +100,16 @@ def draw(learned: Learned, texts: Sequence[str], count: int, options: Namespace)
     seeds = [options.seed + i for _ in texts for i in range(count)]
     steps = options.steps or learned.values["sampling_steps"]
     guidance = learned.values["guidance"] if options.guidance is None else options.guidance
-    images = generate(learned.module, prompts, seeds, steps=steps, guidance=guidance, progress=_show_progress)
+    together = learned.values["sampling_batch"]
+    images = generate(
+        learned.module,
+        prompts,
+        seeds,
+        steps=steps,
+        guidance=guidance,
+        batch_size=together,
+        progress=_show_progress,
+    )
     return Drawn(images, prompts, seeds, {"steps": steps, "guidance": guidance})
 
 

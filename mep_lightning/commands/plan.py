@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Nothing is loaded and no GPU is needed: the real training step runs on tensors that hold nothing. A hub id fetches its
-JSON files alone; sd15, sd21 and sdxl need not even that.
+JSON files alone; sd15 and sd21 need not even that.
 
 examples:
   mep plan
   mep plan --base sd21 --resolution 512 --budget 4GB
-  mep plan --base photos/my-base --precision int8 --json
+  mep plan --base models/my-base --precision int8 --json
 """
 
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
 
     names = options.methods or list(METHODS)
     if unknown := [name for name in names if name not in METHODS]:
-        raise UserError(f"--methods {unknown[0]}: there is no such method; choose of {', '.join(METHODS)}.")
+        raise UserError(f"--methods {unknown[0]}: there is no such method; choose one of {', '.join(METHODS)}.")
     quiet_after_imports()
     from mep_lightning.bases.load import PRECISIONS
     from mep_lightning.commands.budget import available_precisions, recipe
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
     precisions = options.precision or available_precisions()
     if unknown := [name for name in precisions if name not in PRECISIONS]:
-        raise UserError(f"--precision {unknown[0]} is unknown; choose of {', '.join(PRECISIONS)}.")
+        raise UserError(f"--precision {unknown[0]} is unknown; choose one of {', '.join(PRECISIONS)}.")
     if options.resolution is not None:
         check_resolution(options.resolution)
     budget = Budget(parse_size(options.budget), options.device) if options.budget else None
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
         fits = [None if budget is None else budget.fits(row) for row in rows]
         print(json.dumps({"rows": [row.as_dict(fit) for row, fit in zip(rows, fits, strict=True)]}, indent=2))
     else:
-        print("\n".join(_table(rows, budget, options.device)))
+        print("\n".join(_table(rows, budget, options.device, options.resolution)))
     if options.picture:
         from mep_lightning.evaluation.plots import plan_figure
 
@@ -77,9 +77,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _options() -> Options:
     parser = Options("plan", "Predicts the peak memory of every method on a base, without loading it.", EPILOG)
-    parser.add_argument(
-        "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder or a hub id (default: %(default)s)"
-    )
+    parser.add_argument("--base", default="sd15", help="sd15, sd21, tiny, a folder or a hub id (default: %(default)s)")
     parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the base's own)")
     parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")
@@ -90,19 +88,20 @@ def _options() -> Options:
     return parser
 
 
-def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]:
+def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: int | None) -> list[str]:
     """The rows for people, and what the budget says."""
+    from mep_lightning.bases.skeleton import packaged
     from mep_lightning.commands.budget import least
     from mep_lightning.evaluation.plots import human
     from mep_lightning.plan import best, savings
-    from mep_lightning.plan.budget import OVERHEAD
+    from mep_lightning.plan.budget import overhead
 
     first = rows[0]
     lines = [
         f"Peak memory on {first.base} at {first.resolution} px, batch 1, in tensors "
-        f"(+ about {human(OVERHEAD[device])} for the {'CUDA context' if device == 'cuda' else 'interpreter'}):",
+        f"(+ about {human(overhead(device))} for the {'CUDA context' if device == 'cuda' else 'interpreter'}):",
         "",
-        f"  {'method':<20}{'precision':<11}{'switch':<15}{'training':>10}  {'highest in':<11}{'pictures':>10}",
+        f"  {'method':<20}{'precision':<11}{'switch':<15}{'a run':>10}  {'highest in':<11}{'pictures':>10}",
     ]
     for row in rows:
         switch = ", ".join(row.switches)
@@ -116,6 +115,13 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str) -> list[str]
     taken = best(rows, budget)
     if taken is None:
         return [*lines, "", f"Nothing fits into {human(budget.size)}: {least(rows, device)}."]
-    words = " ".join(["mep fit --config", taken.method, *taken.settings])
+    base = "ID_OR_DIR" if first.base in packaged() else first.base
+    words = " ".join(
+        [
+            *("mep fit --config", taken.method, "--model.base", base, *taken.settings),
+            *(() if resolution is None else ("--data.resolution", str(resolution))),
+            *(("--trainer.accelerator", "cpu") if device == "cpu" else ()),
+        ]
+    )
     lines += ["", f"Into {human(budget.size)} fits: {words}"]
     return lines + [f"  {switch} would save {human(size)} more" for switch, size in list(savings(rows, taken))[:4]]

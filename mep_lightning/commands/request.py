@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.commands.recipes import find_recipe, mentions, read_recipe, recipe_names
+from mep_lightning.commands.recipes import find_recipe, mentions, read_recipe, recipe_names, recipes_folder
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder
 
@@ -52,6 +52,11 @@ class FitRequest:
             if name == f"--{key}":
                 found = value if equals else after
         return found
+
+    def own(self, key: str) -> Any:
+        """As `value`, but leaving the packaged recipes out: what the user insists on."""
+        mine = [(path, recipe) for path, recipe in self.recipes if recipes_folder() not in path.parents]
+        return FitRequest(mine, self.settings).value(key)
 
     def value(self, key: str) -> Any:
         """What the command line, or the last recipe that says it, sets a key of two parts to, such as model.base."""

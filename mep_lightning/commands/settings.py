@@ -23,9 +23,12 @@ AUTO_KEYS = {
     "trainer.max_steps": "max_steps",
     "samples.steps": "sampling_steps",
     "samples.guidance": "guidance",
+    "samples.batch_size": "sampling_batch",
 }
 """Setting -> its column in the table of defaults; those of parts are in their classes' `AUTO`."""
 PRECISION_SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
+FREE_TO_CHANGE = ("data.repeats", "model.checkpointing", "model.offload")
+"""What a resumed run may change: an epoch's length draws nothing, and the others only say where memory goes."""
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 
@@ -125,7 +128,7 @@ def refuse_changes(before: Namespace, now: Namespace, run: RunFolder) -> None:
     for key in {**was, **is_now}:
         old, new = was.get(key), is_now.get(key)
         moved = key == "data.path" and old is not None and new is not None
-        if old != new and not moved and key != "data.repeats":  # an epoch's length draws nothing
+        if old != new and not moved and key not in FREE_TO_CHANGE:
             raise UserError(
                 f"{key} is {json.dumps(new, ensure_ascii=False)}, but {run.root} was begun with "
                 f"{json.dumps(old, ensure_ascii=False)}; leave it out, or start a new run with it."

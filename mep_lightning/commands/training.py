@@ -47,6 +47,7 @@ from mep_lightning.commands.settings import (
 )
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.evaluation import write_report
+from mep_lightning.plan import Budget
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 RUN_VARIABLE = "MEP_RUN"
@@ -192,12 +193,12 @@ def train(request: FitRequest, budget: str | None = None, planned: bool = True) 
     quiet_after_imports()
     if not request.says("model.base") and not request.says("print_config"):
         say("No --model.base given: taking the embedded base, tiny.")
+    cli = limit = None
     if budget is not None:
-        request = choose(request, budget)
-    cli = None
+        request, limit = choose(request, budget)
     try:
         cli = FitCLI(request)
-        return _fit(cli, planned)
+        return _fit(cli, planned, limit)
     except BaseException:
         made = request.run
         begun = request.resume or (cli is not None and cli.trainer.global_step > 0)
@@ -206,7 +207,7 @@ def train(request: FitRequest, budget: str | None = None, planned: bool = True) 
         raise
 
 
-def _fit(cli: FitCLI, planned: bool) -> int:
+def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     run, trainer, model, data = cli.request.run, cli.trainer, cli.model, cli.datamodule
     assert run is not None
     os.environ[RUN_VARIABLE] = str(run.root)
@@ -224,7 +225,8 @@ def _fit(cli: FitCLI, planned: bool) -> int:
         f"{_span(first_step, trainer.max_steps)} Everything goes to {run.root}.",
     )
     if planned:
-        refuse_too_large(model, data, trainer.strategy.root_device, cli.config.samples.batch_size)
+        samples: Samples = cli._get(cli.config_init, "samples")
+        refuse_too_large(model, data, samples, trainer.strategy.root_device, budget, resumed=cli.request.resume)
     before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
         save_config(cli.config, run)

@@ -129,8 +129,13 @@ def _encode(base: Any, prompts: list[str]) -> Tensor:
 
 
 def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
+    with base.parked():
+        return _decode_alone(base, latents, resolution)  # the autoencoder is gone when it returns
+
+
+def _decode_alone(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
     images = []
-    with base.parked(), base.borrowed_vae() as vae:
+    with base.borrowed_vae() as vae:
         # The VAE's own tile size; below it a seam would be all cost and no gain.
         tiled = resolution > max(vae.config.sample_size, 512) and not vae.use_tiling
         if tiled:

@@ -60,6 +60,11 @@ def needs_op(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
         return True
+    return asks_gradient(*tensors)
+
+
+def asks_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to any of these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -19,9 +19,17 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
 """Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
 PREFERENCE = ("textual_inversion", "zoodip")
-"""Methods from the one that needs the fewest steps; within one, more bits before fewer."""
-PRECISION_PREFERENCE = ("fp32", "bf16", "fp16", "int8", "int4")
+"""Methods from the one that needs the fewest steps."""
+PRECISION_PREFERENCE = {
+    "textual_inversion": ("fp32", "bf16", "fp16", "int8", "int4"),
+    "zoodip": ("fp32", "int8", "bf16", "fp16", "int4"),  # half precision drowns a small mu
+}
 SWITCHES = ("method", "precision", "offload", "checkpointing")
+
+
+def overhead(device: str) -> int:
+    """Bytes beside tensors on a kind of device."""
+    return OVERHEAD.get(device, OVERHEAD["cpu"])
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Budget:
     @property
     def tensors(self) -> int:
         """Bytes left for tensors."""
-        return self.size - OVERHEAD[self.device]
+        return self.size - overhead(self.device)
 
     def fits(self, row: Row) -> bool:
         return row.peak_bytes <= self.tensors
@@ -51,7 +59,7 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: it is no size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise UserError(f"--budget is {text!r}; give a size such as 4GB or 3.5GiB.")
     return int(float(found[1]) * UNITS[found[2].upper()])
@@ -61,8 +69,8 @@ def best(rows: Iterable[Row], budget: Budget) -> Row | None:
     """The recipe to take: of those that fit, the method with the fewest steps, then the most bits; None fits none."""
 
     def rank(row: Row) -> tuple[int, ...]:
-        known = PREFERENCE.index(row.method) if row.method in PREFERENCE else len(PREFERENCE)
-        return known, row.offload != "none", PRECISION_PREFERENCE.index(row.precision), row.checkpointing
+        precisions = PRECISION_PREFERENCE[row.method]
+        return PREFERENCE.index(row.method), row.offload != "none", precisions.index(row.precision), row.checkpointing
 
     return min(filter(budget.fits, rows), key=rank, default=None)
 
@@ -86,6 +94,8 @@ def free_bytes(device: torch.device) -> int:
     available = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup, or "max": no limit
         return available
+    used -= int(stat.get("inactive_file", 0))  # files that were read and may be dropped
     return min(available, max(limit - used, 0))

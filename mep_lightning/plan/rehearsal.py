@@ -80,7 +80,7 @@ def rehearse(
                 "encode": encode,
                 "load": load if streamed is None else Peak(weights=streamed, activations=0),
                 **_training(live, module, base, resolution, batch_size, pictures, streamed),
-                "decode": decode,
+                "decode": decode if streamed is None else replace(decode, weights=decode.weights + streamed),
             }
             for module in modules
         ]

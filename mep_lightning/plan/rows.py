@@ -12,7 +12,7 @@ import torch
 
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype
+from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype, refuse_unsupported
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, rehearse
@@ -96,6 +96,7 @@ def plan(
     *,
     resolution: int | None = None,
     batch_size: int = 1,
+    pictures: int = 1,
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     progress: Callable[[str], None] = lambda _: None,
@@ -105,9 +106,10 @@ def plan(
 
     Args:
         recipes: name -> maker of fresh modules.
-        base: `sd15`, `sd21`, `sdxl`, or what `load_base` takes; only its JSON files are read.
+        base: `sd15`, `sd21`, or what `load_base` takes; only its JSON files are read.
         resolution: px a side; the base's own by default.
         batch_size: samples a step.
+        pictures: how many samples are denoised at once.
         device: "cuda" or "cpu", where the run would be; neither is needed here.
         precisions: which.
         progress: told each precision before its turn.
@@ -117,6 +119,7 @@ def plan(
     """
     folder = architecture(base)
     info = describe(folder, base)
+    refuse_unsupported(info, base)
     where = torch.device(device)
     rows: list[Row] = []
     known: dict[object, list[dict[str, Peak]]] = {}
@@ -130,7 +133,9 @@ def plan(
         kind = (precision if precision in QUANTIZED else dtype.itemsize, offload)  # bf16 takes what fp16 takes
         if kind not in known:
             progress(f"{precision}, streamed" if offload == "stream" else precision)
-            known[kind] = rehearse((module for _, _, module in ways), found, side, batch_size=batch_size)
+            known[kind] = rehearse(
+                (module for _, _, module in ways), found, side, batch_size=batch_size, pictures=pictures
+            )
         peaks = known[kind]
         rows += [
             Row(name, str(base), precision, side, offload, checkpointing, phases)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,13 +41,6 @@ class LiveBytes(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Begin a new peak at what is held now."""
         self.peak = self.now
-
-    @contextmanager
-    def watching(self) -> Iterator[LiveBytes]:
-        """The mode switched on, from a peak of what is held now."""
-        self.reset_peak()
-        with self:
-            yield self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -1,5 +1,7 @@
 """Streamed weights: the same bits through a small arena, whatever the order of the layers."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,24 @@ def test_any_order_is_right():
     assert stream.surprises == before  # learned by now
 
 
+def test_a_closed_stream_leaves_the_module_as_it_was_and_nothing_behind():
+    module = Choosing().requires_grad_(False)
+    ids, expected = torch.arange(10), None
+    expected = module(ids, [0, 1])
+    stream = Stream(module, CPU)
+    assert torch.equal(module(ids, [0, 1]), expected)
+    stream.close()
+    assert stream.arena.numel() == 0
+    assert torch.equal(module(ids, [0, 1]), expected)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    gone, _ = weakref.ref(stream), gc.disable()
+    try:
+        del stream
+        assert gone() is None  # without the cyclic collector
+    finally:
+        gc.enable()
+
+
 def test_a_backward_pass_is_refused():
     module = nn.Sequential(nn.Linear(4, 4))
     Stream(module, CPU)
@@ -141,8 +161,9 @@ def test_a_pipeline_computes_where_its_base_does():
 
 def test_methods_with_a_backward_pass_cannot_stream_to_a_gpu():
     module = PersonalizationModule("tiny", offload="stream")
+    module._refuse_streaming_backwards(CPU)
     with pytest.raises(UserError, match="model.offload stream is for methods without a backward pass"):
-        module.load("cuda:0")
+        module._refuse_streaming_backwards(torch.device("cuda:0"))
     with pytest.raises(UserError, match="offload 'disk' is unknown: choose one of none, stream"):
         load_base("tiny", offload="disk")
 

@@ -18,7 +18,8 @@ def test_the_table_says_what_fits(capsys, tmp_path):
         ["zoodip", "fp32"],
         ["textual_inversion", "fp32"],
     ]
-    assert "fits: mep fit --config textual_inversion --model.precision fp32" in said
+    assert "fits: mep fit --config textual_inversion --model.base tiny --model.precision fp32" in said
+    assert said.rstrip().splitlines()[-1].startswith("  ") or "--trainer.accelerator cpu" in said
     assert Image.open(tmp_path / "plan.png").width > 500
 
 
@@ -48,9 +49,10 @@ def test_a_budget_for_nothing_says_what_the_least_needs(capsys):
     ("words", "sentence"),
     [
         (["--base", "none/of/it"], "base 'none/of/it' is no folder"),
+        (["--base", "sdxl"], "base 'sdxl' is an SDXL model, which is not supported yet: use an SD1 or SD2 base"),
         (["--budget", "much"], "--budget is 'much'; give a size such as 4GB or 3.5GiB."),
-        (["--precision", "int3"], "--precision int3 is unknown; choose of fp32, bf16, fp16, int8, int4."),
-        (["--methods", "magic"], "--methods magic: there is no such method; choose of zoodip, textual_inversion."),
+        (["--precision", "int3"], "--precision int3 is unknown; choose one of fp32, bf16, fp16, int8, int4."),
+        (["--methods", "magic"], "--methods magic: there is no such method; choose one of zoodip, textual_inversion."),
         (["--base", "tiny", "--resolution", "100"], "resolution 100 is not a multiple of 8: use 96 or 104"),
         (["--resolution", "big"], "--resolution: invalid int value: 'big'"),
         (["--bas", "tiny"], "there is no option --bas; did you mean --base?"),

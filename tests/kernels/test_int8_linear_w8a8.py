@@ -90,7 +90,7 @@ def test_compiles_in_one_graph():
 
 def test_works_under_fake_tensors():
     q, scale, bias = layer()
-    with FakeTensorMode() as mode:
+    with FakeTensorMode() as mode:  # no gradient is asked for, whatever the grad mode
         y = int8_linear_w8a8(torch.randn(3, 7).bfloat16(), *(mode.from_tensor(t) for t in (q, scale, bias)))
     assert (y.shape, y.dtype) == ((3, 6), torch.bfloat16)
 

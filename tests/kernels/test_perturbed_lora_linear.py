@@ -65,6 +65,12 @@ def test_a_small_step_survives_half_precision():
     exact = run(x.float(), parts, probes, mu=mu)
     assert (run(x, parts, probes, mu=mu).float() - exact).abs().max() <= 2**-8 * exact.abs().max()  # rounded once
     assert torch.equal((parts[3] + mu).bfloat16(), parts[3].bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        for function in (perturbed_lora_linear, perturbed_lora_linear.reference):
+            y = run(x, parts, probes, mu=mu, function=function)
+            assert (y.float() - exact).abs().max() <= 2**-8 * exact.abs().max()
+            moved, still = (run(x, parts, at, mu=0.01, function=function) for at in (probes, [(0, 0.0)] * 2))
+            assert not torch.equal(moved, still)
 
 
 def test_rows_that_cannot_be_shared_are_refused():

@@ -30,7 +30,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0GB", "four", "-1GB", "4 PB"])
+@pytest.mark.parametrize("text", ["", "0GB", "four", "-1GB", "4 PB", "4iB"])
 def test_no_size(text):
     with pytest.raises(UserError, match="give a size such as 4GB"):
         parse_size(text)

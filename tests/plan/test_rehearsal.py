@@ -85,15 +85,18 @@ def test_more_of_anything_takes_more():
 
 
 def test_streamed_weights_take_an_arena():
-    whole = dataclasses.replace(open_base("tiny", "int8"), device=torch.device("cuda"))
+    here = open_base("tiny", "int8")
+    whole = dataclasses.replace(here, device=torch.device("cuda"))
     waiting = dataclasses.replace(whole, offload="stream")
     (resident,), (streamed,) = (rehearse([METHODS["zoodip"]("int8")], found, 64) for found in (whole, waiting))
     for name in ("encode", "load", "step", "denoise", "decode"):
-        assert streamed[name].weights < 0.4 * resident[name].weights
+        assert streamed[name].weights < 0.6 * resident[name].weights
         assert streamed[name].activations == resident[name].activations or name == "load"
     base = load_base("tiny", "int8", vae=False)
     arenas = sum(len(Stream(part, torch.device("cpu")).arena) for part in (base.unet, *base.text_encoders))
     assert streamed["load"].weights == arenas
+    with here.borrowed_vae() as vae:  # beside the arenas, which are not parked
+        assert streamed["decode"].weights == arenas + len(Stream(vae, torch.device("cpu")).arena)
 
 
 def test_an_operation_of_our_own_holds_its_dequantised_weight():

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mep_lightning.kernels.dequantize import dequantize
-from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference, runs_triton
+from mep_lightning.kernels.dispatch import (
+    asks_gradient,
+    autocast_activation,
+    defined_by,
+    needs_op,
+    needs_reference,
+    runs_triton,
+)
 from mep_lightning.kernels.int8_linear import reference
 from mep_lightning.kernels.quantize_rows import quantize_rows
 
@@ -113,6 +120,6 @@ def int8_linear_w8a8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = 
     Raises:
         NotImplementedError: a derivative is asked for; rounding has none, and a silent zero would be wrong.
     """
-    if needs_reference() or (needs_op(x, scale, bias) and not torch.compiler.is_compiling()):
+    if needs_reference() or asks_gradient(x, scale, bias):
         raise NotImplementedError("int8_linear_w8a8 rounds its activations and has no derivative: use int8_linear")
     return _int8_linear_w8a8(autocast_activation(x), q, scale, bias)

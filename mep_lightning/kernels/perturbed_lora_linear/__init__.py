@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_reference, runs_triton
+from mep_lightning.kernels.dispatch import (
+    asks_gradient,
+    autocast_activation,
+    defined_by,
+    needs_reference,
+    runs_triton,
+)
 from mep_lightning.kernels.int8_linear import int8_linear
 from mep_lightning.kernels.perturbed_lora_linear import reference
 from mep_lightning.kernels.perturbed_lora_linear.reference import Probe
@@ -41,9 +47,10 @@ def _perturbed_lora_linear(
             x, q, scale, bias, a, b, scaling, probes, mu, seed, step, (param_a, param_b)
         )
     members = x.reshape(len(probes), -1, x.shape[-1])  # [V, N, I]
-    low = members.float() @ _moved(a, probes, mu, seed, step, param_a).mT  # [V, N, r]
-    term = low @ _moved(b, probes, mu, seed, step, param_b).mT  # [V, N, O]
-    y = int8_linear(x, q, scale, bias)
+    with torch.autocast(x.device.type, enabled=False):  # it would round mu away
+        low = members.float() @ _moved(a, probes, mu, seed, step, param_a).mT  # [V, N, r]
+        term = low @ _moved(b, probes, mu, seed, step, param_b).mT  # [V, N, O]
+        y = int8_linear(x, q, scale, bias)
     return term.view(y.shape).mul_(scaling).add_(y).to(x.dtype)
 
 
@@ -103,8 +110,7 @@ def perturbed_lora_linear(
     """
     if x.shape[0] % len(probes):
         raise ValueError(f"perturbed_lora_linear: {x.shape[0]} rows cannot be shared among {len(probes)} members")
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, bias, a, b))
-    if needs_reference() or asked:
+    if needs_reference() or asks_gradient(x, scale, bias, a, b):
         raise NotImplementedError("perturbed_lora_linear is for forward passes and has no derivative")
     seed &= (1 << 64) - 1
     signed = seed - (1 << 64) if seed >> 63 else seed  # an op's integers are signed

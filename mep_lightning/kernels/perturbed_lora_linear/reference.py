@@ -42,6 +42,7 @@ def perturbed_lora_linear(
     for probe, rows in zip(probes, x.chunk(len(probes)), strict=True):
         a_v = moved(a, probe, mu, seed, step, param_ids[0])  # [r, I]
         b_v = moved(b, probe, mu, seed, step, param_ids[1])  # [O, r]
-        term = rows.float() @ a_v.T @ b_v.T
-        outputs.append((int8_linear(rows, q, scale, bias).float() + scaling * term).to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            term = rows.float() @ a_v.T @ b_v.T
+            outputs.append((int8_linear(rows, q, scale, bias).float() + scaling * term).to(x.dtype))
     return torch.cat(outputs)
