@@ -101,7 +101,10 @@ FIT_MISTAKES = {
     "seed of directions": (["--config", "zoodip", "--model.estimator.seed", -1], "Estimator.seed is -1; use 0 to"),
     "seed of all": (["--config", "zoodip", "--seed_everything", -3], "seed_everything is -3; use 0 to 4294967295."),
     "seed of pictures": (["--config", "zoodip", "--samples.seed", 2**63], "samples.seed is 9223372036854775808; use 0"),
-    "pictures at once": (["--config", "zoodip", "--samples.batch_size", 0], "samples.batch_size is 0; use 1 or more."),
+    "pictures at once": (
+        ["--config", "zoodip", "--samples.batch_size", 0],
+        "samples.batch_size is 0; use 1 or more, or auto.",
+    ),
     "steps of a picture": (["--config", "zoodip", "--samples.steps", 0], "samples.steps is 0; use 1 or more, or auto."),
     "too many steps": (
         ["--config", "zoodip", "--samples.steps", 1001],
