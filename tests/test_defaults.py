@@ -10,13 +10,14 @@ from mep_lightning.bases.load import PRECISIONS
 from mep_lightning.errors import UserError
 from mep_lightning.timesteps import PartialUniformTimesteps
 
-EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, (*PRECISIONS, "int4")))
+EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, PRECISIONS))
 
 
 @pytest.mark.parametrize(("method", "family", "precision"), EVERYWHERE)
 def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
     values = defaults.lookup(method, family, precision)
-    needed = {"lr", "lr_scheduler", "eps", "max_steps", "guidance", "sampling_steps", "puts_low", "puts_high"}
+    needed = {"lr", "lr_scheduler", "eps", "max_steps", "puts_low", "puts_high"}
+    needed |= {"guidance", "sampling_steps", "sampling_batch"}
     assert needed | ({"n", "mu", "tau", "nu", "standardize"} if method == "zoodip" else set()) == set(values)
     assert all(value > 0 for key, value in values.items() if key not in ("puts_low", "lr_scheduler", "standardize"))
     assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)

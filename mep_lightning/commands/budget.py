@@ -68,13 +68,12 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
         int(value) if str(value).isdecimal() else None
         for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
-    base = request.value("model.base") or "tiny"
     rows = plan(
         {name: recipe(name) for name in METHODS if named in (None, name)},
-        base,
+        request.value("model.base") or "tiny",
         resolution=resolution,
         batch_size=batch_size or 1,
-        pictures=pictures or defaults.lookup("zoodip", identify(base).family, "int8")["sampling_batch"],
+        pictures=pictures,
         device=device,
         precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mep_lightning import defaults
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
 from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype, refuse_unsupported
@@ -96,7 +97,7 @@ def plan(
     *,
     resolution: int | None = None,
     batch_size: int = 1,
-    pictures: int = 1,
+    pictures: int | None = None,
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     progress: Callable[[str], None] = lambda _: None,
@@ -109,7 +110,7 @@ def plan(
         base: `sd15`, `sd21`, or what `load_base` takes; only its JSON files are read.
         resolution: px a side; the base's own by default.
         batch_size: samples a step.
-        pictures: how many samples are denoised at once.
+        pictures: how many samples are denoised at once; by default what is usual for the base.
         device: "cuda" or "cpu", where the run would be; neither is needed here.
         precisions: which.
         progress: told each precision before its turn.
@@ -121,6 +122,7 @@ def plan(
     info = describe(folder, base)
     refuse_unsupported(info, base)
     where = torch.device(device)
+    pictures = pictures or defaults.lookup(next(iter(recipes)), info.family, precisions[0])["sampling_batch"]
     rows: list[Row] = []
     known: dict[object, list[dict[str, Peak]]] = {}
     for precision, offload in product(precisions, OFFLOADS if device == "cuda" else OFFLOADS[:1]):
