@@ -39,7 +39,7 @@ def run(base: str, device: str = "cpu", resolution: int | None = None) -> list[R
         rows.append(row("memory", case, "planned peak on a GPU", planned.peak_bytes, "B"))
         rows.append(row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B"))
     small = [name for name in ("int8", "int4") if name in available_precisions()]
-    for planned in plan(recipes, base, resolution=resolution, device=device, precisions=small):
+    for planned in plan(recipes, base, resolution=resolution, device=device, precisions=small, pictures=1):
         if str(planned) not in MEASURED:
             continue
         module = recipes[planned.method](planned.precision, planned.checkpointing)
@@ -104,15 +104,19 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
-    vae = found.placed(skeleton_vae(replace(found, device=found.weights_device), random_weights))
+    vae = skeleton_vae(replace(found, device=found.weights_device), random_weights)
+    stream = found.placed(vae)
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor
     pixels = torch.rand(1, 3, resolution, resolution, dtype=found.dtype, device=found.device)
     latent = torch.randn(1, vae.config.latent_channels, side, side, dtype=found.dtype, device=found.device)
-    return {
+    peaks = {
         "encode": held + peak_of(lambda: vae.encode(pixels), found),
         "decode": held + peak_of(lambda: vae.decode(latent), found),
     }
+    if stream is not None:
+        stream.close()
+    return peaks
 
 
 def _load(found: BaseFolder) -> Base:

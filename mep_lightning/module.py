@@ -74,8 +74,8 @@ class PersonalizationModule(LightningModule):
         betas: Adam's.
         eps: Adam's; "auto" as for lr.
         weight_decay: Adam's.
-        checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: much less memory,
-            about a third more time. Methods without a backward pass have nothing to keep.
+        checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
+            forward pass more. Methods without a backward pass have nothing to keep.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.

@@ -21,6 +21,7 @@ COLORS = {
     "other": "#8b8b94",
 }
 CURVE = "#2a8fd6"
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words that a line may cross
 MARK = "#0b0c0d"  # becomes currentColor in an SVG
 
 
@@ -97,9 +98,11 @@ def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -
         axes.barh(names, sizes, left=left, color=COLORS[part], label=part, height=0.62)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for place, row in enumerate(rows):
-        axes.text(
-            left[place] + max(left) * 0.012, place, f"{human(row.peak_bytes)}, {row.peak_phase}", va="center", color=ink
+        said, behind = (
+            f"{human(row.peak_bytes)}, {row.peak_phase}",
+            {"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
+        axes.text(left[place] + max(left) * 0.012, place, said, va="center", color=ink, bbox=behind)
     if limit is not None:
         axes.axvline(limit / 2**30, color=ink, linestyle="--", linewidth=1)
     axes.invert_yaxis()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PORTION = 2**19  # elements; 2 MiB of fp32 stays in a core's cache
+PORTION = 2**19  # elements, 2 MiB of fp32; larger portions were no faster
 
 
 def per_output(scale: Tensor, ndim: int) -> Tensor:

@@ -63,9 +63,8 @@ def rehearse(
         For every module the peak of every phase: encode, load, step, denoise, decode.
     """
     live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
-    host = replace(
-        found, device=torch.device("cpu"), offload="none"
-    )  # fakes of a CUDA device would need a CUDA build of torch
+    # Fakes of a CUDA device would need a CUDA build of torch.
+    host = replace(found, device=torch.device("cpu"), offload="none")
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         encode, decode = _autoencoder(live, host, resolution, _streams(found))
         gc.collect()

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ def test_a_base_is_known_before_its_weights_are_read():
     with found.borrowed_vae() as vae:
         assert vae.config.latent_channels == 4
     assert not any(isinstance(value, torch.nn.Module) for value in vars(found).values())
+
+
+def test_a_borrowed_autoencoder_is_gone_when_its_borrower_returns():
+    def borrow(base):
+        with base.borrowed_vae() as vae:
+            return weakref.ref(vae)
+
+    for base in (open_base("tiny"), load_base("tiny", vae=False)):
+        assert borrow(base)() is None  # at once, not when the cyclic collector comes
 
 
 def test_a_base_can_do_without_its_autoencoder():

@@ -1,10 +1,10 @@
-"""The ordinary step computes what ours does, in the ordinary way."""
+"""The suites at real size, on the embedded base: an ordinary step that is ordinary, peaks beside their plan."""
 
 import copy
 
 import torch
 
-from benchmarks import real_step
+from benchmarks import memory, real_step
 from benchmarks.ordinary import DequantizingConv2d, DequantizingLinear, OrdinaryStep, plainly_dequantizing_
 from mep_lightning.bases import load_base
 from mep_lightning.quantization import QuantizedWeight
@@ -29,6 +29,15 @@ def test_the_ordinary_step_moves_the_token_by_the_slopes_it_finds():
     assert losses.shape == (3,) and losses.isfinite().all() and losses.std() > 0
     assert step.token.grad.norm() > 0
     assert not torch.equal(step.token, before)
+
+
+def test_planned_and_measured_peaks_stand_side_by_side():
+    rows = memory.run("tiny")
+    measured = {row["case"]: row for row in rows if row["metric"].startswith("peak on cpu")}
+    cases = [f"tiny 64 px zoodip in int8 {phase}" for phase in ("encode", "step", "denoise", "decode")]
+    for case in cases:
+        assert abs(measured[case]["value"] / measured[case]["baseline"] - 1) < 0.1, case
+    assert any("(streamed)" in row["case"] for row in rows)
 
 
 def test_both_sides_are_timed_in_one_run():
