@@ -79,6 +79,7 @@ def resolve(settings: Settings) -> Settings:
     bounds = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in SWITCHES["puts"]}
     resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | settings
     unused = {key for switch, keys in SWITCHES.items() if not settings[switch] for key in keys}
+    unused.add("sampling_batch")  # every cell draws in the same batches, and a picture is the same in any
     return {key: value for key, value in resolved.items() if key not in unused}
 
 
