@@ -64,8 +64,8 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_nf4(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """What `quantize_nf4` packed, in fp32, bf16 or fp16 and its own shape (fp64 by way of fp32)."""
     narrow = dtype if dtype.itemsize <= 4 else torch.float32
-    rows = [shape[0], shape.numel() // shape[0]]  # bitsandbytes is slow where the last side is odd, as a 3x3 kernel's
-    values = torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], absmax, BLOCK, "nf4", rows, narrow)
+    row = [shape.numel()]  # on a CPU bitsandbytes begins a new block with every row, which no packed weight does
+    values = torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], absmax, BLOCK, "nf4", row, narrow)
     return values.to(dtype).view(shape)
 
 
