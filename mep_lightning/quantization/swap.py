@@ -14,6 +14,12 @@ KINDS: dict[str, tuple[type[QuantizedLinear], type[QuantizedConv2d]]] = {
     "int4": (Int4Linear, Int4Conv2d),
 }
 """Precisions that modules are quantised to, and their layers."""
+NARROW = 16
+"""Channels below which a convolution stays int8 in an int4 model: it reads or writes latents.
+
+The two of a U-Net are .003 % of SD1.5's weights, and their NF4 rounding is most of the error at high timesteps: on
+`tiny` the prediction's signal to noise rises from 19.3 to 21.8 dB over all, from 24 to 31 dB at t > 800.
+"""
 
 
 def _quantized(layer: nn.Module, precision: str) -> nn.Module | None:
@@ -22,7 +28,8 @@ def _quantized(layer: nn.Module, precision: str) -> nn.Module | None:
     if type(layer) is nn.Linear:
         return linear.from_float(layer)
     if type(layer) is nn.Conv2d and conv.fits(layer):
-        return conv.from_float(layer)
+        is_narrow = min(layer.in_channels, layer.out_channels) < NARROW
+        return (Int8Conv2d if is_narrow else conv).from_float(layer)
     return None
 
 

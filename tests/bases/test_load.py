@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mep_lightning.bases import identify, load_base, open_base
+from mep_lightning.bases import encode_prompts, identify, load_base, open_base, predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
@@ -85,21 +85,30 @@ def test_int4_packs_every_linear_and_convolution_of_unet_and_text_encoder():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 kind = Int4Linear if isinstance(layer, torch.nn.Linear) else Int4Conv2d
                 packed = theirs[name]
+                if name in ("conv_in", "conv_out"):  # those that read and write latents
+                    assert isinstance(packed, Int8Conv2d)
+                    continue
                 assert isinstance(packed, kind), name
                 assert (packed.weight.dtype, packed.absmax.dtype) == (torch.uint8, torch.float32)
                 count = layer.weight.numel()
                 assert (packed.weight.numel(), packed.absmax.numel()) == (-(-count // 2), -(-count // 64))
-                assert (packed.dequantize() - layer.weight).norm() < 0.5 * layer.weight.norm()
+                assert (packed.dequantize() - layer.weight).norm() < 0.11 * layer.weight.norm()
     assert small.dtype == torch.float32
 
 
-def test_the_int8_unet_predicts_what_the_full_one_does():
-    full, small = load_base("tiny", "fp32"), load_base("tiny", "int8")
-    g = torch.Generator().manual_seed(0)
-    x, t, e = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([50, 700]), torch.randn(2, 32, 128, generator=g)
+@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 30), ("int8", 30), ("int4", 20)])
+def test_a_unet_in_few_bits_predicts_what_the_full_one_does(precision, decibels):
+    if precision == "int4":
+        pytest.importorskip("bitsandbytes")
+    full, small = load_base("tiny", "fp32"), load_base("tiny", precision)
+    generator, t = torch.Generator().manual_seed(0), torch.tensor([50, 300, 500, 700, 900])
+    clean, noise = (torch.randn(len(t), 4, 16, 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        a, b = full.unet(x, t, e).sample, small.unet(x, t, e).sample
-    assert 10 * torch.log10(a.square().mean() / (a - b).square().mean()) > 25
+        prompts = encode_prompts(full, ["a photo of a red ball on grass"] * len(t))
+        noisy = full.scheduler.add_noise(clean, noise, t)
+        a = predict_noise(full.unet, noisy, t, prompts)
+        b = predict_noise(small.unet, noisy.to(small.dtype), t, prompts.to(small.dtype)).float()
+    assert 10 * torch.log10(a.square().mean() / (a - b).square().mean()) > decibels
 
 
 def test_everything_is_frozen_and_in_eval_mode(tiny_base):

@@ -18,7 +18,9 @@ LEVELS = torch.tensor(  # table of the paper's appendix E
 )
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (6, 5, 3, 3), (1, 1), (64, 64), (3, 43), (5, 96), (160, 160), (32, 96, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 7), (6, 5, 3, 3), (1, 1), (64, 64), (3, 43), (5, 96), (160, 160), (32, 96, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_weight_becomes_the_nearest_level_of_its_block(shape, dtype):
     weight = torch.randn(shape).to(dtype)
