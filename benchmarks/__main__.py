@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import reproduction, rows
+from benchmarks import rows, tables
 from benchmarks.quality import SUITES
 
-UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet")
-"""Options that leave a suite whole."""
+RESULTS = Path(__file__).parent / "results"
+PERFORMANCE = ("step", "memory", "kernels", "fidelity")
+"""What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
+UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "device", "base")
+"""Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    suites = parser.add_subparsers(dest="suite", required=True)
-    step = suites.add_parser("step", help="the batched zeroth-order step beside members one after the other")
-    step.add_argument("--rounds", type=int, default=15)
-    step.add_argument("--device", default="cpu", help="cpu or cuda")
-    step.add_argument("--base", default="tiny", help="tiny; or sd15, sd21: at its real size, beside the ordinary step")
-    step.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
+    suites = parser()
+    args = suites.parse_args()
+    if args.suite == "tables":
+        tables.write()
+        return
+    names = PERFORMANCE if args.suite == "all" else [args.suite]
+    if args.out is None and not _is_whole(args, suites):
+        suites.error("this is not the whole suite as it is committed: say where its figures go with --out FILE.json")
+    if args.suite == "all" and args.out is not None and args.out.suffix:
+        suites.error(f"all writes a file a suite: {args.out} must be a folder")
+    for name in names:
+        if args.suite == "all":
+            path = (args.out or RESULTS) / default_path(name, args).relative_to(RESULTS)
+        else:
+            path = args.out or default_path(name, args)
+        # A cell's worker has one thread; what all else is measured with is this process's.
+        about = rows.measured_with(getattr(args, "device", "cpu"), threads=1 if hasattr(args, "workers") else None)
+        rows.write(RUN[name](args, path), path, about)
+        print(f"written: {path}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every suite with its options."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = top.add_subparsers(dest="suite", required=True)
+    step = suites.add_parser("step", help="a zeroth-order step: members together beside one after the other")
+    memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
+    kernels = suites.add_parser("kernels", help="every operation at SD1.5's layer sizes beside a library's")
+    fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
+    everything = suites.add_parser("all", help=f"{', '.join(PERFORMANCE)}; --out is a folder")
+    for suite in (step, memory, everything):
+        suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15 or sd21")
+    for suite in (step, memory, kernels, fidelity, everything):
+        suite.add_argument("--device", default="cpu", help="cpu or cuda")
+    for suite in (step, kernels, everything):
+        suite.add_argument("--rounds", type=int, default=15)
+    for suite in (step, everything):
+        suite.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
+    for suite in (memory, everything):
+        suite.add_argument("--resolution", type=int, default=None)
+
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
     for suite in (quality, ablation):
@@ -37,57 +75,80 @@ def main() -> None:
     tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
-    memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
-    memory.add_argument("--base", default="sd15", help="sd15, sd21, tiny, a folder or a hub id")
-    memory.add_argument("--resolution", type=int, default=None)
-    memory.add_argument("--device", default="cpu", help="cpu or cuda")
-    for suite in (step, quality, ablation, tune, tiny, memory):
+    for suite in suites.choices.values():
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
-    suites.add_parser("reproduction", help="write the tables of docs/reproduction.md anew from benchmarks/results")
-    parsers = suites.choices
-    args = parser.parse_args()
-    if args.suite == "reproduction":
-        reproduction.DOCUMENT.write_text(reproduction.render(reproduction.DOCUMENT.read_text()))
-        return
-    name = f"tune-{args.method}" if args.suite == "tune" else args.suite
-    out = args.out or Path(__file__).parent / "results" / f"{name}.json"
-    whole = all(
-        getattr(args, key) == parsers[args.suite].get_default(key) for key in vars(args) if key not in UNCHANGING
-    )
-    if args.out is None and not whole:
-        parser.error("this is not the whole suite as it is committed: say where its figures go with --out FILE.json")
-    about = rows.measured_with(getattr(args, "device", "cpu"), threads=1 if hasattr(args, "workers") else None)
+    suites.add_parser("tables", help="write the tables and plots of docs/ anew from benchmarks/results")
+    return top
 
-    if args.suite == "step":
-        from benchmarks import real_step
-        from benchmarks import step as members
 
-        if args.base == "tiny":
-            measured = members.run(args.rounds, args.device)
-        else:
-            measured = real_step.run(args.base, args.rounds, args.device, args.compile)
-    elif args.suite == "memory":
-        from benchmarks.memory import run
+def default_path(suite: str, args: argparse.Namespace) -> Path:
+    """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
+    folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
+    about = args.method if suite == "tune" else args.base if suite in ("step", "memory") else "tiny"
+    return folder / (f"{suite}.json" if about == "tiny" else f"{suite}-{about}.json")
 
-        measured = run(args.base, args.device, args.resolution)
-    elif args.suite == "tiny":
-        from benchmarks.tiny import run
 
-        measured = run(args.sets, args.sheet)
-    else:
-        cells = out.with_suffix(".jsonl")
-        size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
-        if args.suite == "tune":
-            from benchmarks.tune import run
+def _is_whole(args: argparse.Namespace, suites: argparse.ArgumentParser) -> bool:
+    choices = next(a for a in suites._actions if isinstance(a, argparse._SubParsersAction)).choices
+    default = choices[args.suite].get_default
+    return all(getattr(args, key) == default(key) for key in vars(args) if key not in UNCHANGING)
 
-            measured = run(args.method, cells, **size)
-        else:
-            from benchmarks.quality import run
 
-            measured = run(args.suite, cells, args.variants, split=args.split, **size)
-            print(reproduction.scores(measured))
-    rows.write(measured, out, about)
-    print(f"written: {out}")
+def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import real_step, step
+
+    if args.base == "tiny":
+        return step.run(args.rounds, args.device)
+    return real_step.run(args.base, args.rounds, args.device, args.compile)
+
+
+def _memory(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import memory
+
+    return memory.run(args.base, args.device, args.resolution)
+
+
+def _kernels(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import kernels
+
+    return kernels.run(args.rounds, args.device)
+
+
+def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import fidelity
+
+    return fidelity.run(device=args.device)
+
+
+def _tiny(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import tiny
+
+    return tiny.run(args.sets, args.sheet)
+
+
+def _cells(args: argparse.Namespace, path: Path) -> list[rows.Row]:
+    """Trained cells, kept line by line beside the figures."""
+    from benchmarks import quality, tune
+
+    size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
+    cells = path.with_suffix(".jsonl")
+    if args.suite == "tune":
+        return tune.run(args.method, cells, **size)
+    measured = quality.run(args.suite, cells, args.variants, split=args.split, **size)
+    print(tables.scores(measured))
+    return measured
+
+
+RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
+    "step": _step,
+    "memory": _memory,
+    "kernels": _kernels,
+    "fidelity": _fidelity,
+    "tiny": _tiny,
+    "quality": _cells,
+    "ablation": _cells,
+    "tune": _cells,
+}
 
 
 if __name__ == "__main__":

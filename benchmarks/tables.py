@@ -1,0 +1,165 @@
+"""`tables`: the tables and plots of docs/reproduction.md and docs/performance.md, from benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import SCORES
+from benchmarks.rows import Row
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENTS = (DOCS / "reproduction.md", DOCS / "performance.md")
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "dino": "DINO",
+    "dino_inter": "DINO inter",
+    "heldout_loss": "held-out loss",
+}
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others figures."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+
+
+def scores(rows: list[Row]) -> str:
+    """A variant a line: mean ± spread over seeds of every score."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        by = {row["metric"]: row for row in rows if row["case"] == case}
+        size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
+        lines.append([case, size, *(f"{by[name]['value']:.3f} ± {by[name]['spread']:.3f}" for name in SCORES)])
+    return markdown(["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)], lines)
+
+
+def objectives(rows: list[Row]) -> str:
+    """A trial a line."""
+    return markdown(
+        ["trial", "(CLIP-I + DINO) / 2"],
+        [[row["case"].partition(" ")[2], f"{row['value']:.3f}"] for row in rows if row["metric"] == "objective"],
+    )
+
+
+def speeds(rows: list[Row]) -> str:
+    """A case a line: both times and their ratio."""
+    return _timed(rows, ["step", "batched, ms", "one after the other, ms", "times as fast"])
+
+
+def real_speeds(rows: list[Row]) -> str:
+    """As `speeds`, beside the ordinary step."""
+    return _timed(rows, ["step", "ours, ms", "the ordinary one, ms", "times as fast"])
+
+
+def _timed(rows: list[Row], header: list[str]) -> str:
+    lines = [
+        [row["case"], f"{1e3 * row['value']:.0f}", f"{1e3 * row['baseline']:.0f}", f"{row['ratio']:.2f}"]
+        for row in rows
+        if row["metric"] == "seconds a step"
+    ]
+    return markdown(header, lines)
+
+
+def operations(rows: list[Row]) -> str:
+    """A kernel's size a line: both times, their ratio and the share of the roofline."""
+    share = {row["case"]: row["value"] for row in rows if row["metric"] == "share of the roofline"}
+    lines = [
+        [
+            row["case"].rpartition(", ")[0],
+            f"{1e3 * row['value']:.3g}",
+            f"{1e3 * row['baseline']:.3g}",
+            f"{row['ratio']:.2f}",
+            f"{share[row['case']]:.0%}" if row["case"] in share else "",
+        ]
+        for row in rows
+        if row["metric"] == "seconds a call"
+    ]
+    return markdown(["operation", "ours, ms", "the library's, ms", "times as fast", "of the roofline"], lines)
+
+
+def planned(rows: list[Row]) -> str:
+    """A recipe a line: what the plan says that a GPU needs."""
+    by_metric = {
+        metric: {row["case"]: row["value"] for row in rows if row["metric"] == metric}
+        for metric in ("planned peak on a GPU", "planned peak of drawing on a GPU")
+    }
+    training, drawing = by_metric.values()
+    lines = [[case, _gib(training[case]), _gib(drawing[case])] for case in training]
+    return markdown(["recipe", "training, GiB", "drawing, GiB"], lines)
+
+
+def measured(rows: list[Row]) -> str:
+    """A phase a line: bytes that were allocated, and what the plan had said."""
+    lines = [
+        [row["case"], _gib(row["value"]), _gib(row["baseline"]), f"{row['value'] / row['baseline'] - 1:+.1%}"]
+        for row in rows
+        if "the plan as baseline" in row["metric"]
+    ]
+    return markdown(["recipe and phase", "measured, GiB", "planned, GiB", "difference"], lines)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3f}"
+
+
+def fidelities(rows: list[Row]) -> str:
+    """A path and a mu a line: both errors and the correlation with the exact derivative."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        rounding, truncation, correlation = (row["value"] for row in rows if row["case"] == case)
+        path, _, mu = case.removeprefix("tiny ").rpartition(" mu ")
+        lines.append([path, mu, f"{rounding:.2%}", f"{truncation:.1%}", f"{correlation:.3f}"])
+    return markdown(["precision", "μ", "rounding", "truncation", "correlation"], lines)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "quality": scores,
+    "ablation": scores,
+    "tune-textual_inversion": objectives,
+    "tune-zoodip": objectives,
+    "step": speeds,
+    "step-sd15": real_speeds,
+    "cuda/step-sd15": real_speeds,
+    "memory-sd15:planned": planned,
+    "memory-sd15:measured": measured,
+    "cuda/memory-sd15:measured": measured,
+    "kernels": operations,
+    "cuda/kernels": operations,
+    "fidelity": fidelities,
+    "cuda/fidelity": fidelities,
+}
+"""FILE or FILE:PART -> what writes its table."""
+
+
+def results(name: str, folder: Path = RESULTS) -> Path:
+    """The file of a table's figures."""
+    return folder / f"{name.partition(':')[0]}.json"
+
+
+def about(content: dict[str, Any]) -> str:
+    """Where and with what figures were measured, in a line."""
+    return f"Measured on {content['device']}, torch {content['torch']}, {content['date']}.\n\n"
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """A document with every table between `<!-- table: NAME -->` and `<!-- end -->` made from its file."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found[2]
+        content = json.loads(results(name, folder).read_text())
+        return f"{found[1]}{about(content)}{TABLES[name](content['rows'])}{found[3]}"
+
+    return PLACE.sub(table, text)
+
+
+def write() -> None:
+    """All documents."""
+    for document in DOCUMENTS:
+        document.write_text(render(document.read_text()))

@@ -1,0 +1,45 @@
+"""The documents' tables are those of the committed figures."""
+
+import json
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.quality import SCORES
+
+TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_hold_the_figures_as_they_are(document):
+    text = document.read_text()
+    assert tables.render(text) == text, "write it anew: python -m benchmarks tables"
+
+
+@pytest.mark.parametrize("name", [name for name in tables.TABLES if tables.results(name).exists()])
+def test_every_measured_table_is_in_a_document(name):
+    assert any(f"<!-- table: {name} -->\nMeasured on " in path.read_text() for path in tables.DOCUMENTS)
+
+
+def test_only_what_is_between_the_marks_is_written_anew(tmp_path):
+    row = {"case": "RGE n=2", "metric": "seconds a step", "value": 0.0123, "baseline": 0.0246, "ratio": 2.004}
+    (tmp_path / "step.json").write_text(json.dumps({"device": "a CPU", "torch": "2", "date": "today", "rows": [row]}))
+    text = tables.render(TEXT, tmp_path)
+    assert "| RGE n=2 | 12 | 25 | 2.00 |\n" in text
+    assert "old" not in text and text.startswith(
+        "Before.\n\n<!-- table: step -->\nMeasured on a CPU, torch 2, today.\n\n| step |"
+    )
+    assert text.endswith("|\n<!-- end -->\n\nAfter.\n")
+    assert tables.render(text, tmp_path) == text
+
+
+def test_scores_come_with_their_spread():
+    rows = [
+        {"case": case, "metric": metric, "value": value, "spread": 0.0125, "subjects": 4, "seeds": 3}
+        for case, value in (("zo", 0.25), ("zo+sg", 0.5))
+        for metric in SCORES
+    ]
+    lines = tables.scores(rows).splitlines()
+    assert lines[0].startswith("| variant | subjects × seeds | CLIP-T | CLIP-I | DINO |")
+    assert lines[2] == "| zo | 4 × 3 | " + " | ".join(["0.250 ± 0.013"] * len(SCORES)) + " |"
+    assert lines[3].startswith("| zo+sg | 4 × 3 | 0.500")
