@@ -13,7 +13,7 @@ from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases.skeleton import skeleton
-from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.plan.rehearsal import WORD
 
 ORDINARY = {"cpu": ("fp32", "bf16"), "cuda": ("int8",)}
@@ -39,28 +39,29 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
 
 
 def ours(name: str, device: str) -> Callable[[], object]:
-    """Our step: draw, estimate, project, Adam."""
+    """Our step: draw, weigh, and update in one; on a GPU as a CUDA graph."""
     module = PersonalizationModule(
         name,
         "int8",
         adapter=TokenEmbedding(init=WORD),
         estimator=RandomGradientEstimator(2, 1e-3, normalize=True),
         subspace=SubspaceGradient(),
+        cuda_graph=True,
     )
     module.class_word = WORD
     base = module.take(skeleton(name, "int8", device, random_weights, vae=False))
     side = base.resolution // base.vae_factor
     latents = torch.randn(1, base.unet.config.in_channels, side, side)
     batch = {"mean": latents, "std": torch.ones_like(latents), "prompts": ["a photo of a {}"]}
-    optimizer = torch.optim.Adam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
-    theta, subspace = module.adapter.theta, module.subspace
-    assert subspace is not None
+    optimizer = FusedZOAdam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
+    theta, subspace, estimator = module.adapter.theta, module.subspace, module.estimator
+    assert subspace is not None and isinstance(estimator, RandomGradientEstimator)
     steps = iter(range(10**9))
 
     def step() -> None:
-        draw = module.draw(batch)
-        grad, _ = module.estimator.estimate(lambda members: module.losses(members, draw), theta, step=next(steps))
-        theta.grad = subspace.project_(grad)
+        now, draw = next(steps), module.draw(batch)
+        weights, _ = estimator.weigh(lambda members: module.losses(members, draw), theta, now, subspace.dims_left)
+        optimizer.receive(theta, weights, seed=0, step=now, basis=subspace.basis)
         optimizer.step()
         subspace.observe(theta.detach())
 

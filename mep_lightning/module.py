@@ -19,15 +19,27 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
-from mep_lightning.bases import Base, encode_prompts, exact_device, identify, load_base, open_base, predict_noise
+from mep_lightning.bases import (
+    Base,
+    encode_ids,
+    encode_prompts,
+    exact_device,
+    identify,
+    load_base,
+    open_base,
+    predict_noise,
+    prompt_ids,
+)
+from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData, sample_latents
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import Backprop, Estimator, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, LossFn, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.phases import phase
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
@@ -76,6 +88,8 @@ class PersonalizationModule(LightningModule):
         weight_decay: Adam's.
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
+        cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one.
+        compile: let `torch.compile` fuse what the U-Net does after its first use; slow to begin, and less bitwise.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.
@@ -99,6 +113,8 @@ class PersonalizationModule(LightningModule):
         eps: float | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
         checkpointing: bool = False,
+        cuda_graph: bool = False,
+        compile: bool = False,
         offload: Literal["none", "stream"] = "none",
         seed: int = 0,
         method: str | None = None,
@@ -122,6 +138,9 @@ class PersonalizationModule(LightningModule):
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.checkpointing, self.offload = checkpointing, offload
+        self.cuda_graph = cuda_graph
+        self._predict_noise = torch.compile(predict_noise, dynamic=False) if compile else predict_noise
+        self._graphed: CUDAGraphed | None = None
         self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
         self.class_word: str | None = None
         self.base: Base | None = None
@@ -166,10 +185,16 @@ class PersonalizationModule(LightningModule):
         """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
         self._fill_in_defaults(base.family)
         self.base = base
+        self._graphed = CUDAGraphed(self._denoise) if self._takes_graph(base) else None
+        base.graphs[:] = [self._graphed] if self._graphed else []
         (base.unet.enable_gradient_checkpointing if self.checkpointing else base.unet.disable_gradient_checkpointing)()
         self.timesteps.follow(base.scheduler.alphas_cumprod)
         self.adapter.attach(base, self.class_word)
         return base
+
+    def _takes_graph(self, base: Base) -> bool:
+        on_gpu = base.device.type == "cuda" and base.offload == "none"  # streamed weights come when they are called for
+        return self.cuda_graph and on_gpu and self.estimator.forward_only
 
     def _fill_in_defaults(self, family: str) -> None:
         values = defaults.lookup(self.method, family, self.precision)
@@ -194,7 +219,8 @@ class PersonalizationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
         assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        optimizer = torch.optim.Adam(
+        kind = FusedZOAdam if isinstance(self.estimator, ZerothOrderEstimator) else torch.optim.Adam
+        optimizer = kind(
             self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
         if self.lr_scheduler == "constant" or self._trainer is None:
@@ -219,25 +245,30 @@ class PersonalizationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Draw, estimate, project, step."""
-        draw = self.draw(batch)
-        theta = self.adapter.theta
-        dims = self.subspace.dims_left if self.subspace else None
-        with torch.autocast(self.device.type, enabled=self._autocast()):
-            grad, losses = self.estimator.estimate(
-                lambda members: self.losses(members, draw), theta, step=self.global_step, dims=dims
-            )
-        if self.subspace:
-            self.subspace.project_(grad)
-        theta.grad = grad.to(theta.dtype)
-        optimizer = self.optimizers()
+        draw, theta, optimizer = self.draw(batch), self.adapter.theta, self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
+        with torch.autocast(self.device.type, enabled=self._autocast()):
+            losses = self._estimate(lambda members: self.losses(members, draw), theta, optimizer.optimizer)
         optimizer.step()
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.subspace:
             self.subspace.observe(theta.detach())
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=len(draw.prompts))
-        self.log("train/grad_norm", grad.norm(), batch_size=len(draw.prompts))
+        assert theta.grad is not None
+        self.log("train/grad_norm", theta.grad.norm(), batch_size=len(draw.prompts))
+
+    def _estimate(self, loss_fn: LossFn, theta: Tensor, optimizer: Optimizer) -> Tensor:
+        """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
+        estimator, subspace, step = self.estimator, self.subspace, self.global_step
+        dims = subspace.dims_left if subspace else None
+        if isinstance(estimator, ZerothOrderEstimator) and isinstance(optimizer, FusedZOAdam):
+            weights, losses = estimator.weigh(loss_fn, theta, step=step, dims=dims)
+            optimizer.receive(theta, weights, estimator.seed or 0, step, subspace.basis if subspace else None)
+            return losses
+        grad, losses = estimator.estimate(loss_fn, theta, step=step, dims=dims)
+        theta.grad = (subspace.project_(grad) if subspace else grad).to(theta.dtype)
+        return losses
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps and texts of this step, a pure function of (seed, step, batch)."""
@@ -274,9 +305,16 @@ class PersonalizationModule(LightningModule):
             fp32 [V].
         """
         base = self._loaded()
-        embeds = encode_prompts(base, draw.prompts, self.adapter.tokens(members))  # [V * B, T, D]
-        predicted = predict_noise(base.unet, draw.noisy, draw.timestep, embeds)
-        error = predicted.float().unflatten(0, (len(members), -1)) - draw.target  # [V, B, C, H, W]
+        ids = prompt_ids(base, draw.prompts, self.adapter.tokens(members))
+        denoise = self._denoise if self._graphed is None or torch.is_grad_enabled() else self._graphed
+        return denoise(members, ids, draw.noisy, draw.timestep, draw.target)
+
+    def _denoise(self, members: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+        """`losses` as a function of tensors; ids [B, T]."""
+        base = self._loaded()
+        embeds = encode_ids(base, ids, self.adapter.tokens(members))  # [V * B, T, D]
+        predicted = self._predict_noise(base.unet, noisy, timestep, embeds)
+        error = predicted.float().unflatten(0, (len(members), -1)) - target  # [V, B, C, H, W]
         return error.pow(2).flatten(1).mean(1)
 
     def _autocast(self) -> bool:

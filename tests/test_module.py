@@ -315,6 +315,23 @@ def test_checkpointing_changes_no_gradient_and_keeps_less():
     assert some_kept < 0.5 * all_kept
 
 
+def test_a_compiled_unet_predicts_what_it_did(monkeypatch):
+    compile_, compiled = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiled.append(f) or compile_(f, backend="aot_eager", **options)
+    )
+    found = []
+    for switch in (False, True):
+        mod = module(precision="int8", compile=switch)
+        mod.class_word = "ball"
+        mod.load()
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        draw = mod.draw({"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]})
+        found.append(mod.estimator.weigh(lambda members, m=mod, d=draw: m.losses(members, d), mod.adapter.theta)[1])
+    assert len(compiled) == 1
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
 def test_16_mixed_is_refused():
     class Fake:
         precision = "16-mixed"

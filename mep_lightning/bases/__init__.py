@@ -8,7 +8,7 @@ from mep_lightning.bases.families import Family, identify
 
 if TYPE_CHECKING:
     from mep_lightning.bases.base import Base, BaseFolder
-    from mep_lightning.bases.conditioning import encode_prompts
+    from mep_lightning.bases.conditioning import encode_ids, encode_prompts, prompt_ids
     from mep_lightning.bases.load import exact_device, load_base, open_base
     from mep_lightning.bases.walk import predict_noise
 
@@ -16,22 +16,26 @@ __all__ = [
     "Base",
     "BaseFolder",
     "Family",
+    "encode_ids",
     "encode_prompts",
     "exact_device",
     "identify",
     "load_base",
     "open_base",
     "predict_noise",
+    "prompt_ids",
 ]
 
 _HOMES = {
     "Base": "base",
     "BaseFolder": "base",
+    "encode_ids": "conditioning",
     "encode_prompts": "conditioning",
     "exact_device": "load",
     "load_base": "load",
     "open_base": "load",
     "predict_noise": "walk",
+    "prompt_ids": "conditioning",
 }
 
 

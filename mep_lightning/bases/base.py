@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.bases.families import Family
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
@@ -97,6 +98,7 @@ class Base(BaseFolder):
         scheduler: the training noise schedule.
         scaling_factor: what scales the autoencoder's latents to unit variance.
         streams: of the parts that are streamed to a GPU.
+        graphs: captured over these weights and this device's memory.
     """
 
     unet: UNet2DConditionModel
@@ -106,6 +108,7 @@ class Base(BaseFolder):
     scheduler: DDPMScheduler
     scaling_factor: float
     streams: list[Stream] = field(default_factory=list)
+    graphs: list[CUDAGraphed] = field(default_factory=list, repr=False)
     _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
 
     def modules(self) -> list[nn.Module]:
@@ -123,8 +126,14 @@ class Base(BaseFolder):
 
     def close(self) -> None:
         """Give back what streaming holds on the device; the base is of no use afterwards."""
+        self.forget_graphs()
         for stream in self.streams:
             stream.close()
+
+    def forget_graphs(self) -> None:
+        """Give back what captured graphs hold; they are captured anew when they are next needed."""
+        for graph in self.graphs:
+            graph.clear()
 
     def release_vae(self) -> None:
         """Free the autoencoder: after the photos are encoded, training never needs it."""
@@ -145,6 +154,7 @@ class Base(BaseFolder):
     @contextmanager
     def parked(self) -> Iterator[None]:
         """U-Net and text encoders in host memory for the length of a `with`, where the device has memory of its own."""
+        self.forget_graphs()  # they would replay on memory that is another's by then
         movable = self.device.type == "cuda" and self.offload == "none"
         parts = [self.unet, *self.text_encoders] if movable else []
         try:
@@ -160,6 +170,7 @@ class Base(BaseFolder):
 
     def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
         """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""
+        self.forget_graphs()
         pipe = _Pipeline(
             vae=vae,
             text_encoder=self.text_encoders[0],

@@ -59,21 +59,35 @@ def encode_prompts(base: Base, prompts: Sequence[str], tokens: Tokens | None = N
     Returns:
         [N, T, D], or [V * N, T, D], member-major, in the base's dtype.
     """
-    tokens = tokens or {}
-    counts = {name: values.shape[-2] for name, values in tokens.items()}
-    encoder = base.text_encoders[0]
+    return encode_ids(base, prompt_ids(base, prompts, tokens), tokens)
+
+
+def prompt_ids(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
+    """What the text encoder reads of prompts: int64 [N, T]; arguments as `encode_prompts`'.
+
+    Raises:
+        UserError: a prompt is so long that trained vectors would be cut off.
+    """
+    counts = {name: values.shape[-2] for name, values in (tokens or {}).items()}
     rows = token_rows(base.tokenizer_with(counts), [expand(prompt, counts) for prompt in prompts])
     ids = torch.tensor(rows, device=base.device)
+    if counts:
+        first = len(base.tokenizers[0])
+        _refuse_cut_tokens(prompts, counts, [sum(id >= first for id in row) for row in rows], ids.shape[1])
+    return ids
+
+
+def encode_ids(base: Base, ids: Tensor, tokens: Tokens | None = None) -> Tensor:
+    """`encode_prompts` on the device alone: ids as `prompt_ids` answers, with the same tokens."""
+    encoder = base.text_encoders[0]
     if not tokens:
         return encoder(ids).last_hidden_state
-    first = len(base.tokenizers[0])
-    _refuse_cut_tokens(prompts, counts, [sum(id >= first for id in row) for row in rows], ids.shape[1])
     members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
     if len(members) > 1:
         raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
     count = members.pop()
     stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
-    with injected(encoder, stacked.to(base.device), first, count):
+    with injected(encoder, stacked.to(base.device), len(base.tokenizers[0]), count):
         return encoder(ids.repeat(count, 1)).last_hidden_state
 
 

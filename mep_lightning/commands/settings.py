@@ -27,7 +27,7 @@ AUTO_KEYS = {
 }
 """Setting -> its column in the table of defaults; those of parts are in their classes' `AUTO`."""
 PRECISION_SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
-FREE_TO_CHANGE = ("data.repeats", "model.checkpointing", "model.offload")
+FREE_TO_CHANGE = ("data.repeats", "model.checkpointing", "model.cuda_graph", "model.offload")
 """What a resumed run may change: an epoch's length draws nothing, and the others only say where memory goes."""
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""

@@ -99,14 +99,20 @@ class ZerothOrderEstimator(Estimator):
         return weights
 
     @torch.no_grad()
-    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
-        """As `Estimator.estimate`, under no_grad."""
-        theta, seed = theta.detach(), self.seed or 0
-        losses = loss_fn(perturb(theta, self.probes, self.step_size, seed, step))
+    def weigh(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        """`estimate` without its last step: weights [n], g = sum_i weights_i e_i, and the losses [V]."""
+        theta = theta.detach()
+        losses = loss_fn(perturb(theta, self.probes, self.step_size, self.seed or 0, step))
         if losses.shape != (self.members,):
             raise UserError(f"loss_fn must answer with one loss a member, [{self.members}], not {list(losses.shape)}")
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        return combine(self.weights(losses, theta.numel() if dims is None else dims), theta, seed, step), losses
+        return self.weights(losses, theta.numel() if dims is None else dims), losses
+
+    @torch.no_grad()
+    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `Estimator.estimate`, under no_grad."""
+        weights, losses = self.weigh(loss_fn, theta, step, dims)
+        return combine(weights, theta.detach(), self.seed or 0, step), losses
 
 
 class RandomGradientEstimator(ZerothOrderEstimator):

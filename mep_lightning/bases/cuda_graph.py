@@ -1,0 +1,69 @@
+"""A function of tensors as a CUDA graph: thousands of launches become one, with the same arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mep_lightning.errors import UserError, reason
+
+WARM_UPS = 3
+"""Calls before a capture: libraries choose their algorithms and Triton compiles in them."""
+
+Function = Callable[..., Tensor]
+Captured = tuple[tuple[Tensor, ...], Callable[[], None], Tensor]
+
+
+class CUDAGraphed:
+    """Captures a function at its first call with tensors of some shapes; later calls copy theirs in and replay.
+
+    What the function reads beside its arguments must stay where it is in memory. A captured graph keeps the memory of
+    the function's activations.
+
+    Args:
+        function: tensors in, one tensor out; the same operations whatever the values.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self._captured: dict[tuple[object, ...], Captured] = {}
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """The function's answer.
+
+        Raises:
+            UserError: the function cannot be captured.
+        """
+        key = tuple((argument.shape, argument.dtype) for argument in arguments)
+        if key not in self._captured:
+            self._captured[key] = self.capture(*arguments)
+        inputs, replay, output = self._captured[key]
+        for there, here in zip(inputs, arguments, strict=True):
+            there.copy_(here, non_blocking=True)
+        replay()
+        return output.clone()
+
+    def clear(self) -> None:
+        """Give the memory of what was captured back."""
+        self._captured.clear()
+
+    def capture(self, *arguments: Tensor) -> Captured:
+        """Tensors to copy arguments into, what replays the function on them, and where its answer appears."""
+        inputs = tuple(argument.detach().clone() for argument in arguments)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(graph):
+                output = self.function(*inputs)
+        except RuntimeError as error:
+            raise UserError(
+                f"the step cannot be captured as a CUDA graph ({reason(error)}): set model.cuda_graph false"
+            ) from error
+        return inputs, graph.replay, output

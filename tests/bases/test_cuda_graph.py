@@ -1,0 +1,110 @@
+"""A captured step is the step: the same token bit by bit, and nothing stale is replayed."""
+
+import pytest
+import torch
+from lightning import Trainer
+
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases.cuda_graph import CUDAGraphed
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.tiny.subjects import subject
+
+
+class Replayed(CUDAGraphed):
+    """What a GPU does, on a CPU: arguments are copied to where they were captured, the answer appears where it was."""
+
+    captures = 0
+
+    def capture(self, *arguments):
+        Replayed.captures += 1
+        inputs = tuple(argument.detach().clone() for argument in arguments)
+        output = self.function(*inputs).clone()
+        return inputs, lambda: output.copy_(self.function(*inputs)), output
+
+
+def token(tmp_path, graphed: bool, device: str = "cpu", steps: int = 6) -> torch.Tensor:
+    for i, photo in enumerate(subject(0).photos()):
+        photo.save(tmp_path / f"{i}.png")
+    module = PersonalizationModule(
+        precision="int8",
+        adapter=TokenEmbedding(init="ball"),
+        estimator=RandomGradientEstimator(n=2, mu=1e-3),
+        subspace=SubspaceGradient(tau=3, nu=0.1),
+        cuda_graph=graphed,
+    )
+    Trainer(
+        max_steps=steps,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, SubjectData(str(tmp_path), class_word="ball", seed=0))
+    return module.adapter.theta.detach().cpu()
+
+
+def test_replaying_trains_the_same_token_bit_by_bit(tmp_path, monkeypatch):
+    plain = token(tmp_path, graphed=False)
+    monkeypatch.setattr("mep_lightning.module.CUDAGraphed", Replayed)
+    monkeypatch.setattr(PersonalizationModule, "_takes_graph", lambda self, base: self.cuda_graph)
+    monkeypatch.setattr(Replayed, "captures", 0)
+    assert torch.equal(token(tmp_path, graphed=True), plain)
+    assert Replayed.captures == 1
+
+
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu_trains_the_same_token_bit_by_bit(tmp_path):
+    assert torch.equal(token(tmp_path, True, "cuda"), token(tmp_path, False, "cuda"))
+
+
+def test_other_shapes_are_captured_apart(monkeypatch):
+    monkeypatch.setattr(Replayed, "captures", 0)
+    double = Replayed(lambda x: 2 * x)
+    for size in (2, 3, 2, 3):
+        x = torch.randn(size)
+        assert torch.equal(double(x), 2 * x)
+    assert Replayed.captures == 2
+
+
+def test_an_answer_is_not_overwritten_by_the_next():
+    double = Replayed(lambda x: 2 * x)
+    first = double(torch.ones(2))
+    double(torch.zeros(2))
+    assert torch.equal(first, torch.full((2,), 2.0))
+
+
+def test_graphs_are_forgotten_before_the_weights_move(tiny_base):
+    graph = Replayed(lambda x: x)
+    graph(torch.ones(1))
+    tiny_base.graphs.append(graph)
+    try:
+        with tiny_base.parked():
+            assert not graph._captured
+        graph(torch.ones(1))
+        tiny_base.pipeline(None)
+        assert not graph._captured  # pictures need the memory
+    finally:
+        tiny_base.graphs.clear()
+
+
+def test_without_a_gpu_the_switch_changes_nothing(tiny_base):
+    module = PersonalizationModule(
+        adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=2), cuda_graph=True
+    )
+    module.take(tiny_base)
+    assert module._graphed is None and not tiny_base.graphs
+
+
+def test_what_cannot_be_captured_is_said_with_the_mend(monkeypatch):
+    class Broken:
+        def __init__(self):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    with pytest.raises(
+        UserError, match=r"CUDA graph \(operation not permitted .*capturing\): set model.cuda_graph false"
+    ):
+        CUDAGraphed(lambda x: x)(torch.ones(1))

@@ -1,0 +1,71 @@
+"""FusedZOAdam is PyTorch's Adam on the gradient that an estimator would have answered with."""
+
+import pytest
+import torch
+
+from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SPSAEstimator, SubspaceGradient
+
+
+def quadratic(members: torch.Tensor) -> torch.Tensor:
+    return (members - 0.5).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("estimator", [RandomGradientEstimator(n=3, mu=1e-3, normalize=True, seed=5), SPSAEstimator(2)])
+def test_trains_as_adam_does_on_the_estimated_gradient(estimator):
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 24).view(2, 12)) for _ in range(2))
+    fused, adam = FusedZOAdam([ours], lr=0.02, eps=1e-3), torch.optim.Adam([theirs], lr=0.02, eps=1e-3)
+    subspaces = SubspaceGradient(tau=4, nu=0.1), SubspaceGradient(tau=4, nu=0.1)
+    for step in range(12):
+        weights, _ = estimator.weigh(quadratic, ours, step=step, dims=subspaces[0].dims_left)
+        fused.receive(ours, weights, estimator.seed or 0, step, subspaces[0].basis)
+        fused.step()
+        grad, _ = estimator.estimate(quadratic, theirs, step=step, dims=subspaces[1].dims_left)
+        theirs.grad = subspaces[1].project_(grad)
+        adam.step()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+        for subspace, theta in zip(subspaces, (ours, theirs), strict=True):
+            subspace.observe(theta.detach())
+    assert len(subspaces[0].basis) > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_either_is_read_by_the_other():
+    theta = torch.nn.Parameter(torch.ones(6))
+    adam = torch.optim.Adam([theta], lr=0.1)
+    theta.grad = torch.linspace(-1, 1, 6)
+    adam.step()
+    fused = FusedZOAdam([theta], lr=0.5)
+    fused.load_state_dict(adam.state_dict())
+    assert fused.param_groups[0]["lr"] == 0.1 and fused.state[theta]["step"] == 1
+    weights = torch.tensor([0.3])
+    fused.receive(theta, weights, seed=1, step=7)
+    fused.step()
+    adam.load_state_dict(fused.state_dict())
+    assert adam.state[theta]["step"] == 2
+    assert torch.equal(adam.state[theta]["exp_avg"], fused.state[theta]["exp_avg"])
+
+
+def test_what_was_not_received_does_not_move():
+    still, moved = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizer = FusedZOAdam([still, moved], lr=0.1)
+    still.grad = torch.ones(5)
+    optimizer.receive(moved, torch.tensor([1.0]), seed=0, step=0)
+    optimizer.step()
+    assert torch.equal(still.detach(), torch.ones(5)) and not torch.equal(moved.detach(), torch.ones(5))
+    before = moved.detach().clone()
+    optimizer.step()  # nothing new was received
+    assert torch.equal(moved.detach(), before)
+
+
+def test_parameters_draw_their_own_directions():
+    first, second = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+    optimizer = FusedZOAdam([first, second], lr=0.1)
+    for param_id, theta in enumerate((first, second)):
+        optimizer.receive(theta, torch.tensor([1.0]), seed=0, step=0, param_id=param_id)
+    optimizer.step()
+    assert not torch.allclose(first.grad, second.grad)
+
+
+def test_a_closure_is_called():
+    theta = torch.nn.Parameter(torch.zeros(3))
+    assert FusedZOAdam([theta]).step(lambda: 2.5) == 2.5
