@@ -1,5 +1,7 @@
 # The four things that one does with a checkout. Everything is installed in .venv; set PYTHON to use another interpreter.
 VENV ?= .venv
+# Where `make gpu` writes its figures.
+OUT ?= benchmarks/results
 INSTALLED := $(VENV)/.installed
 
 ifeq ($(origin PYTHON), undefined)
@@ -21,7 +23,7 @@ lint: $(SETUP)
 
 gpu: $(SETUP)
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks step --device cuda --out benchmarks/results/cuda/step.json
+	$(PYTHON) -m benchmarks all --base sd15 --device cuda --out $(OUT)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

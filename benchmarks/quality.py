@@ -54,18 +54,15 @@ ABLATION: dict[str, Settings] = {
     "no SG": SHORT | {"sg": False},
     "PUTS 500..900, no SG": SHORT | PUTS | {"sg": False},
     "SG, PUTS 500..900": SHORT | PUTS,
-    "SG, PUTS 0..500": SHORT | PUTS | {"puts_low": 0, "puts_high": 500},
     "n=1": SHORT | {"n": 1},
     "n=2": SHORT | {"n": 2},
     "n=4": SHORT | {"n": 4},
     "SPSA": SHORT | {"estimator": "SPSAEstimator"},
     "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
-    "not standardised": SHORT | {"standardize": False},
-    "linear lr": SHORT | {"lr_scheduler": "linear"},
 }
 """ZOODiP with one part changed, in steps that suffice to tell them apart; the first is what the others vary.
 
-On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here, and their complement at the low end.
+On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here.
 """
 SUITES = {"quality": METHODS, "ablation": ABLATION}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.quality import SCORES
 from benchmarks.rows import Row
 
@@ -160,6 +161,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
 
 def write() -> None:
-    """All documents."""
+    """All documents and their plots."""
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
+    plots.fidelity(results("fidelity"), DOCS / "images" / "fidelity.png")

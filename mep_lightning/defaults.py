@@ -26,9 +26,14 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("zoodip", "*", "*", {"lr": 5e-3, "eps": 1e-3, "max_steps": 30_000, "standardize": False}),
     ("zoodip", "sd2", "*", {"lr": 1e-2, "mu": 1e-2}),
     ("zoodip", "sdxl", "*", {"mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 1000}),
-    ("zoodip", "*", "int4", {"mu": 1e-2}),
-    ("zoodip", "*", "bf16", {"mu": 1e-2}),  # 1e-3 drowns in half precision's rounding
+    # Half precision drowns the paper's 1e-3 (docs/performance.md), and so do quantised weights on a GPU, where
+    # activations are in fp16; the paper itself takes 1e-2 for int4. `tiny` computes in fp32 with either of them.
     ("zoodip", "*", "fp16", {"mu": 1e-2}),
+    ("zoodip", "*", "bf16", {"mu": 3e-2}),
+    ("zoodip", "*", "int8", {"mu": 1e-2}),
+    ("zoodip", "*", "int4", {"mu": 1e-2}),
+    ("zoodip", "tiny", "int8", {"mu": 1e-3}),
+    ("zoodip", "tiny", "int4", {"mu": 1e-3}),
     # A token of tiny has 128 dimensions, not 768 and more: shorter paths, and directions that cost little.
     ("zoodip", "tiny", "*", {"n": 8, "tau": 16, "nu": 1e-2, "puts_low": 0, "puts_high": 1000}),
     ("zoodip", "tiny", "*", {"standardize": True, "max_steps": 6_000}),

@@ -36,6 +36,7 @@ from mep_lightning.bases import (
     prompt_ids,
 )
 from mep_lightning.bases.cuda_graph import CUDAGraphed
+from mep_lightning.bases.load import activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData, sample_latents
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
@@ -46,11 +47,8 @@ from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
 ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 SCHEDULES = ("auto", "constant", "linear", "cosine")
-ROUNDING = {"bf16": 1e-2, "fp16": 1e-2}
-"""The least mu whose finite difference is not mostly rounding, where a base's weights are in half precision.
-
-An int8 base on a GPU follows the paper: fp16 activations and mu 1e-3.
-"""
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""The mu at which a finite difference is truest where activations are in half precision (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +171,9 @@ class PersonalizationModule(LightningModule):
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
         if self.base is None or self.base.device != exact_device(device):
-            self._fill_in_defaults(identify(self.base_name).family)
-            self._warn_of_rounding()
+            family = identify(self.base_name).family
+            self._fill_in_defaults(family)
+            self._warn_of_rounding(activation_dtype(self.precision, torch.device(device), family))
             if self.base is not None:
                 self.base.close()
             self.base = None  # the old one goes before the new one comes
@@ -201,12 +200,12 @@ class PersonalizationModule(LightningModule):
         for part in (self, self.estimator, self.subspace):
             defaults.fill_in(part, values, self.method)
 
-    def _warn_of_rounding(self) -> None:
-        least = ROUNDING.get(self.precision, 0.0)
+    def _warn_of_rounding(self, dtype: torch.dtype) -> None:
+        least = ROUNDING.get(dtype, 0.0)
         if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
             rank_zero_warn(
-                f"mu {self.estimator.step_size:g} drowns in the rounding of a {self.precision} base, and training may "
-                f"diverge: take mu {least:g} or more, or precision fp32"
+                f"mu {self.estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations: "
+                f"training may diverge; take mu {least:g}, or precision fp32"
             )
 
     def _refuse_streaming_backwards(self, device: torch.device) -> None:

@@ -29,7 +29,7 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
     ("where", "expected"),
     [
         (
-            ("zoodip", "sd1", "int8"),
+            ("zoodip", "sd1", "fp32"),
             {"lr": 5e-3, "mu": 1e-3, "eps": 1e-3, "max_steps": 30_000, "puts_low": 500, "puts_high": 900},
         ),
         (("zoodip", "sd1", "int8"), {"n": 2, "tau": 128, "nu": 1e-3}),
@@ -41,6 +41,20 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
 )
 def test_the_papers_numbers(where, expected):
     assert expected.items() <= defaults.lookup(*where).items()
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "mu"),
+    [
+        ("sd1", "int8", 1e-2),
+        ("sd1", "fp16", 1e-2),
+        ("sd1", "bf16", 3e-2),
+        ("tiny", "int8", 1e-3),
+        ("tiny", "int4", 1e-3),
+    ],
+)
+def test_mu_is_what_the_activations_do_not_drown(family, precision, mu):
+    assert defaults.lookup("zoodip", family, precision)["mu"] == mu
 
 
 def test_a_later_row_wins_and_a_star_matches_everything(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import quality, rows, step, tune
-from benchmarks.__main__ import main
+from benchmarks.__main__ import PERFORMANCE, RESULTS, RUN, default_path, main, parser
 from mep_lightning import defaults
 
 
@@ -110,6 +110,34 @@ def test_part_of_a_suite_does_not_overwrite_the_whole(words, monkeypatch, capsys
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "--out FILE.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["step"], "step.json"),
+        (["step", "--base", "sd15", "--device", "cuda"], "cuda/step-sd15.json"),
+        (["memory"], "memory-sd15.json"),
+        (["kernels", "--device", "cuda"], "cuda/kernels.json"),
+        (["tune", "--method", "zoodip"], "tune-zoodip.json"),
+    ],
+)
+def test_figures_are_kept_by_suite_base_and_device(words, path):
+    assert default_path(words[0], parser().parse_args(words)) == RESULTS / path
+
+
+def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
+    asked = []
+    for name in PERFORMANCE:
+        monkeypatch.setitem(RUN, name, lambda args, path: asked.append(args.base) or [])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "all", "--base", "sd21", "--device", "cuda:0", "--out", str(tmp_path)]
+    )
+    monkeypatch.setattr(rows, "device_name", lambda *_: "a GPU")
+    main()
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
+    assert written == {f"cuda/{name}.json" for name in ("step-sd21", "memory-sd21", "kernels", "fidelity")}
+    assert asked == ["sd21"] * 4
 
 
 @pytest.mark.parametrize("method", tune.AXES)

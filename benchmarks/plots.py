@@ -1,0 +1,44 @@
+"""The pictures of docs/, from benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.rows import Row
+
+PATHS = {
+    "fp32": ("#1b6ca8", "-"),
+    "int8, float32 activations": ("#1b6ca8", "--"),
+    "fp16": ("#2a9d5c", "-"),
+    "int8, float16 activations": ("#2a9d5c", "--"),
+    "bf16": ("#d9822b", "-"),
+    "int8, W8A8 linears, float16 activations": ("#b03a48", "--"),
+}
+"""Which precisions are drawn; a dtype of activations has a colour, int8 weights a dashed line."""
+
+
+def fidelity(figures: Path, picture: Path) -> None:
+    """Relative errors of finite differences over mu, one line a precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[Row] = json.loads(figures.read_text())["rows"]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, (colour, style) in PATHS.items():
+        axes.plot(*_curve(rows, f"tiny {name} mu ", "rounding"), style, color=colour, marker="o", label=name)
+    axes.plot(*_curve(rows, "tiny fp32 mu ", "truncation"), ":", color="black", label="truncation (any precision)")
+    axes.axhline(0.05, color="grey", linewidth=0.8)
+    axes.text(axes.get_xlim()[0] * 1.1, 0.055, "5 %", color="grey")
+    axes.set(xscale="log", yscale="log", xlabel="mu", ylabel="median relative error")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.grid(alpha=0.25)
+    figure.savefig(picture, dpi=130)
+    pyplot.close(figure)
+
+
+def _curve(rows: list[Row], case: str, error: str) -> tuple[list[float], list[float]]:
+    found = [row for row in rows if row["case"].startswith(case) and row["metric"].startswith(error)]
+    return [float(row["case"].removeprefix(case)) for row in found], [row["value"] for row in found]
