@@ -24,6 +24,7 @@ lint: $(SETUP)
 gpu: $(SETUP)
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m benchmarks all --base sd15 --device cuda --out $(OUT)
+	test "$(OUT)" != benchmarks/results || $(PYTHON) -m benchmarks tables
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

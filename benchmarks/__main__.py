@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from benchmarks import rows, tables
 from benchmarks.quality import SUITES
@@ -12,6 +15,8 @@ from benchmarks.quality import SUITES
 RESULTS = Path(__file__).parent / "results"
 PERFORMANCE = ("step", "memory", "kernels", "fidelity")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
+BASES = ("tiny", "sd15", "sd21")
+"""Bases whose figures have a file of their own."""
 UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "device", "base")
 """Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
 
@@ -34,6 +39,9 @@ def main() -> None:
             path = args.out or default_path(name, args)
         # A cell's worker has one thread; what all else is measured with is this process's.
         about = rows.measured_with(getattr(args, "device", "cpu"), threads=1 if hasattr(args, "workers") else None)
+        gc.collect()  # what the last suite held would be in this one's memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         rows.write(RUN[name](args, path), path, about)
         print(f"written: {path}")
 
@@ -91,7 +99,8 @@ def default_path(suite: str, args: argparse.Namespace) -> Path:
 def _is_whole(args: argparse.Namespace, suites: argparse.ArgumentParser) -> bool:
     choices = next(a for a in suites._actions if isinstance(a, argparse._SubParsersAction)).choices
     default = choices[args.suite].get_default
-    return all(getattr(args, key) == default(key) for key in vars(args) if key not in UNCHANGING)
+    has_name = getattr(args, "base", "tiny") in BASES
+    return has_name and all(getattr(args, key) == default(key) for key in vars(args) if key not in UNCHANGING)
 
 
 def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:

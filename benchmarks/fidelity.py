@@ -110,7 +110,7 @@ def errors(base: Base, directions: int = 16) -> dict[float, tuple[float, float, 
     """
     wide = in_float64(base)
     who = subject(0)
-    init = encoder_row(wide, who.class_word)
+    init = encoder_row(wide, who.class_word).cpu()
     noises = torch.stack([direction(init.float(), 0, 0, i) for i in range(directions)]).double()
     members = {mu: torch.cat([init[None], init + mu * noises]) for mu in MUS}
     found: dict[float, list[tuple[float, float, float]]] = {mu: [] for mu in MUS}

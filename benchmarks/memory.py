@@ -78,6 +78,7 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": [PROMPT]}
     peaks["step"] = held + peak_of(lambda: step(module, batch), found)
     peaks["denoise"] = held + peak_of(lambda: denoise(module, side, 1), found)
+    base[0].close()
     return {name: peaks[name] for name in planned.phases}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from itertools import product
 
 import torch
 
@@ -22,31 +23,34 @@ ORDINARY = {"cpu": ("fp32", "bf16"), "cuda": ("int8",)}
 
 def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False) -> list[Row]:
     """Seconds a step of ours, in int8, and of the ordinary ones; all in turn in one process."""
-    sides: dict[str, Callable[[], object]] = {"ours": ours(name, device)}
+    on_gpu = torch.device(device).type == "cuda"
+    ways = {"ours": {}, **({"ours, graph": {"cuda_graph": True}} if on_gpu else {})}
+    ways |= {"ours, compiled": {"compile": True, "cuda_graph": on_gpu}} if compiled else {}
+    sides: dict[str, Callable[[], object]] = {way: ours(name, device, **switches) for way, switches in ways.items()}
     for precision in ORDINARY[torch.device(device).type]:
         base = skeleton(name, precision, device, random_weights)
         photo = torch.rand(1, 3, base.resolution, base.resolution, dtype=base.dtype, device=device) * 2 - 1
         sides[precision] = OrdinaryStep(base, photo, compiled=compiled)
     seconds = interleaved(sides, rounds, warmup=1)
     rows = []
-    for precision in list(sides)[1:]:
-        case = f"{name} int8 RGE n=2 beside ordinary {precision}{', compiled' if compiled else ''}"
-        value, baseline = statistics.median(seconds["ours"]), statistics.median(seconds[precision])
-        ratio = median_ratio(seconds[precision], seconds["ours"])
+    for way, precision in product(ways, ORDINARY[torch.device(device).type]):
+        case = f"{name} int8 RGE n=2, {way} beside ordinary {precision}{', compiled' if compiled else ''}"
+        value, baseline = statistics.median(seconds[way]), statistics.median(seconds[precision])
+        ratio = median_ratio(seconds[precision], seconds[way])
         rows.append(row("step", case, "seconds a step", value, "s", baseline, ratio))
         print(f"{case}: {ratio:.2f}x ({value:.2f} s, {baseline:.2f} s)", flush=True)
     return rows
 
 
-def ours(name: str, device: str) -> Callable[[], object]:
-    """Our step: draw, weigh, and update in one; on a GPU as a CUDA graph."""
+def ours(name: str, device: str, **switches: bool) -> Callable[[], object]:
+    """Our step: draw, weigh, and update in one; switches are `PersonalizationModule`'s."""
     module = PersonalizationModule(
         name,
         "int8",
         adapter=TokenEmbedding(init=WORD),
         estimator=RandomGradientEstimator(2, 1e-3, normalize=True),
         subspace=SubspaceGradient(),
-        cuda_graph=True,
+        **switches,
     )
     module.class_word = WORD
     base = module.take(skeleton(name, "int8", device, random_weights, vae=False))
@@ -61,7 +65,7 @@ def ours(name: str, device: str) -> Callable[[], object]:
     def step() -> None:
         now, draw = next(steps), module.draw(batch)
         weights, _ = estimator.weigh(lambda members: module.losses(members, draw), theta, now, subspace.dims_left)
-        optimizer.receive(theta, weights, seed=0, step=now, basis=subspace.basis)
+        optimizer.receive(theta, weights, seed=0, step=now, param_id=0, basis=subspace.basis_on(theta.device))
         optimizer.step()
         subspace.observe(theta.detach())
 

@@ -153,8 +153,10 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """A document with every table between `<!-- table: NAME -->` and `<!-- end -->` made from its file."""
 
     def table(found: re.Match[str]) -> str:
-        name = found[2]
-        content = json.loads(results(name, folder).read_text())
+        name, path = found[2], results(found[2], folder)
+        if not path.exists():
+            return f"{found[1]}Not measured yet.\n{found[3]}"
+        content = json.loads(path.read_text())
         return f"{found[1]}{about(content)}{TABLES[name](content['rows'])}{found[3]}"
 
     return PLACE.sub(table, text)

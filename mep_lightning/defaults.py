@@ -1,4 +1,4 @@
-"""What `auto` becomes: values keyed by (method, family, precision), the papers' own where they give one.
+"""What `auto` becomes: values keyed by (method, family, precision), the papers' own but where a comment says why not.
 
 Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
 5,000 steps at 5e-3 from the same supplement. Those of `tiny` come from subjects that are not reported;
@@ -26,8 +26,8 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("zoodip", "*", "*", {"lr": 5e-3, "eps": 1e-3, "max_steps": 30_000, "standardize": False}),
     ("zoodip", "sd2", "*", {"lr": 1e-2, "mu": 1e-2}),
     ("zoodip", "sdxl", "*", {"mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 1000}),
-    # Half precision drowns the paper's 1e-3 (docs/performance.md), and so do quantised weights on a GPU, where
-    # activations are in fp16; the paper itself takes 1e-2 for int4. `tiny` computes in fp32 with either of them.
+    # Half precision drowns the paper's 1e-3 (measured on `tiny`, docs/performance.md), and on a GPU quantised weights
+    # meet fp16 activations; the paper itself takes 1e-2 for int4. `tiny` computes in fp32 with either of them.
     ("zoodip", "*", "fp16", {"mu": 1e-2}),
     ("zoodip", "*", "bf16", {"mu": 3e-2}),
     ("zoodip", "*", "int8", {"mu": 1e-2}),

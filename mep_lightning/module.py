@@ -86,8 +86,9 @@ class PersonalizationModule(LightningModule):
         weight_decay: Adam's.
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
-        cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one.
-        compile: let `torch.compile` fuse what the U-Net does after its first use; slow to begin, and less bitwise.
+        cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one;
+            it keeps the step's activations, and is captured anew after pictures were drawn.
+        compile: let `torch.compile` fuse the U-Net's operations; slow to begin, and other bits than without it.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.
@@ -137,7 +138,8 @@ class PersonalizationModule(LightningModule):
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.checkpointing, self.offload = checkpointing, offload
         self.cuda_graph = cuda_graph
-        self._predict_noise = torch.compile(predict_noise, dynamic=False) if compile else predict_noise
+        self.predict_noise = predict_noise
+        self.compiled = compile
         self._graphed: CUDAGraphed | None = None
         self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
         self.class_word: str | None = None
@@ -166,7 +168,9 @@ class PersonalizationModule(LightningModule):
         if data is not None and stage == "fit":
             with phase("encode"):
                 data.encode(self.base or open_base(self.base_name, self.precision, device, self.offload))
-        self.load(device)
+        base = self.load(device)
+        if stage == "fit":
+            self._warn_of_idle_switches(base)
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
@@ -184,8 +188,12 @@ class PersonalizationModule(LightningModule):
         """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
         self._fill_in_defaults(base.family)
         self.base = base
+        if self._graphed in base.graphs:
+            base.graphs.remove(self._graphed)
         self._graphed = CUDAGraphed(self._denoise) if self._takes_graph(base) else None
-        base.graphs[:] = [self._graphed] if self._graphed else []
+        base.graphs += [self._graphed] if self._graphed else []
+        compiles = self.compiled and base.offload == "none"
+        self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
         (base.unet.enable_gradient_checkpointing if self.checkpointing else base.unet.disable_gradient_checkpointing)()
         self.timesteps.follow(base.scheduler.alphas_cumprod)
         self.adapter.attach(base, self.class_word)
@@ -204,9 +212,17 @@ class PersonalizationModule(LightningModule):
         least = ROUNDING.get(dtype, 0.0)
         if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
             rank_zero_warn(
-                f"mu {self.estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations: "
-                f"training may diverge; take mu {least:g}, or precision fp32"
+                f"mu {self.estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
+                f"measured on tiny: training may be slow or diverge; take mu {least:g}, or precision fp32"
             )
+
+    def _warn_of_idle_switches(self, base: Base) -> None:
+        streams = base.offload == "stream"
+        if self.cuda_graph and not self._takes_graph(base):
+            why = "model.offload is stream" if streams else "it is for a GPU and methods without a backward pass"
+            rank_zero_warn(f"model.cuda_graph does nothing here: {why}")
+        if self.compiled and streams:
+            rank_zero_warn("model.compile does nothing here: model.offload is stream")
 
     def _refuse_streaming_backwards(self, device: torch.device) -> None:
         if self.offload == "stream" and device.type == "cuda" and not self.estimator.forward_only:
@@ -218,7 +234,9 @@ class PersonalizationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
         assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        kind = FusedZOAdam if isinstance(self.estimator, ZerothOrderEstimator) else torch.optim.Adam
+        # An estimator of the user's own may make its gradient in another way than from directions' weights.
+        is_ours = getattr(type(self.estimator), "estimate", None) is ZerothOrderEstimator.estimate
+        kind = FusedZOAdam if is_ours else torch.optim.Adam
         optimizer = kind(
             self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
@@ -261,9 +279,11 @@ class PersonalizationModule(LightningModule):
         """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
         estimator, subspace, step = self.estimator, self.subspace, self.global_step
         dims = subspace.dims_left if subspace else None
-        if isinstance(estimator, ZerothOrderEstimator) and isinstance(optimizer, FusedZOAdam):
+        if isinstance(optimizer, FusedZOAdam):
+            assert isinstance(estimator, ZerothOrderEstimator)
             weights, losses = estimator.weigh(loss_fn, theta, step=step, dims=dims)
-            optimizer.receive(theta, weights, estimator.seed or 0, step, subspace.basis if subspace else None)
+            basis = subspace.basis_on(theta.device) if subspace else None
+            optimizer.receive(theta, weights, estimator.seed or 0, step, param_id=0, basis=basis)
             return losses
         grad, losses = estimator.estimate(loss_fn, theta, step=step, dims=dims)
         theta.grad = (subspace.project_(grad) if subspace else grad).to(theta.dtype)
@@ -312,7 +332,7 @@ class PersonalizationModule(LightningModule):
         """`losses` as a function of tensors; ids [B, T]."""
         base = self._loaded()
         embeds = encode_ids(base, ids, self.adapter.tokens(members))  # [V * B, T, D]
-        predicted = self._predict_noise(base.unet, noisy, timestep, embeds)
+        predicted = self.predict_noise(base.unet, noisy, timestep, embeds)
         error = predicted.float().unflatten(0, (len(members), -1)) - target  # [V, B, C, H, W]
         return error.pow(2).flatten(1).mean(1)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import predict_noise
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import (
@@ -328,8 +329,19 @@ def test_a_compiled_unet_predicts_what_it_did(monkeypatch):
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         draw = mod.draw({"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]})
         found.append(mod.estimator.weigh(lambda members, m=mod, d=draw: m.losses(members, d), mod.adapter.theta)[1])
-    assert len(compiled) == 1
+    assert compiled == [predict_noise]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_an_estimator_of_ones_own_makes_its_own_gradient(tmp_path):
+    class Clipped(RandomGradientEstimator):
+        def estimate(self, loss_fn, theta, step=0, dims=None):
+            grad, losses = super().estimate(loss_fn, theta, step, dims)
+            return grad.clamp(-1e-4, 1e-4), losses
+
+    mod = PersonalizationModule(adapter=TokenEmbedding(init="ball"), estimator=Clipped(n=2), lr=5e-3, eps=1e-3)
+    mod, _ = fitted(1, tmp_path, mod)
+    assert mod.adapter.theta.grad.abs().max() <= 1e-4
 
 
 def test_16_mixed_is_refused():

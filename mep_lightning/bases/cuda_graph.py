@@ -36,7 +36,7 @@ class CUDAGraphed:
         Raises:
             UserError: the function cannot be captured.
         """
-        key = tuple((argument.shape, argument.dtype) for argument in arguments)
+        key = tuple((argument.shape, argument.dtype, argument.device) for argument in arguments)
         if key not in self._captured:
             self._captured[key] = self.capture(*arguments)
         inputs, replay, output = self._captured[key]
@@ -53,15 +53,18 @@ class CUDAGraphed:
         """Tensors to copy arguments into, what replays the function on them, and where its answer appears."""
         inputs = tuple(argument.detach().clone() for argument in arguments)
         try:
-            graph = torch.cuda.CUDAGraph()
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UPS):
-                    self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(beside)
-            with torch.cuda.graph(graph):
-                output = self.function(*inputs)
+            with torch.cuda.device(inputs[0].device):
+                graph = torch.cuda.CUDAGraph()
+                beside = torch.cuda.Stream()
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    for _ in range(WARM_UPS):
+                        self.function(*inputs)
+                torch.cuda.current_stream().wait_stream(beside)
+                with torch.cuda.graph(graph):
+                    output = self.function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(
                 f"the step cannot be captured as a CUDA graph ({reason(error)}): set model.cuda_graph false"

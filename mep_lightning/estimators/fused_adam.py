@@ -46,16 +46,17 @@ class FusedZOAdam(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._told: dict[Tensor, _Told] = {}
+        self._clocks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # step and pace, on each parameter's device
 
     def receive(
-        self, theta: Tensor, weights: Tensor, seed: int, step: int, basis: Tensor | None = None, param_id: int = 0
+        self, theta: Tensor, weights: Tensor, seed: int, step: int, param_id: int, basis: Tensor | None = None
     ) -> None:
         """What the next `step` makes theta's gradient from.
 
         Args:
             theta: one of the parameters.
             weights: [n], the gradient is sum_i weights_i e_i.
-            seed, step, param_id: of the directions e_i, as in `philox_normal`.
+            seed, step, param_id: of the directions e_i, as in `philox_normal`; an id belongs to one parameter.
             basis: P [k, d], what is projected out of it.
         """
         self._told[theta] = _Told(weights, seed, step, param_id, basis)
@@ -80,20 +81,26 @@ class FusedZOAdam(Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
         state["step"] += 1
         lr, betas, count = group["lr"], group["betas"], int(state["step"])
-        pace = [lr / (1 - betas[0] ** count), math.sqrt(1 - betas[1] ** count)]
+        if theta not in self._clocks or self._clocks[theta][0].device != device:
+            now = torch.empty(1, device=device, dtype=torch.int64)
+            self._clocks[theta] = now, torch.empty(2, device=device, dtype=torch.float32)
+        now, pace = self._clocks[theta]
+        now.fill_(told.step)  # filled on the device: a copy from the host would wait for it
+        pace[0].fill_(lr / (1 - betas[0] ** count))
+        pace[1].fill_(math.sqrt(1 - betas[1] ** count))
         theta.grad = torch.empty_like(theta) if theta.grad is None else theta.grad
         zo_step_(
             theta,
             told.weights.float(),
             state["exp_avg"],
             state["exp_avg_sq"],
-            torch.tensor([told.step], device=device),
-            torch.tensor(pace, dtype=torch.float32, device=device),
+            now,
+            pace,
             told.seed,
             told.param_id,
             betas,
             group["eps"],
             group["weight_decay"],
-            None if told.basis is None or len(told.basis) == 0 else told.basis,
+            told.basis,
             theta.grad,
         )

@@ -105,11 +105,16 @@ class SubspaceGradient:
     @torch.no_grad()
     def project_(self, grad: Tensor) -> Tensor:
         """g <- g - P'P g in place; returns grad."""
+        basis = self.basis_on(grad.device)
+        return grad if basis is None else subspace_project_(grad, basis)
+
+    def basis_on(self, device: torch.device) -> Tensor | None:
+        """P on a device, where a basis from a checkpoint may not be yet; None while nothing is projected out."""
         if self._basis is None or len(self._basis) == 0:
-            return grad
-        if self._basis.device != grad.device:
-            self._basis = self._basis.to(grad.device)
-        return subspace_project_(grad, self._basis)
+            return None
+        if self._basis.device != device:
+            self._basis = self._basis.to(device)
+        return self._basis
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise resume needs, as tensors and numbers."""

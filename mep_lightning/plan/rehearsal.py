@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mep_lightning.adapters import TokenEmbedding
-from mep_lightning.bases import Base, BaseFolder
+from mep_lightning.bases import Base, BaseFolder, predict_noise
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
@@ -101,6 +101,7 @@ def _training(
     gc.collect()
     resident = live.now
     module.take(base)
+    module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
     weights = live.now
     kept = _state(module)
     held = {"weights": weights, "optimizer": live.now - weights}

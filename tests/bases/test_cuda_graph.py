@@ -1,11 +1,15 @@
 """A captured step is the step: the same token bit by bit, and nothing stale is replayed."""
 
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from lightning import Trainer
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import predict_noise
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
@@ -98,11 +102,54 @@ def test_without_a_gpu_the_switch_changes_nothing(tiny_base):
     assert module._graphed is None and not tiny_base.graphs
 
 
+def test_two_modules_may_share_a_base(tiny_base, monkeypatch):
+    monkeypatch.setattr(PersonalizationModule, "_takes_graph", lambda self, base: True)
+    modules = [PersonalizationModule(adapter=TokenEmbedding(init="ball"), cuda_graph=True) for _ in range(2)]
+    try:
+        for module in (*modules, modules[0]):
+            module.take(tiny_base)
+        assert {id(graph) for graph in tiny_base.graphs} == {id(module._graphed) for module in modules}
+        assert len(tiny_base.graphs) == 2
+    finally:
+        tiny_base.graphs.clear()
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_graph(monkeypatch):
+    def full(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    with pytest.raises(torch.OutOfMemoryError):
+        CUDAGraphed(full)(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("switches", "why"),
+    [
+        ({"cuda_graph": True}, "cuda_graph does nothing here: it is for a GPU"),
+        ({"cuda_graph": True, "offload": "stream"}, "cuda_graph does nothing here: model.offload is stream"),
+        ({"compile": True, "offload": "stream"}, "compile does nothing here: model.offload is stream"),
+    ],
+)
+def test_a_switch_that_does_nothing_says_so(switches, why):
+    module = PersonalizationModule(
+        adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=2), **switches
+    )
+    module.load()
+    with pytest.warns(UserWarning, match=why):
+        module._warn_of_idle_switches(module.base)
+    assert module.predict_noise is predict_noise
+
+
 def test_what_cannot_be_captured_is_said_with_the_mend(monkeypatch):
     class Broken:
         def __init__(self):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
     with pytest.raises(
         UserError, match=r"CUDA graph \(operation not permitted .*capturing\): set model.cuda_graph false"

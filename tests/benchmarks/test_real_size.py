@@ -43,7 +43,7 @@ def test_planned_and_measured_peaks_stand_side_by_side():
 def test_both_sides_are_timed_in_one_run():
     rows = real_step.run("tiny", rounds=1)
     assert [row["case"] for row in rows] == [
-        "tiny int8 RGE n=2 beside ordinary fp32",
-        "tiny int8 RGE n=2 beside ordinary bf16",
+        "tiny int8 RGE n=2, ours beside ordinary fp32",
+        "tiny int8 RGE n=2, ours beside ordinary bf16",
     ]
     assert all(row["ratio"] > 0 and row["value"] > 0 for row in rows)

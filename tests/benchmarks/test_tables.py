@@ -33,6 +33,27 @@ def test_only_what_is_between_the_marks_is_written_anew(tmp_path):
     assert tables.render(text, tmp_path) == text
 
 
+def test_a_table_without_figures_says_so(tmp_path):
+    text = tables.render(TEXT, tmp_path)
+    assert "<!-- table: step -->\nNot measured yet.\n<!-- end -->" in text
+
+
+def test_every_table_has_a_place():
+    texts = [path.read_text() for path in tables.DOCUMENTS]
+    missing = [name for name in tables.TABLES if not any(f"<!-- table: {name} -->\n" in text for text in texts)]
+    assert set(missing) <= {"quality", "ablation"}  # their sections come with their figures
+
+
+def test_memory_tables_tell_plan_and_measurement_apart():
+    rows = [
+        {"case": "sd15 zoodip", "metric": "planned peak on a GPU", "value": 2**30},
+        {"case": "sd15 zoodip", "metric": "planned peak of drawing on a GPU", "value": 2**29},
+        {"case": "sd15 step", "metric": "peak on cpu, the plan as baseline", "value": 2**30, "baseline": 2**31},
+    ]
+    assert "| sd15 zoodip | 1.000 | 0.500 |\n" in tables.planned(rows)
+    assert "| sd15 step | 1.000 | 2.000 | -50.0% |\n" in tables.measured(rows)
+
+
 def test_scores_come_with_their_spread():
     rows = [
         {"case": case, "metric": metric, "value": value, "spread": 0.0125, "subjects": 4, "seeds": 3}

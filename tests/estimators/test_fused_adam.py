@@ -17,7 +17,7 @@ def test_trains_as_adam_does_on_the_estimated_gradient(estimator):
     subspaces = SubspaceGradient(tau=4, nu=0.1), SubspaceGradient(tau=4, nu=0.1)
     for step in range(12):
         weights, _ = estimator.weigh(quadratic, ours, step=step, dims=subspaces[0].dims_left)
-        fused.receive(ours, weights, estimator.seed or 0, step, subspaces[0].basis)
+        fused.receive(ours, weights, estimator.seed or 0, step, 0, subspaces[0].basis_on(ours.device))
         fused.step()
         grad, _ = estimator.estimate(quadratic, theirs, step=step, dims=subspaces[1].dims_left)
         theirs.grad = subspaces[1].project_(grad)
@@ -38,18 +38,20 @@ def test_a_checkpoint_of_either_is_read_by_the_other():
     fused.load_state_dict(adam.state_dict())
     assert fused.param_groups[0]["lr"] == 0.1 and fused.state[theta]["step"] == 1
     weights = torch.tensor([0.3])
-    fused.receive(theta, weights, seed=1, step=7)
+    fused.receive(theta, weights, seed=1, step=7, param_id=0)
     fused.step()
     adam.load_state_dict(fused.state_dict())
     assert adam.state[theta]["step"] == 2
     assert torch.equal(adam.state[theta]["exp_avg"], fused.state[theta]["exp_avg"])
+    adam.step()
+    assert adam.state[theta]["step"] == 3
 
 
 def test_what_was_not_received_does_not_move():
     still, moved = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizer = FusedZOAdam([still, moved], lr=0.1)
     still.grad = torch.ones(5)
-    optimizer.receive(moved, torch.tensor([1.0]), seed=0, step=0)
+    optimizer.receive(moved, torch.tensor([1.0]), seed=0, step=0, param_id=0)
     optimizer.step()
     assert torch.equal(still.detach(), torch.ones(5)) and not torch.equal(moved.detach(), torch.ones(5))
     before = moved.detach().clone()

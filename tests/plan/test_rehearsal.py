@@ -74,6 +74,24 @@ def test_modules_are_rehearsed_one_after_the_other_as_if_alone():
     assert rehearse([make("int8") for make in METHODS.values()], found, 64) == alone
 
 
+def test_a_rehearsal_leaves_compilation_to_the_run(monkeypatch):
+    compile_, graphs = torch.compile, []
+
+    def counted(function, **options):
+        return compile_(function, backend=lambda graph, _: graphs.append(graph) or graph, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    make = lambda: PersonalizationModule("tiny", "int8", estimator=RandomGradientEstimator(n=2), compile=True)  # noqa: E731
+    rehearse([make()], open_base("tiny", "int8"), 64)
+    assert not graphs
+    module = make()
+    module.class_word = "ball"
+    module.load()
+    latents = torch.zeros(1, 4, 16, 16)
+    step(module, {"mean": latents, "std": latents, "prompts": ["a photo of {}"]})
+    assert graphs
+
+
 def test_more_of_anything_takes_more():
     def peak(resolution=64, **kwargs):
         (planned,) = rehearse([METHODS["textual_inversion"]("fp32")], open_base("tiny"), resolution, **kwargs)
