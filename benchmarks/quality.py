@@ -1,4 +1,4 @@
-"""`quality` and `ablation`: train and score methods on subjects of the tiny world; resumable cell by cell.
+"""`quality`, `ablation` and `precision`: train and score methods on subjects of the tiny world; resumable cell by cell.
 
 A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is
 scored by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
@@ -64,7 +64,11 @@ ABLATION: dict[str, Settings] = {
 
 On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here.
 """
-SUITES = {"quality": METHODS, "ablation": ABLATION}
+PRECISIONS: dict[str, Settings] = {
+    precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
+}
+"""ZOODiP on the base in every precision, with the mu that each wants."""
+SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
 

@@ -123,6 +123,7 @@ def fidelities(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": scores,
     "ablation": scores,
+    "precision": scores,
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
     "step": speeds,
