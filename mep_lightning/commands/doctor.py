@@ -36,10 +36,12 @@ def run(argv: Sequence[str]) -> int:
         **({} if "torch" in missing else {"devices": devices(), "kernels": active_kernels()}),
         "embedded base": embedded_base(),
     }
-    for title, lines in sections.items():
+    found = {title: list(lines) for title, lines in sections.items()}
+    width = 2 + max(len(name) for lines in found.values() for name, _ in lines)
+    for title, lines in found.items():
         print(title)
         for name, what in lines:
-            print(f"  {name:<18}{what}")
+            print(f"  {name:<{width}}{what}")
     if missing:
         print(f"mep doctor: {', '.join(missing)} is missing; install it with pip.", file=sys.stderr)
     return 1 if missing else 0
