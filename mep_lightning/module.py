@@ -88,7 +88,8 @@ class PersonalizationModule(LightningModule):
             forward pass more. Methods without a backward pass have nothing to keep.
         cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one;
             it keeps the step's activations, and is captured anew after pictures were drawn.
-        compile: let `torch.compile` fuse the U-Net's operations; slow to begin, and other bits than without it.
+        compile: let `torch.compile` fuse the U-Net's operations; it compiles at the first step, and rounds otherwise in
+            the last bits.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.

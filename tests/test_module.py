@@ -25,7 +25,6 @@ from mep_lightning.estimators import (
 )
 from mep_lightning.module import step_generator
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
-from mep_lightning.timesteps import SNRTimesteps, UniformTimesteps
 
 ESTIMATORS = {
     "backprop": Backprop,
@@ -429,25 +428,6 @@ def test_puts_narrows_the_timesteps(tmp_path):
     mod, _ = fitted(1, tmp_path, callbacks=[PUTS(500, 900)])
     drawn = mod.timesteps.sample(4000, step_generator(0, 0))
     assert drawn.dtype == torch.int64 and drawn.min() == 500 and drawn.max() == 899
-
-
-def test_snr_timesteps_follow_the_min_snr_weight(tiny_base):
-    alphas = tiny_base.scheduler.alphas_cumprod
-    snr = alphas / (1 - alphas)
-    drawn = SNRTimesteps(alphas).sample(50_000, torch.Generator().manual_seed(0))
-    weight = snr.clamp_max(5) / snr
-    expected = (weight[:500].sum() / weight.sum()).item()
-    assert abs((drawn < 500).float().mean().item() - expected) < 0.01
-
-
-@pytest.mark.parametrize("sampler", [SNRTimesteps, UniformTimesteps])
-def test_a_sampler_follows_the_base_unless_it_was_given_a_schedule(sampler):
-    base, own = torch.linspace(0.9, 0.1, 70), torch.linspace(0.9, 0.1, 20)
-    given = sampler(own if sampler is SNRTimesteps else len(own))
-    for timesteps, total in ((sampler(), 70), (given, 20)):
-        timesteps.follow(base)
-        drawn = timesteps.sample(5_000, torch.Generator().manual_seed(0))
-        assert drawn.max() == total - 1
 
 
 def test_training_lowers_the_loss_it_is_trained_on(tmp_path):

@@ -213,6 +213,15 @@ def test_a_resumed_run_may_change_how_it_is_watched(trained, config_of, checkpoi
     assert checkpoint("r")["global_step"] == 12
 
 
+def test_a_resumed_run_may_change_memory_and_speed(trained, config_of, checkpoint):
+    shutil.copytree(trained, "r")
+    words = ["--model.cuda_graph", "true", "--model.checkpointing", "true", "--trainer.max_steps", "12"]
+    with pytest.warns(UserWarning, match="model.cuda_graph does nothing here"):
+        assert main(["fit", "--run", "r", "--resume", *words]) == 0
+    assert checkpoint("r")["global_step"] == 12
+    assert config_of("r")["model"]["cuda_graph"] and config_of("r")["model"]["checkpointing"]
+
+
 def test_photos_may_have_moved_when_a_run_is_resumed(fit, config_of, checkpoint, photo_folder):
     assert fit("--data.path", photo_folder, "--data.class_word", "ball", "--run", "r", steps=1) == 0
     moved = photo_folder.rename(photo_folder.with_name("moved"))

@@ -1,0 +1,25 @@
+"""Samplers draw what they say, and follow a base's schedule unless they have their own."""
+
+import pytest
+import torch
+
+from mep_lightning.timesteps import SNRTimesteps, UniformTimesteps
+
+
+def test_snr_timesteps_follow_the_min_snr_weight(tiny_base):
+    alphas = tiny_base.scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    drawn = SNRTimesteps(alphas).sample(50_000, torch.Generator().manual_seed(0))
+    weight = snr.clamp_max(5) / snr
+    expected = (weight[:500].sum() / weight.sum()).item()
+    assert abs((drawn < 500).float().mean().item() - expected) < 0.01
+
+
+@pytest.mark.parametrize("sampler", [SNRTimesteps, UniformTimesteps])
+def test_a_sampler_follows_the_base_unless_it_was_given_a_schedule(sampler):
+    base, own = torch.linspace(0.9, 0.1, 70), torch.linspace(0.9, 0.1, 20)
+    given = sampler(own if sampler is SNRTimesteps else len(own))
+    for timesteps, total in ((sampler(), 70), (given, 20)):
+        timesteps.follow(base)
+        drawn = timesteps.sample(5_000, torch.Generator().manual_seed(0))
+        assert drawn.max() == total - 1
