@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -13,28 +14,35 @@ from benchmarks.ordinary import OrdinaryStep
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases.load import activation_dtype
 from mep_lightning.bases.skeleton import skeleton
 from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.plan.rehearsal import WORD
 
 ORDINARY = {"cpu": ("fp32", "bf16"), "cuda": ("int8",)}
 """Precisions of the ordinary step by device: what one would run there today."""
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {"fp32 activations": {}, "bf16 activations": {"activations": "bf16"}},
+    "cuda": {"fp16 activations": {}, "fp16 activations, graph": {"cuda_graph": True}},
+}
+"""Ours by device: the default, and what is faster."""
 
 
 def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False) -> list[Row]:
     """Seconds a step of ours, in int8, and of the ordinary ones; all in turn in one process."""
-    on_gpu = torch.device(device).type == "cuda"
-    ways = {"ours": {}, **({"ours, graph": {"cuda_graph": True}} if on_gpu else {})}
-    ways |= {"ours, compiled": {"compile": True, "cuda_graph": on_gpu}} if compiled else {}
+    kind = torch.device(device).type
+    ways = WAYS[kind]
+    if compiled:
+        ways = ways | {f"{way}, compiled": switches | {"compile": True} for way, switches in ways.items()}
     sides: dict[str, Callable[[], object]] = {way: ours(name, device, **switches) for way, switches in ways.items()}
-    for precision in ORDINARY[torch.device(device).type]:
+    for precision in ORDINARY[kind]:
         base = skeleton(name, precision, device, random_weights)
         photo = torch.rand(1, 3, base.resolution, base.resolution, dtype=base.dtype, device=device) * 2 - 1
         sides[precision] = OrdinaryStep(base, photo, compiled=compiled)
     seconds = interleaved(sides, rounds, warmup=1)
     rows = []
-    for way, precision in product(ways, ORDINARY[torch.device(device).type]):
-        case = f"{name} int8 RGE n=2, {way} beside ordinary {precision}{', compiled' if compiled else ''}"
+    for way, precision in product(ways, ORDINARY[kind]):
+        case = f"{name} int8 RGE n=2, {way}, beside ordinary {precision}{', compiled' if compiled else ''}"
         value, baseline = statistics.median(seconds[way]), statistics.median(seconds[precision])
         ratio = median_ratio(seconds[precision], seconds[way])
         rows.append(row("step", case, "seconds a step", value, "s", baseline, ratio))
@@ -42,7 +50,7 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
     return rows
 
 
-def ours(name: str, device: str, **switches: bool) -> Callable[[], object]:
+def ours(name: str, device: str, **switches: Any) -> Callable[[], object]:
     """Our step: draw, weigh, and update in one; switches are `PersonalizationModule`'s."""
     module = PersonalizationModule(
         name,
@@ -53,7 +61,8 @@ def ours(name: str, device: str, **switches: bool) -> Callable[[], object]:
         **switches,
     )
     module.class_word = WORD
-    base = module.take(skeleton(name, "int8", device, random_weights, vae=False))
+    dtype = activation_dtype("int8", torch.device(device), "", module.activations)
+    base = module.take(skeleton(name, "int8", device, random_weights, dtype=dtype, vae=False))
     side = base.resolution // base.vae_factor
     latents = torch.randn(1, base.unet.config.in_channels, side, side)
     batch = {"mean": latents, "std": torch.ones_like(latents), "prompts": ["a photo of a {}"]}

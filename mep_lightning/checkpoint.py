@@ -8,7 +8,7 @@ from mep_lightning.errors import CheckpointError, UserError
 
 IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
-SETTINGS = ("lr", "lr_scheduler", "betas", "eps", "weight_decay")
+SETTINGS = ("activations", "lr", "lr_scheduler", "betas", "eps", "weight_decay")
 """How the module steps."""
 
 

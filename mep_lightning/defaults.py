@@ -42,8 +42,12 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
+def lookup(method: str, family: str, precision: str, activations: str = "auto") -> dict[str, Any]:
     """All default values of a method on a family of bases in a precision.
+
+    Args:
+        method, family, precision: what the table is keyed by.
+        activations: where they are said they stand in for the precision, which is in the table for its rounding alone.
 
     Returns:
         lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps and sampling_batch; also n, mu,
@@ -56,6 +60,7 @@ def lookup(method: str, family: str, precision: str) -> dict[str, Any]:
         raise UserError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
     if family not in FAMILIES:
         raise UserError(f"base family {family!r} is unknown: choose one of {', '.join(FAMILIES)}")
+    precision = precision if activations == "auto" else activations
     values: dict[str, Any] = {}
     for row_method, row_family, row_precision, row in _TABLE:
         if row_method in ("*", method) and row_family in ("*", family) and row_precision in ("*", precision):

@@ -26,6 +26,7 @@ from mep_lightning import defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import (
     Base,
+    BaseFolder,
     encode_ids,
     encode_prompts,
     exact_device,
@@ -90,6 +91,8 @@ class PersonalizationModule(LightningModule):
             it keeps the step's activations, and is captured anew after pictures were drawn.
         compile: let `torch.compile` fuse the U-Net's operations; it compiles at the first step, and rounds otherwise in
             the last bits.
+        activations: what int8 and int4 weights compute in: "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
+            on a GPU.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.
@@ -115,6 +118,7 @@ class PersonalizationModule(LightningModule):
         checkpointing: bool = False,
         cuda_graph: bool = False,
         compile: bool = False,
+        activations: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         offload: Literal["none", "stream"] = "none",
         seed: int = 0,
         method: str | None = None,
@@ -129,7 +133,7 @@ class PersonalizationModule(LightningModule):
         refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
         self.automatic_optimization = False
         self.strict_loading = False
-        self.base_name, self.precision, self.seed = str(base), precision, seed
+        self.base_name, self.precision, self.activations, self.seed = str(base), precision, activations, seed
         self.adapter = adapter if adapter is not None else TokenEmbedding()
         # Copies: what `auto` becomes, the seed and the path are this module's, and a part may be given to several.
         self.estimator = copy.copy(estimator) if estimator is not None else Backprop()
@@ -168,7 +172,7 @@ class PersonalizationModule(LightningModule):
             self._refuse_streaming_backwards(device)
         if data is not None and stage == "fit":
             with phase("encode"):
-                data.encode(self.base or open_base(self.base_name, self.precision, device, self.offload))
+                data.encode(self.base or self.open(device))
         base = self.load(device)
         if stage == "fit":
             self._warn_of_idle_switches(base)
@@ -178,12 +182,20 @@ class PersonalizationModule(LightningModule):
         if self.base is None or self.base.device != exact_device(device):
             family = identify(self.base_name).family
             self._fill_in_defaults(family)
-            self._warn_of_rounding(activation_dtype(self.precision, torch.device(device), family))
+            self._warn_of_rounding(activation_dtype(self.precision, torch.device(device), family, self.activations))
             if self.base is not None:
                 self.base.close()
             self.base = None  # the old one goes before the new one comes
-            self.base = load_base(self.base_name, self.precision, device, self.offload, vae=False)
+            self.base = load_base(
+                self.base_name, self.precision, device, self.offload, activations=self.activations, vae=False
+            )
         return self.take(self.base)
+
+    def open(self, device: str | torch.device, *, weights: bool = True) -> BaseFolder:
+        """The base as this module will load it, known and not loaded; `weights` as for `open_base`."""
+        return open_base(
+            self.base_name, self.precision, device, self.offload, activations=self.activations, weights=weights
+        )
 
     def take(self, base: Base) -> Base:
         """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
@@ -205,7 +217,7 @@ class PersonalizationModule(LightningModule):
         return self.cuda_graph and on_gpu and self.estimator.forward_only
 
     def _fill_in_defaults(self, family: str) -> None:
-        values = defaults.lookup(self.method, family, self.precision)
+        values = defaults.lookup(self.method, family, self.precision, self.activations)
         for part in (self, self.estimator, self.subspace):
             defaults.fill_in(part, values, self.method)
 

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.families import Family, describe, locate
 from mep_lightning.bases.streaming import Stream
+from mep_lightning.bases.transformer import compute_frugally_
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
@@ -24,12 +25,24 @@ QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def activation_dtype(precision: str, device: torch.device, family: str) -> torch.dtype:
+def activation_dtype(precision: str, device: torch.device, family: str, activations: str = "auto") -> torch.dtype:
     """What a precision computes in.
 
-    Quantised weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu drowns in
-    bf16's rounding, so bf16 is never chosen silently. `tiny` is small enough for fp32 everywhere.
+    By default quantised weights meet fp32 activations on a CPU and fp16 on a GPU: a finite difference with a small mu
+    drowns in bf16's rounding, so bf16 is never chosen silently. `tiny` is small enough for fp32 everywhere.
+
+    Raises:
+        UserError: `activations` is unknown, or asks weights in floats for another dtype than their own.
     """
+    if activations != "auto":
+        if activations not in DTYPES:
+            raise UserError(f"activations {activations!r} are unknown: choose auto or one of {', '.join(DTYPES)}")
+        if precision not in (*QUANTIZED, activations):
+            raise UserError(
+                f"activations {activations} are for quantised weights, and precision is {precision}: leave them auto, "
+                f"or set precision {activations} or int8"
+            )
+        return DTYPES[activations]
     if precision in QUANTIZED:
         return torch.float16 if device.type == "cuda" and family != "tiny" else torch.float32
     return DTYPES[precision]
@@ -47,12 +60,13 @@ def open_base(
     device: str | torch.device = "cpu",
     offload: str = "none",
     *,
+    activations: str = "auto",
     weights: bool = True,
 ) -> BaseFolder:
     """Find a base and read what it is, but not its weights.
 
     Args:
-        name, precision, device, offload: as for `load_base`.
+        name, precision, device, offload, activations: as for `load_base`.
         weights: False fetches only the JSON files of a hub id.
 
     Raises:
@@ -71,7 +85,7 @@ def open_base(
         folder=folder,
         info=info,
         precision=precision,
-        dtype=activation_dtype(precision, device, info.family),
+        dtype=activation_dtype(precision, device, info.family, activations),
         device=device,
         offload=offload,
     )
@@ -89,6 +103,7 @@ def load_base(
     device: str | torch.device = "cpu",
     offload: str = "none",
     *,
+    activations: str = "auto",
     vae: bool = True,
 ) -> Base:
     """Load a base and freeze it.
@@ -98,12 +113,14 @@ def load_base(
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (U-Net and text encoder; the autoencoder stays in floats).
         device: where to.
         offload: "none", or "stream" for weights that wait outside the device's memory (see `BaseFolder`).
+        activations: what int8 and int4 weights compute in, "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
+            on a GPU.
         vae: whether the autoencoder comes along; without it `borrowed_vae` reads it when it is needed.
 
     Raises:
         UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
     """
-    found = open_base(name, precision, device, offload)
+    found = open_base(name, precision, device, offload, activations=activations)
     return assemble(
         found,
         tensors=lambda module, part: stored(part),
@@ -131,10 +148,11 @@ def assemble(
     streams: list[Stream | None] = []
     with phase("load"):
         unet, text_encoder = build(folder)
+        compute_frugally_(unet)
         for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
             if found.precision in QUANTIZED:
                 quantize_module_(module, found.precision)
-            fill_(module, tensors(module, part), part, found.dtype, found.weights_device)
+            fill_(module, tensors(module, part), part, found.dtype, found.weights_device, found.memory_format)
             streams.append(found.placed(module.eval().requires_grad_(False)))
         autoencoder = None if vae is None else vae()
         if autoencoder is not None:

@@ -19,7 +19,14 @@ from mep_lightning.quantization import QuantizedWeight
 Tensors = Iterable[tuple[str, Tensor]]
 
 
-def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype, device: torch.device) -> None:
+def fill_(
+    module: nn.Module,
+    tensors: Tensors,
+    source: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
     """Give a module that was built on the meta device its weights, one tensor in flight at a time.
 
     Args:
@@ -28,6 +35,7 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
         source: the folder that messages name.
         dtype: of norms, biases, embeddings and layers that are not quantised.
         device: where everything goes.
+        memory_format: of convolutions' weights.
 
     Raises:
         UserError: a tensor is missing or of another shape.
@@ -38,6 +46,7 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
             continue  # such as position_ids, which older files hold and newer models make
         if isinstance(owner, QuantizedWeight) and name == "weight":
             owner.quantize_(tensor.to(device, torch.float32))
+            owner.weight = _formatted(owner.weight, memory_format)
             continue
         expected = getattr(owner, name)
         if expected.shape != tensor.shape:
@@ -46,6 +55,7 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
                 "weights do not belong together, fetch the base again"
             )
         value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        value = _formatted(value, memory_format)
         if name in owner._parameters:
             setattr(owner, name, nn.Parameter(value, requires_grad=False))
         else:
@@ -55,6 +65,10 @@ def fill_(module: nn.Module, tensors: Tensors, source: Path, dtype: torch.dtype,
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{source} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
+
+
+def _formatted(value: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their short names)
 from mep_lightning import timesteps as _timesteps  # noqa: F401
-from mep_lightning.bases import identify, open_base
+from mep_lightning.bases import identify
 from mep_lightning.bases.load import PRECISIONS
 from mep_lightning.callbacks import Samples
 from mep_lightning.commands.recipes import find_recipe, read_recipe
@@ -130,7 +130,7 @@ def refuse_too_large(
     family = identify(module.base_name).family
     if family == "tiny" and budget is None:  # fits wherever torch does
         return
-    found = open_base(module.base_name, module.precision, device, module.offload, weights=False)
+    found = module.open(device, weights=False)
     side = found.resolution if data.resolution == "auto" else int(data.resolution)
     drawn = samples.count if samples.prompts is None else len(samples.prompts)
     together = defaults.lookup(module.method, family, module.precision)["sampling_batch"]

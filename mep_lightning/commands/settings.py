@@ -72,7 +72,7 @@ def fill_in_auto(config: Namespace) -> None:
         UserError: the method is unknown, or has no value for a setting that is `auto`.
     """
     info = identify(config.model.base)
-    values = defaults.lookup(_method(config), info.family, config.model.precision)
+    values = defaults.lookup(_method(config), info.family, config.model.precision, config.model.activations)
     if config.data.resolution == "auto":
         config.data.resolution = info.resolution
 

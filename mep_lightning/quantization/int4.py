@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_input
 
 from mep_lightning.errors import UserError, reason
 from mep_lightning.kernels.dispatch import autocast_activation, needs_op, needs_reference
+from mep_lightning.kernels.products import linear
 from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedWeight
 
 BLOCK = 64  # weights that share a scale
@@ -127,7 +128,7 @@ class _Transient(torch.autograd.Function):
 
 
 def _linear_input(shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
-    return grad @ weight
+    return linear(grad, weight.T)
 
 
 class Int4Linear(Int4Weight, QuantizedLinear):
@@ -137,13 +138,22 @@ class Int4Linear(Int4Weight, QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
-        return self._run(x, F.linear, _linear_input)
+        return self._run(x, linear, _linear_input)
 
 
 class Int4Conv2d(Int4Weight, QuantizedConv2d):
-    """`nn.Conv2d` with its weight in NF4."""
+    """`nn.Conv2d` with its weight in NF4, packed channels last: so it unpacks into what convolutions are fastest in."""
 
     channel = 1
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_nf4(weight.permute(0, 2, 3, 1))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I, kh, kw] in floating point, channels last in memory."""
+        outputs, inputs, kh, kw = self.weight_shape
+        shape = torch.Size((outputs, kh, kw, inputs))
+        return dequantize_nf4(self.weight, self.absmax, shape, dtype).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, I, H, W] -> [B, O, H', W']."""

@@ -1,5 +1,7 @@
 """The int8 convolution: its reference, gradients without a kept weight, memory formats, and every mode of PyTorch."""
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,7 +39,33 @@ def test_equals_the_reference(case, dtype, memory_format):
         y, expected = (f(x, q, scale, b, stride, padding) for f in (int8_conv2d, int8_conv2d.reference))
         assert y.dtype == dtype
         assert y.stride() == expected.stride()
-        assert torch.equal(y, expected)
+        torch.testing.assert_close(y, expected, **rounding(dtype))
+
+
+def rounding(dtype: torch.dtype) -> dict[str, float]:
+    """What two orders of the same products may differ by: bf16 is rounded before its scale and after."""
+    unit = torch.finfo(dtype).eps
+    return {"rtol": 4 * unit, "atol": 16 * unit}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_that_comes_in_portions_gives_the_same(dtype, monkeypatch):
+    x, q, scale, bias, stride, padding = layer("3x3")
+    monkeypatch.setattr(sys.modules["mep_lightning.kernels.int8_conv2d"], "PORTION", 4 * q[0].numel() * dtype.itemsize)
+    for b in (None, bias):
+        whole = int8_conv2d.reference(x.to(dtype), q, scale, b, stride, padding)
+        portions = int8_conv2d(x.to(dtype), q, scale, b, stride, padding)
+        assert portions.shape == whole.shape
+        torch.testing.assert_close(portions, whole, **rounding(dtype))
+
+
+def test_bf16_is_as_near_to_the_exact_convolution_as_the_reference():
+    generator = torch.Generator().manual_seed(1)
+    q, scale = quantize_int8(torch.randn(48, 64, 3, 3, generator=generator))
+    x, bias = torch.randn(2, 64, 8, 8, generator=generator).bfloat16(), torch.randn(48, generator=generator)
+    exact = int8_conv2d.reference(x.double(), q, scale, bias, 1, 1)
+    ours, theirs = ((f(x, q, scale, bias, 1, 1) - exact).norm() for f in (int8_conv2d, int8_conv2d.reference))
+    assert ours < 1.25 * theirs
 
 
 @pytest.mark.parametrize("case", GEOMETRY)
@@ -56,9 +84,11 @@ def test_gradients_equal_those_of_the_dequantised_layer(case, dtype):
     for function in (int8_conv2d, int8_conv2d.reference):
         inputs = [t.clone().requires_grad_() for t in (x.to(dtype), scale, bias)]
         y = function(inputs[0], q, inputs[1], inputs[2], stride, padding)
-        gradients.append(torch.autograd.grad(y.float().sin().sum(), inputs))
+        gradients.append(torch.autograd.grad((0.05 * y.float()).sin().sum(), inputs))
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            ours, theirs, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-3 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("train_scale", [False, True])
@@ -103,7 +133,7 @@ def test_autocast_decides_the_activations_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = int8_conv2d(x, q, scale, bias, stride, padding)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, int8_conv2d.reference(x.bfloat16(), q, scale, bias, stride, padding))
+    assert torch.equal(y, int8_conv2d(x.bfloat16(), q, scale, bias, stride, padding))
 
 
 def test_forward_mode_tangents_are_right_and_not_silently_zero():

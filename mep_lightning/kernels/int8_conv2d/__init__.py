@@ -10,12 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from mep_lightning.kernels.dequantize import dequantize
+from mep_lightning.kernels.dequantize import dequantize, scale_output_, scales_output
 from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference, runs_triton
 from mep_lightning.kernels.int8_conv2d import reference
 from mep_lightning.kernels.int8_conv2d.reference import Pair
 
 __all__ = ["int8_conv2d"]
+
+PORTION = 2**24
+"""Bytes of a weight that exist in floating point at once on a CPU.
+
+More would be memory that the system clears anew each time: SD1.5's largest are 1.3 to 1.7 times as fast in portions.
+"""
 
 
 def _forward(
@@ -25,8 +31,21 @@ def _forward(
         from mep_lightning.kernels.int8_conv2d import triton
 
         return triton.int8_conv2d(x, q, scale, bias, (stride[0], stride[1]), (padding[0], padding[1]))
-    weight = dequantize(q, scale, x.dtype)
-    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+    channels = len(q) if x.is_cuda else max(PORTION // max(q[0].numel() * x.element_size(), 1), 1)
+    if channels >= len(q):
+        return _convolve(x, q, scale, bias, stride, padding)
+    biases = [None] * len(q) if bias is None else bias.split(channels)
+    parts = zip(q.split(channels), scale.split(channels), biases, strict=False)
+    return torch.cat([_convolve(x, *part, stride, padding) for part in parts], dim=1)
+
+
+def _convolve(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    if scales_output(x):
+        return scale_output_(F.conv2d(x, q.to(x.dtype), None, stride, padding), scale, bias, dim=1)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, dequantize(q, scale, x.dtype), bias, stride, padding)
 
 
 _int8_conv2d = torch.library.custom_op("mep_lightning::int8_conv2d", _forward, mutates_args=())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mep_lightning.kernels.dequantize import dequantize
+from mep_lightning.kernels.dequantize import dequantize, scale_output_, scales_output
 from mep_lightning.kernels.dispatch import (
     asks_gradient,
     autocast_activation,
@@ -21,6 +21,7 @@ from mep_lightning.kernels.dispatch import (
     runs_triton,
 )
 from mep_lightning.kernels.int8_linear import reference
+from mep_lightning.kernels.products import linear
 from mep_lightning.kernels.quantize_rows import quantize_rows
 
 __all__ = ["int8_linear", "int8_linear_w8a8"]
@@ -31,7 +32,9 @@ def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor
         from mep_lightning.kernels.int8_linear import triton
 
         return triton.int8_linear(x, q, scale, bias)
-    return F.linear(x, dequantize(q, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    if scales_output(x):
+        return scale_output_(F.linear(x, q.to(x.dtype)), scale, bias, dim=-1)
+    return linear(x, dequantize(q, scale, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 _int8_linear = torch.library.custom_op("mep_lightning::int8_linear", _forward, mutates_args=())
@@ -52,9 +55,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_scale = grad_bias = None
     rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ dequantize(q, scale, grad.dtype)
+        grad_x = linear(grad, dequantize(q, scale, grad.dtype).T)
     if x is not None:
-        grad_weight = rows.T @ x.reshape(-1, x.shape[-1])  # [O, I]
+        grad_weight = linear(rows.T, x.reshape(-1, x.shape[-1]).T)  # [O, I]
         grad_scale = (grad_weight.to(scale.dtype) * q).sum(1)
     if ctx.needs_input_grad[3]:
         grad_bias = rows.sum(0)

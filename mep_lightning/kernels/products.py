@@ -1,0 +1,46 @@
+"""Matrix products on a CPU: PyTorch gives fp32 ones to MKL, which leaves AVX-512 unused on other makers' processors.
+
+There oneDNN's product, which PyTorch has as well, is 2.2 to 2.6 times as fast at SD1.5's sizes (AMD EPYC, 2 threads).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from mep_lightning.kernels.dispatch import asks_gradient, needs_reference
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether fp32 products go to oneDNN: an x86 CPU that is not Intel's, with a PyTorch that would take MKL."""
+    has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in CPUINFO.read_text()
+    except OSError:
+        return "GenuineIntel" in platform.processor()
+
+
+def runs_onednn(*tensors: Tensor | None) -> bool:
+    """Whether a product of these may go around PyTorch's own: on a CPU, where nobody traces or differentiates it."""
+    plain = not (torch.compiler.is_compiling() or asks_gradient(*tensors) or needs_reference())
+    return plain and not any(isinstance(t, FakeTensor) or (t is not None and t.is_cuda) for t in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, as fast as this machine can. x [..., I], weight [O, I], bias [O], all of one dtype -> [..., O]."""
+    if x.dtype == torch.float32 and prefers_onednn() and runs_onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
