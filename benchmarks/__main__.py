@@ -15,7 +15,7 @@ from benchmarks.quality import SUITES
 RESULTS = Path(__file__).parent / "results"
 PERFORMANCE = ("step", "memory", "kernels", "fidelity")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
-BASES = ("tiny", "sd15", "sd21")
+BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
 UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "device", "base")
 """Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
     everything = suites.add_parser("all", help=f"{', '.join(PERFORMANCE)}; --out is a folder")
     for suite in (step, memory, everything):
-        suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15 or sd21")
+        suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15, sd21 or sdxl")
     for suite in (step, memory, kernels, fidelity, everything):
         suite.add_argument("--device", default="cpu", help="cpu or cuda")
     for suite in (step, kernels, everything):

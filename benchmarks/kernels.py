@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import kernels
 from mep_lightning.kernels.dispatch import SWITCH
+from mep_lightning.kernels.products import linear
 
 MEMBERS = 3  # RGE with n = 2
+HEADS = 8
 TOKENS = {320: 64 * 64, 640: 32 * 32, 1280: 16 * 16}
 """Positions at each width of SD1.5's U-Net at 512 px."""
 LORA_RANK = 4
@@ -100,6 +102,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     """All of them, made one at a time so that memory holds one."""
     yield from linears(dtype, device)
     yield from convolutions(dtype, device)
+    yield from attentions(dtype, device)
     yield from lora(dtype, device)
     yield from updates(device)
 
@@ -139,6 +142,9 @@ def convolutions(dtype: torch.dtype, device: str) -> Iterator[Case]:
     ):
         x = torch.randn(MEMBERS, inner, side, side, device=device, dtype=dtype)
         q, scale = kernels.quantize_rows(torch.randn(out, inner, kernel, kernel, device=device))
+        kept = q.contiguous(
+            memory_format=torch.contiguous_format if q.is_cuda else torch.channels_last
+        )  # as a base has it
         bias = torch.zeros(out, device=device, dtype=dtype)
         pad = kernel // 2
         flops = 2.0 * MEMBERS * side**2 * inner * out * kernel**2
@@ -147,11 +153,32 @@ def convolutions(dtype: torch.dtype, device: str) -> Iterator[Case]:
         def theirs(x=x, q=q, scale=scale, bias=bias, pad=pad):
             return F.conv2d(x, (q * scale[:, None, None, None]).to(x.dtype), bias, padding=pad)
 
-        def ours(x=x, q=q, scale=scale, bias=bias, pad=pad):
+        def ours(x=x, q=kept, scale=scale, bias=bias, pad=pad):
             return kernels.int8_conv2d(x, q, scale, bias, 1, pad)
 
         size = f"[{MEMBERS}, {inner}, {side}, {side}] to {out}, {kernel}x{kernel}"
         yield Case(f"int8_conv2d {size}", ours, theirs, 5e-3, flops, moved)
+
+
+def attentions(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Self-attention of every level, and cross-attention of the first, beside PyTorch's own."""
+    for width, keys in [*TOKENS.items(), (320, 77)]:
+        queries = TOKENS[width]
+        q, k, v = (
+            torch.randn(MEMBERS, n, HEADS, width // HEADS, device=device, dtype=dtype).transpose(1, 2)
+            for n in (queries, keys, keys)
+        )
+        flops = 4.0 * MEMBERS * queries * keys * width
+        moved = 2.0 * MEMBERS * width * (queries + keys) * q.element_size()
+        name = f"attention [{MEMBERS}, {HEADS}, {queries}, {width // HEADS}] over {keys}"
+
+        def ours(q=q, k=k, v=v):
+            return kernels.attention(q, k, v)
+
+        def theirs(q=q, k=k, v=v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+        yield Case(name, ours, theirs, 5e-3, flops, moved)
 
 
 def lora(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -233,10 +260,10 @@ def updates(device: str) -> Iterator[Case]:
 
 
 def matmul_ceiling(dtype: torch.dtype, device: str, side: int = 4096, rounds: int = 10) -> float:
-    """The most FLOP/s that a large matrix product reaches here."""
+    """The most FLOP/s that a large matrix product reaches here, whichever library computes it."""
     side = side if torch.device(device).type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * side**3 / min(interleaved({"product": lambda: a @ b}, rounds)["product"])
+    return 2.0 * side**3 / min(interleaved({"product": lambda: linear(a, b)}, rounds)["product"])
 
 
 def copy_bandwidth(device: str, rounds: int = 10) -> float:

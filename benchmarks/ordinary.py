@@ -1,12 +1,16 @@
 """A zeroth-order step as it is commonly written: what ours is measured against.
 
 Members one after the other, each with its own text encoding and whole forward pass; quantised weights dequantised
-before every product; the photo encoded in every step; noise from a generator, PyTorch's Adam, no graph.
+before every product; the photo encoded in every step; noise from a generator, PyTorch's Adam, no graph; diffusers'
+U-Net as it comes.
 """
 
 from __future__ import annotations
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +44,15 @@ class DequantizingConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+def as_it_comes_(unet: UNet2DConditionModel) -> None:
+    """Take our ways of computing out of a U-Net: attention, blocks of rows, channels last."""
+    unet.set_attn_processor(AttnProcessor2_0())
+    for part in unet.modules():
+        if isinstance(part, FeedForward):
+            part.__class__ = FeedForward
+    unet.to(memory_format=torch.contiguous_format)
+
+
 def plainly_dequantizing_(module: nn.Module) -> None:
     """Put the plain layers in the place of ours, over the same weights."""
     for name, child in list(module.named_children()):
@@ -65,6 +78,8 @@ class OrdinaryStep:
     def __init__(self, base: Base, photo: Tensor, n: int = 2, mu: float = 1e-3, compiled: bool = False) -> None:
         assert base.vae is not None
         self.base, self.photo, self.n, self.mu = base, photo, n, mu
+        as_it_comes_(base.unet)
+        base.vae.disable_tiling()
         for part in (base.unet, base.text_encoders[0]):
             plainly_dequantizing_(part)
         compile_ = torch.compile if compiled else (lambda part: part)

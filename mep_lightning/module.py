@@ -27,8 +27,9 @@ from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import (
     Base,
     BaseFolder,
-    encode_ids,
-    encode_prompts,
+    Conditioning,
+    condition_on,
+    condition_on_ids,
     exact_device,
     identify,
     load_base,
@@ -342,10 +343,10 @@ class PersonalizationModule(LightningModule):
         return denoise(members, ids, draw.noisy, draw.timestep, draw.target)
 
     def _denoise(self, members: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """`losses` as a function of tensors; ids [B, T]."""
+        """`losses` as a function of tensors; ids [encoders, B, T]."""
         base = self._loaded()
-        embeds = encode_ids(base, ids, self.adapter.tokens(members))  # [V * B, T, D]
-        predicted = self.predict_noise(base.unet, noisy, timestep, embeds)
+        conditioning = condition_on_ids(base, ids, self.adapter.tokens(members))  # of V * B prompts
+        predicted = self.predict_noise(base.unet, noisy, timestep, conditioning)
         error = predicted.float().unflatten(0, (len(members), -1)) - target  # [V, B, C, H, W]
         return error.pow(2).flatten(1).mean(1)
 
@@ -361,9 +362,9 @@ class PersonalizationModule(LightningModule):
     # -- after and between ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prompt_embeds(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [N, T, D] of prompts that may hold the trained token."""
-        return encode_prompts(self._loaded(), prompts, self.adapter.tokens())
+    def condition_on(self, prompts: Sequence[str]) -> Conditioning:
+        """What the U-Net is told of N prompts that may hold the trained token."""
+        return condition_on(self._loaded(), prompts, self.adapter.tokens())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside trainables and optimiser: what the run was, and the subspace's history."""

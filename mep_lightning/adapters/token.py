@@ -16,6 +16,8 @@ from mep_lightning.errors import UserError
 from mep_lightning.run_folder import replacing
 
 FILE = "learned_embeds.safetensors"
+XL_KEYS = ("clip_l", "clip_g")
+"""Under which other programs look for the vectors of SDXL's two text encoders."""
 PREFIX = "mep."
 """What our keys in a file's metadata start with."""
 
@@ -39,21 +41,24 @@ class TokenEmbedding(Adapter):
         if vectors < 1:
             raise UserError(f"vectors is {vectors}: a token needs at least one")
         self.token, self.init, self.vectors = token, init, vectors
+        self.widths: list[int] | None = None
         self.register_parameter("theta", None)
 
     def attach(self, base: Base, class_word: str | None = None) -> None:
-        """Start from the embedding of `init`; `theta` is [vectors, D]."""
+        """Start from the embedding of `init`; `theta` is [vectors, D], D the text encoders' widths added up."""
         if self.theta is not None:
             self.vectors = len(self.theta)
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
-        table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
+        self.widths = base.text_widths
         if self.theta is None:
-            start = table[self._initial_id(base, class_word)].detach().float()
+            word = self._initial_id(base, class_word)  # all of SDXL's text encoders read the same vocabulary
+            rows = [encoder.get_input_embeddings().weight[word] for encoder in base.text_encoders]
+            start = torch.cat([row.detach().float() for row in rows])
             self.theta = nn.Parameter(start.repeat(self.vectors, 1))
-        elif self.theta.shape[1] != table.shape[1]:
+        elif self.theta.shape[1] != sum(self.widths):
             raise UserError(
                 f"the token {self.token} has {self.theta.shape[1]} dimensions, the base {base.name} takes "
-                f"{table.shape[1]}: use the base it was trained on"
+                f"{sum(self.widths)}: use the base it was trained on"
             )
         self.theta.data = self.theta.data.to(base.device)
         self.origin = {"base": base.address, "precision": base.precision}
@@ -81,13 +86,20 @@ class TokenEmbedding(Adapter):
         return {self.token: self.theta if members is None else members}
 
     def export(self, directory: Path) -> list[Path]:
-        """`learned_embeds.safetensors`, {token: [vectors, D]}: what diffusers' `load_textual_inversion` reads."""
+        """`learned_embeds.safetensors`: what diffusers' `load_textual_inversion` reads.
+
+        {token: [vectors, D]}; of SDXL {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}, the token in its metadata.
+        """
         path = Path(directory) / FILE
         if not self.theta.isfinite().all():
             raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise mu")
-        metadata = {f"{PREFIX}{key}": value for key, value in self.origin.items()}
+        metadata = {f"{PREFIX}{key}": value for key, value in (self.origin | {"token": self.token}).items()}
+        values = self.theta.detach().float().cpu()
+        widths = self.widths or [values.shape[1]]
+        names = [self.token] if len(widths) == 1 else XL_KEYS
+        parts = {name: part.contiguous() for name, part in zip(names, values.split(widths, dim=1), strict=True)}
         with replacing(path) as temporary:
-            save_file({self.token: self.theta.detach().float().cpu().contiguous()}, temporary, metadata)
+            save_file(parts, temporary, metadata)
         return [path]
 
     def load_export(self, directory: Path) -> None:
@@ -100,12 +112,21 @@ class TokenEmbedding(Adapter):
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): export it again") from None
-        if len(tensors) != 1 or next(iter(tensors.values())).dim() != 2:
-            raise UserError(f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions]")
-        ((self.token, values),) = tensors.items()
-        self.vectors = len(values)
-        self.theta = nn.Parameter(values.to(torch.float32))
-        self.origin = {key.removeprefix(PREFIX): metadata[key] for key in metadata if key.startswith(PREFIX)}
+        origin = {key.removeprefix(PREFIX): metadata[key] for key in metadata if key.startswith(PREFIX)}
+        names = XL_KEYS if set(tensors) == set(XL_KEYS) else tuple(tensors)
+        parts = [tensors[name] for name in names]
+        is_one_token = len(parts) == 1 or names == XL_KEYS
+        if not is_one_token or any(part.dim() != 2 or len(part) != len(parts[0]) for part in parts):
+            raise UserError(
+                f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions], or for SDXL "
+                "clip_l and clip_g"
+            )
+        token = origin.pop("token", self.token)
+        self.token = token if names == XL_KEYS else names[0]
+        self.widths = [part.shape[1] for part in parts]
+        self.vectors = len(parts[0])
+        self.theta = nn.Parameter(torch.cat(parts, dim=1).to(torch.float32))
+        self.origin = origin
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """A checkpoint may come before `attach`: take the shape it has."""

@@ -8,15 +8,23 @@ from mep_lightning.bases.families import Family, identify
 
 if TYPE_CHECKING:
     from mep_lightning.bases.base import Base, BaseFolder
-    from mep_lightning.bases.conditioning import encode_ids, encode_prompts, prompt_ids
+    from mep_lightning.bases.conditioning import (
+        Conditioning,
+        condition_on,
+        condition_on_ids,
+        encode_prompts,
+        prompt_ids,
+    )
     from mep_lightning.bases.load import exact_device, load_base, open_base
     from mep_lightning.bases.walk import predict_noise
 
 __all__ = [
     "Base",
     "BaseFolder",
+    "Conditioning",
     "Family",
-    "encode_ids",
+    "condition_on",
+    "condition_on_ids",
     "encode_prompts",
     "exact_device",
     "identify",
@@ -29,7 +37,9 @@ __all__ = [
 _HOMES = {
     "Base": "base",
     "BaseFolder": "base",
-    "encode_ids": "conditioning",
+    "Conditioning": "conditioning",
+    "condition_on": "conditioning",
+    "condition_on_ids": "conditioning",
     "encode_prompts": "conditioning",
     "exact_device": "load",
     "load_base": "load",

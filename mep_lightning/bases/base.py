@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from mep_lightning.bases.cuda_graph import CUDAGraphed
@@ -114,19 +120,24 @@ class Base(BaseFolder):
     scaling_factor: float
     streams: list[Stream] = field(default_factory=list)
     graphs: list[CUDAGraphed] = field(default_factory=list, repr=False)
-    _enlarged: dict[tuple[tuple[str, int], ...], Any] = field(default_factory=dict, repr=False)
+    _enlarged: dict[tuple[int, tuple[tuple[str, int], ...]], Any] = field(default_factory=dict, repr=False)
 
     def modules(self) -> list[nn.Module]:
         """All parts that hold weights now."""
         return [m for m in (self.unet, *self.text_encoders, self.vae) if m is not None]
 
-    def tokenizer_with(self, counts: Mapping[str, int]) -> Any:
-        """The tokenizer that also knows new tokens, `counts` vectors each; kept, as copying a vocabulary takes long."""
+    @property
+    def text_widths(self) -> list[int]:
+        """Dimensions of each text encoder's token embeddings."""
+        return [encoder.get_input_embeddings().embedding_dim for encoder in self.text_encoders]  # type: ignore[operator]
+
+    def tokenizer_with(self, counts: Mapping[str, int], index: int = 0) -> Any:
+        """A tokenizer that also knows new tokens, `counts` vectors each; kept, as copying a vocabulary takes long."""
         if not counts:
-            return self.tokenizers[0]
-        key = tuple(counts.items())
+            return self.tokenizers[index]
+        key = index, tuple(counts.items())
         if key not in self._enlarged:
-            self._enlarged[key] = with_tokens(self.tokenizers[0], counts)
+            self._enlarged[key] = with_tokens(self.tokenizers[index], counts)
         return self._enlarged[key]
 
     def close(self) -> None:
@@ -173,25 +184,24 @@ class Base(BaseFolder):
             for part in parts:
                 part.to(self.device)
 
-    def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
+    def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""
         self.forget_graphs()
-        pipe = _Pipeline(
-            vae=vae,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts = {"vae": vae, "unet": self.unet, "scheduler": self.scheduler}
+        texts = {"text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0]}
+        pipe: _Pipeline | _XLPipeline
+        if len(self.text_encoders) > 1:
+            second = {"text_encoder_2": self.text_encoders[1], "tokenizer_2": self.tokenizers[1]}
+            pipe = _XLPipeline(**parts, **texts, **second, add_watermarker=False)
+        else:
+            unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipe = _Pipeline(**parts, **texts, **unused)
         pipe.home = self.device
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
-class _Pipeline(StableDiffusionPipeline):
+class _AtHome:
     """A pipeline that computes on `home`, wherever its weights wait."""
 
     home: torch.device
@@ -199,3 +209,11 @@ class _Pipeline(StableDiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
         return self.home
+
+
+class _Pipeline(_AtHome, StableDiffusionPipeline):
+    pass
+
+
+class _XLPipeline(_AtHome, StableDiffusionXLPipeline):
+    pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,47 +49,102 @@ def injected(text_encoder: nn.Module, vectors: Tensor, first: int, members: int)
             handle.remove()
 
 
+class Conditioning(NamedTuple):
+    """What a U-Net is told of N prompts.
+
+    Attributes:
+        embeds: [N, T, D], of SDXL both encoders' side by side.
+        pooled: [N, P], SDXL's second encoder's embedding of the whole prompt; None elsewhere.
+        vae_factor: pixels a latent, from which SDXL is told the picture's size.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    vae_factor: int = 8
+
+    def expand(self, count: int) -> Conditioning:
+        """One prompt's, as often as asked for."""
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return self._replace(embeds=self.embeds.expand(count, -1, -1), pooled=pooled)
+
+    def nothing(self) -> Conditioning:
+        """This prompt, an empty one, as guidance takes it: SDXL's guidance starts from zeros, as diffusers' does."""
+        if self.pooled is None:
+            return self
+        return self._replace(embeds=torch.zeros_like(self.embeds), pooled=torch.zeros_like(self.pooled))
+
+    def added(self, latents: Tensor) -> dict[str, Tensor] | None:
+        """What SDXL is told beside embeddings: pooled text, and an uncropped picture of latents [N, C, H, W]."""
+        if self.pooled is None:
+            return None
+        side = [length * self.vae_factor for length in latents.shape[-2:]]
+        sizes = torch.tensor([*side, 0, 0, *side], dtype=self.pooled.dtype, device=self.pooled.device)
+        return {"text_embeds": self.pooled, "time_ids": sizes.expand(len(self.pooled), -1)}
+
+
 def encode_prompts(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
+    """The embeddings of `condition_on` alone, [N, T, D] or [V * N, T, D]: all that SD1 and SD2 are told."""
+    return condition_on(base, prompts, tokens).embeds
+
+
+def condition_on(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Conditioning:
     """Embed prompts, once for every member.
 
     Args:
-        base: whose text encoder.
+        base: whose text encoders.
         prompts: N texts; they may hold the names in `tokens`.
-        tokens: name -> vectors [n, D], or [V, n, D] for V members at once.
+        tokens: name -> vectors [n, D], or [V, n, D] for V members at once; D is the encoders' widths added up.
 
     Returns:
-        [N, T, D], or [V * N, T, D], member-major, in the base's dtype.
+        Of N or V * N prompts, member-major, in the base's dtype.
     """
-    return encode_ids(base, prompt_ids(base, prompts, tokens), tokens)
+    return condition_on_ids(base, prompt_ids(base, prompts, tokens), tokens)
 
 
 def prompt_ids(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
-    """What the text encoder reads of prompts: int64 [N, T]; arguments as `encode_prompts`'.
+    """What the text encoders read of prompts: int64 [encoders, N, T]; arguments as `condition_on`'s.
 
     Raises:
         UserError: a prompt is so long that trained vectors would be cut off.
     """
     counts = {name: values.shape[-2] for name, values in (tokens or {}).items()}
-    rows = token_rows(base.tokenizer_with(counts), [expand(prompt, counts) for prompt in prompts])
-    ids = torch.tensor(rows, device=base.device)
+    expanded = [expand(prompt, counts) for prompt in prompts]
+    rows = [token_rows(base.tokenizer_with(counts, index), expanded) for index in range(len(base.tokenizers))]
     if counts:
         first = len(base.tokenizers[0])
-        _refuse_cut_tokens(prompts, counts, [sum(id >= first for id in row) for row in rows], ids.shape[1])
-    return ids
+        found = [sum(id >= first for id in row) for row in rows[0]]
+        _refuse_cut_tokens(prompts, counts, found, len(rows[0][0]))
+    return torch.tensor(rows, device=base.device)
 
 
-def encode_ids(base: Base, ids: Tensor, tokens: Tokens | None = None) -> Tensor:
-    """`encode_prompts` on the device alone: ids as `prompt_ids` answers, with the same tokens."""
-    encoder = base.text_encoders[0]
-    if not tokens:
-        return encoder(ids).last_hidden_state
-    members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
-    if len(members) > 1:
-        raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
-    count = members.pop()
-    stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
-    with injected(encoder, stacked.to(base.device), len(base.tokenizers[0]), count):
-        return encoder(ids.repeat(count, 1)).last_hidden_state
+def condition_on_ids(base: Base, ids: Tensor, tokens: Tokens | None = None) -> Conditioning:
+    """`condition_on` on the device alone: ids as `prompt_ids` answers, with the same tokens."""
+    vectors: Tensor | None = None
+    if tokens:
+        members = {values.shape[0] for values in tokens.values() if values.dim() == 3} or {1}
+        if len(members) > 1:
+            raise ValueError(f"tokens come with different numbers of members: {sorted(members)}")
+        (count,) = members
+        stacked = torch.cat([v if v.dim() == 3 else v.expand(count, *v.shape) for v in tokens.values()], dim=1)
+        vectors = stacked.to(base.device)  # [V, n, D]
+    answers = []
+    for index, (encoder, width) in enumerate(zip(base.text_encoders, base.text_widths, strict=True)):
+        own = None
+        if vectors is not None:
+            own, vectors = vectors[..., :width], vectors[..., width:]
+        answers.append(_read(encoder, ids[index], own, len(base.tokenizers[index]), len(base.text_encoders) > 1))
+    if len(answers) == 1:
+        return Conditioning(answers[0].last_hidden_state, vae_factor=base.vae_factor)
+    embeds = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
+    return Conditioning(embeds, answers[-1].text_embeds, base.vae_factor)
+
+
+def _read(encoder: nn.Module, ids: Tensor, vectors: Tensor | None, first: int, layers: bool) -> Any:
+    """What a text encoder answers to ids [N, T] for every member's vectors [V, n, D]; `layers`: with every layer's."""
+    if vectors is None:
+        return encoder(ids, output_hidden_states=layers)
+    with injected(encoder, vectors, first, len(vectors)):
+        return encoder(ids.repeat(len(vectors), 1), output_hidden_states=layers)
 
 
 def _refuse_cut_tokens(prompts: Sequence[str], counts: Mapping[str, int], found: Sequence[int], length: int) -> None:

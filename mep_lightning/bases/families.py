@@ -11,6 +11,8 @@ from mep_lightning.errors import UserError
 TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
 VARIANTS = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SECOND = ("text_encoder_2", "tokenizer_2")
+"""What SDXL has beside them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
         raise UserError(f"base {str(name)!r} is no folder: give an existing one, a hub id such as owner/name, or tiny")
     else:
         folder, hint = _download(str(name), weights=weights), "choose a repository in diffusers' layout"
-    missing = [p for p in ("model_index.json", *PARTS) if not (folder / p).exists()]
+    wanted = ("model_index.json", *PARTS, *(SECOND if is_sdxl(folder) else ()))
+    missing = [part for part in wanted if not (folder / part).exists()]
     if missing:
         raise UserError(f"base {str(name)!r} lacks {', '.join(missing)} in {folder}: {hint}")
     return folder
@@ -81,7 +84,7 @@ def describe(folder: Path, name: str | Path) -> Family:
         for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
     width = unet.get("cross_attention_dim", 0)
-    if "XL" in index.get("_class_name", ""):
+    if _names_sdxl(index):
         family = "sdxl"
     else:
         family = {128: "tiny", 768: "sd1", 1024: "sd2"}.get(width, "")
@@ -97,6 +100,16 @@ def describe(folder: Path, name: str | Path) -> Family:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = scheduler.get("prediction_type", "epsilon")
     return Family(family, unet["sample_size"] * factor, factor, prediction)
+
+
+def is_sdxl(folder: Path) -> bool:
+    """Whether a base's folder holds an SDXL model, with a second text encoder."""
+    index = folder / "model_index.json"
+    return index.exists() and _names_sdxl(_read(index))
+
+
+def _names_sdxl(index: dict) -> bool:
+    return "XL" in index.get("_class_name", "")
 
 
 def _read(path: Path) -> dict:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mep_lightning.bases.base import Base, BaseFolder
-from mep_lightning.bases.families import Family, describe, locate
+from mep_lightning.bases.families import describe, is_sdxl, locate
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.bases.transformer import compute_frugally_
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
@@ -21,6 +22,8 @@ from mep_lightning.quantization import quantize_module_
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 OFFLOADS = ("none", "stream")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,7 +81,6 @@ def open_base(
         raise UserError(f"offload {offload!r} is unknown: choose one of {', '.join(OFFLOADS)}")
     folder = locate(name, weights=weights)
     info = describe(folder, name)
-    refuse_unsupported(info, name)
     device = exact_device(device)
     return BaseFolder(
         name=str(name),
@@ -89,12 +91,6 @@ def open_base(
         device=device,
         offload=offload,
     )
-
-
-def refuse_unsupported(info: Family, name: str | Path) -> None:
-    """Raise a `UserError` for a family that is recognised and cannot be trained yet."""
-    if info.family == "sdxl":
-        raise UserError(f"base {str(name)!r} is an SDXL model, which is not supported yet: use an SD1 or SD2 base")
 
 
 def load_base(
@@ -124,7 +120,7 @@ def load_base(
     return assemble(
         found,
         tensors=lambda module, part: stored(part),
-        tokenizer=lambda length: _load_tokenizer(found.folder / "tokenizer"),
+        tokenizer=lambda part, length: _load_tokenizer(found.folder / part),
         vae=(lambda: load_vae(found.folder, found.weights_device, found.dtype)) if vae else None,
     )
 
@@ -133,7 +129,7 @@ def assemble(
     found: BaseFolder,
     *,
     tensors: Callable[[nn.Module, Path], Tensors],
-    tokenizer: Callable[[int], CLIPTokenizer],
+    tokenizer: Callable[[str, int], CLIPTokenizer],
     vae: Callable[[], AutoencoderKL] | None,
 ) -> Base:
     """Put a frozen base together from what its folder describes, one part after the other.
@@ -141,15 +137,16 @@ def assemble(
     Args:
         found: the base that is wanted.
         tensors: the weights of a module that was built from a part's folder.
-        tokenizer: makes the tokenizer for a text encoder that reads so many tokens.
+        tokenizer: makes the tokenizer in a folder's part, for a text encoder that reads so many tokens.
         vae: makes the autoencoder; None leaves it out.
     """
     folder = found.folder
     streams: list[Stream | None] = []
     with phase("load"):
-        unet, text_encoder = build(folder)
+        unet, text_encoders = build(folder)
         compute_frugally_(unet)
-        for module, part in ((unet, folder / "unet"), (text_encoder, folder / "text_encoder")):
+        parts = ("unet", *TEXT_ENCODERS[: len(text_encoders)])
+        for module, part in zip((unet, *text_encoders), (folder / name for name in parts), strict=True):
             if found.precision in QUANTIZED:
                 quantize_module_(module, found.precision)
             fill_(module, tensors(module, part), part, found.dtype, found.weights_device, found.memory_format)
@@ -160,8 +157,11 @@ def assemble(
         return Base(
             **vars(found),
             unet=unet,
-            text_encoders=[text_encoder],
-            tokenizers=[tokenizer(text_encoder.config.max_position_embeddings)],
+            text_encoders=text_encoders,
+            tokenizers=[
+                tokenizer(part, encoder.config.max_position_embeddings)
+                for part, encoder in zip(TOKENIZERS, text_encoders, strict=False)
+            ],
             vae=autoencoder,
             streams=[stream for stream in streams if stream is not None],
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
@@ -169,11 +169,13 @@ def assemble(
         )
 
 
-def build(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """The U-Net and the text encoder that a folder describes, on the meta device."""
+def build(folder: Path) -> tuple[UNet2DConditionModel, list[Any]]:
+    """The U-Net and the text encoders, two for SDXL, that a folder describes, on the meta device."""
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection) if is_sdxl(folder) else (CLIPTextModel,)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
-        return unet, CLIPTextModel(read_part(CLIPTextConfig.from_pretrained, folder / "text_encoder"))
+        configs = [read_part(CLIPTextConfig.from_pretrained, folder / part) for part in TEXT_ENCODERS[: len(kinds)]]
+        return unet, [kind(config) for kind, config in zip(kinds, configs, strict=True)]
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

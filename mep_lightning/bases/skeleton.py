@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.families import TINY_FOLDER, describe, locate
 from mep_lightning.bases.load import activation_dtype, assemble, exact_device
-from mep_lightning.bases.weights import Tensors, fill_, read_part
+from mep_lightning.bases.weights import Tensors, fill_, in_tiles, read_part, vae_dtype
 from mep_lightning.quantization import QuantizedWeight
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -85,8 +85,8 @@ def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
     """An autoencoder with made-up weights, where and in what a base is wanted."""
     with torch.device("meta"):
         module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, found.folder / "vae"))
-    fill_(module, made_up(module, make), found.folder / "vae", found.dtype, found.device)
-    return module.eval().requires_grad_(False)
+    fill_(module, made_up(module, make), found.folder / "vae", vae_dtype(found.folder, found.dtype), found.device)
+    return in_tiles(module.eval().requires_grad_(False))
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:
@@ -106,7 +106,7 @@ def made_up(module: nn.Module, make: Maker) -> Tensors:
     return tensors()
 
 
-def tokenizer(length: int) -> CLIPTokenizer:
+def tokenizer(_: str, length: int) -> CLIPTokenizer:
     """A tokenizer for bases whose own is not there: that of `tiny`, padding to as many tokens as the encoder reads."""
     made = CLIPTokenizer.from_pretrained(TINY_FOLDER / "tokenizer")
     made.model_max_length = length

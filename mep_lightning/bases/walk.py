@@ -2,7 +2,7 @@
 
 Everything before the first cross-attention (the first convolution, the resnets ahead of it, the first transformer's own
 self-attention) sees latents and timestep alone. Members that differ only in their text share it; after the fork each
-member has its own rows. The result is exact.
+member has its own rows. The result is exact. SDXL's pooled text enters with the timestep: its members share nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
+
+from mep_lightning.bases.conditioning import Conditioning
 
 
 class _Fork:
@@ -28,24 +30,26 @@ class _Fork:
         self.temb, self.skips = self.rows(self.temb), [self.rows(s) for s in self.skips]
 
 
-def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+def predict_noise(
+    unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning | Tensor
+) -> Tensor:
     """What the U-Net predicts for V members over the same latents and timesteps.
 
     Args:
-        unet: an SD1 or SD2 U-Net.
+        unet: of a Stable Diffusion base.
         latents: [B, C, H, W], shared by the members.
         timestep: [B].
-        embeds: [V * B, T, D], member-major.
+        conditioning: V * B prompts, member-major; a tensor [V * B, T, D] where embeddings are all there is.
 
     Returns:
         [V * B, C, H, W], member-major.
     """
+    told = conditioning if isinstance(conditioning, Conditioning) else Conditioning(conditioning)
+    embeds = told.embeds
     members = embeds.shape[0] // latents.shape[0]
-    if members == 1:
-        return unet(latents, timestep, embeds).sample
-    if not _forkable(unet):
-        rows = (members, 1, 1, 1)
-        return unet(latents.repeat(*rows), timestep.repeat(members), embeds).sample
+    if members == 1 or told.pooled is not None or not _forkable(unet):
+        rows = latents.repeat(members, 1, 1, 1)
+        return unet(rows, timestep.repeat(members), embeds, added_cond_kwargs=told.added(rows)).sample
 
     temb = unet.time_embedding(unet.time_proj(timestep).to(latents.dtype))
     walk = _Fork(members, unet.conv_in(latents), temb)

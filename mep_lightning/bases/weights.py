@@ -13,10 +13,13 @@ from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mep_lightning.bases.families import is_sdxl
 from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
 
 Tensors = Iterable[tuple[str, Tensor]]
+TILE = 512
+"""px a side: an autoencoder's activations at 1024 px would be larger than all else."""
 
 
 def fill_(
@@ -71,8 +74,17 @@ def _formatted(value: Tensor, memory_format: torch.memory_format) -> Tensor:
     return value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
 
 
+def vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """What a base's autoencoder computes in where its U-Net does in `dtype`: SDXL's overflows fp16 and says so."""
+    if dtype != torch.float16 or not is_sdxl(folder):
+        return dtype
+    upcast = read_part(AutoencoderKL.load_config, folder / "vae").get("force_upcast", True)
+    return torch.float32 if upcast else dtype
+
+
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The autoencoder, which stays in floats."""
+    """The autoencoder, which stays in floats: in `dtype`, or in fp32 where it needs that."""
+    dtype = vae_dtype(folder, dtype)
     frugal = is_accelerate_available()  # without accelerate diffusers would say that it goes on without
     module = read_part(
         lambda path: AutoencoderKL.from_pretrained(
@@ -80,7 +92,15 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
         ),
         folder / "vae",
     )
-    return module.eval().requires_grad_(False).to(device)
+    return in_tiles(module.eval().requires_grad_(False).to(device))
+
+
+def in_tiles(vae: AutoencoderKL) -> AutoencoderKL:
+    """Let an autoencoder see pictures above `TILE` px tile by tile, whatever size it was trained at; returns it."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae
 
 
 def read_part(read: Callable[[Path], Any], folder: Path) -> Any:

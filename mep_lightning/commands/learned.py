@@ -29,7 +29,7 @@ class Learned:
     """A module whose adapter is the learned one.
 
     Attributes:
-        module: loaded; `prompt_embeds` and `evaluation.generate` work.
+        module: loaded; `condition_on` and `evaluation.generate` work.
         folder: the run, or the folder that holds an export alone; results are written below it.
         settings: config.yaml, where there is one.
         class_word: what the subject is, where known.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Nothing is loaded and no GPU is needed: the real training step runs on tensors that hold nothing. A hub id fetches its
-JSON files alone; sd15 and sd21 need not even that.
+JSON files alone; sd15, sd21 and sdxl need not even that.
 
 examples:
   mep plan
@@ -77,7 +77,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _options() -> Options:
     parser = Options("plan", "Predicts the peak memory of every method on a base, without loading it.", EPILOG)
-    parser.add_argument("--base", default="sd15", help="sd15, sd21, tiny, a folder or a hub id (default: %(default)s)")
+    parser.add_argument(
+        "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder or a hub id (default: %(default)s)"
+    )
     parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the base's own)")
     parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
+
+if TYPE_CHECKING:
+    from mep_lightning.bases import Conditioning
 
 
 @torch.no_grad()
@@ -47,7 +50,7 @@ def generate(
     """
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts need as many seeds, and {len(seeds)} were given.")
-    is_module = hasattr(module_or_base, "prompt_embeds")
+    is_module = hasattr(module_or_base, "condition_on")
     base = module_or_base.base if is_module else module_or_base
     resolution = base.resolution if resolution is None else resolution
     if resolution % base.vae_factor:
@@ -55,7 +58,7 @@ def generate(
     with phase("sample"):
         latents = _denoise(
             base,
-            module_or_base.prompt_embeds if is_module else lambda texts: _encode(base, texts),
+            module_or_base.condition_on if is_module else lambda texts: _condition_on(base, texts),
             prompts,
             [_noise(base, seed, resolution) for seed in seeds],
             steps,
@@ -63,7 +66,7 @@ def generate(
             batch_size,
             progress,
         )
-        return _decode(base, latents, resolution)
+        return _decode(base, latents)
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def _noise(base: Any, seed: int, resolution: int) -> Tensor:
 
 def _denoise(
     base: Any,
-    encode: Callable[[list[str]], Tensor],
+    condition_on: Callable[[list[str]], Conditioning],
     prompts: Sequence[str],
     noise: list[Tensor],
     steps: int,
@@ -101,14 +104,15 @@ def _denoise(
     pipeline = base.pipeline(None)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    unconditional = encode([""]) if guidance > 1 else None  # [1, T, D]
+    unconditional = condition_on([""]).nothing() if guidance > 1 else None  # of one prompt
     latents: list[Tensor] = []
     with evaluating(base.unet):
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
+            told = condition_on(texts)
             result = pipeline(
-                prompt_embeds=encode(texts),
-                negative_prompt_embeds=None if unconditional is None else unconditional.expand(len(texts), -1, -1),
+                **_arguments("", told),
+                **({} if unconditional is None else _arguments("negative_", unconditional.expand(len(texts)))),
                 latents=torch.stack(noise[start : start + batch_size]).to(base.device, base.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -121,32 +125,30 @@ def _denoise(
     return latents
 
 
-def _encode(base: Any, prompts: list[str]) -> Tensor:
-    """Prompt embeddings [N, T, D] of a base without an adapter."""
-    from mep_lightning.bases import encode_prompts
+def _arguments(prefix: str, told: Conditioning) -> dict[str, Tensor]:
+    """A conditioning as diffusers' pipelines take it."""
+    pooled = {} if told.pooled is None else {f"{prefix}pooled_prompt_embeds": told.pooled}
+    return {f"{prefix}prompt_embeds": told.embeds, **pooled}
 
-    return encode_prompts(base, prompts, None)
+
+def _condition_on(base: Any, prompts: list[str]) -> Conditioning:
+    """Prompts for a base without an adapter."""
+    from mep_lightning.bases import condition_on
+
+    return condition_on(base, prompts, None)
 
 
-def _decode(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
+def _decode(base: Any, latents: list[Tensor]) -> list[Image.Image]:
     with base.parked():
-        return _decode_alone(base, latents, resolution)  # the autoencoder is gone when it returns
+        return _decode_alone(base, latents)  # the autoencoder is gone when it returns
 
 
-def _decode_alone(base: Any, latents: list[Tensor], resolution: int) -> list[Image.Image]:
+def _decode_alone(base: Any, latents: list[Tensor]) -> list[Image.Image]:
     images = []
     with base.borrowed_vae() as vae:
-        # The VAE's own tile size; below it a seam would be all cost and no gain.
-        tiled = resolution > max(vae.config.sample_size, 512) and not vae.use_tiling
-        if tiled:
-            vae.enable_tiling()
-        try:
-            for latent in latents:
-                scaled = latent[None].to(base.device, vae.dtype) / vae.config.scaling_factor
-                images.append(_to_image(vae.decode(scaled, return_dict=False)[0][0]))
-        finally:
-            if tiled:
-                vae.disable_tiling()
+        for latent in latents:
+            scaled = latent[None].to(base.device, vae.dtype) / vae.config.scaling_factor
+            images.append(_to_image(vae.decode(scaled, return_dict=False)[0][0]))
     return images
 
 

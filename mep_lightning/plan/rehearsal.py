@@ -137,8 +137,8 @@ def _autoencoder(live: LiveBytes, found: BaseFolder, resolution: int, streams: b
     """Encoding a photo and decoding a picture."""
     vae = skeleton_vae(found, unwritten)
     weights, side = live.now, resolution // found.vae_factor
-    pixels = torch.empty(1, 3, resolution, resolution, dtype=found.dtype)
-    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=found.dtype)
+    pixels = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype)
+    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype)
     encode = _peak(live, lambda: vae.encode(pixels), weights=weights)
     decode = _peak(live, lambda: vae.decode(latent), weights=weights)
     held = streamed_bytes(vae) if streams else weights
@@ -166,9 +166,10 @@ def denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
     """One denoising step of so many pictures, `side` latents wide, with guidance."""
     base, device = module.base, module.adapter.theta.device
     assert base is not None
-    embeds = module.prompt_embeds([PROMPT.format(module.adapter.phrase(module.class_word))] * 2 * pictures)
+    told = module.condition_on([PROMPT.format(module.adapter.phrase(module.class_word))] * 2 * pictures)
     noise = torch.randn(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype, device=device)
-    base.unet(noise, torch.zeros(2 * pictures, dtype=torch.int64, device=device), embeds)
+    times = torch.zeros(2 * pictures, dtype=torch.int64, device=device)
+    base.unet(noise, times, told.embeds, added_cond_kwargs=told.added(noise))
 
 
 def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:

@@ -13,7 +13,7 @@ import torch
 from mep_lightning import defaults
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype, refuse_unsupported
+from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, rehearse
@@ -107,7 +107,7 @@ def plan(
 
     Args:
         recipes: name -> maker of fresh modules.
-        base: `sd15`, `sd21`, or what `load_base` takes; only its JSON files are read.
+        base: `sd15`, `sd21`, `sdxl`, or what `load_base` takes; only its JSON files are read.
         resolution: px a side; the base's own by default.
         batch_size: samples a step.
         pictures: how many samples are denoised at once; by default what is usual for the base.
@@ -120,7 +120,6 @@ def plan(
     """
     folder = architecture(base)
     info = describe(folder, base)
-    refuse_unsupported(info, base)
     where = torch.device(device)
     pictures = pictures or defaults.lookup(next(iter(recipes)), info.family, precisions[0])["sampling_batch"]
     rows: list[Row] = []

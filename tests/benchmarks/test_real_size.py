@@ -5,15 +5,26 @@ import copy
 import torch
 
 from benchmarks import memory, real_step
-from benchmarks.ordinary import DequantizingConv2d, DequantizingLinear, OrdinaryStep, plainly_dequantizing_
+from benchmarks.ordinary import (
+    DequantizingConv2d,
+    DequantizingLinear,
+    OrdinaryStep,
+    as_it_comes_,
+    plainly_dequantizing_,
+)
 from mep_lightning.bases import load_base
+from mep_lightning.bases.transformer import AttentionProcessor, BlockwiseFeedForward
 from mep_lightning.quantization import QuantizedWeight
 
 
 def test_the_plain_layers_compute_what_ours_do():
     unet = load_base("tiny", "int8").unet
     plain = copy.deepcopy(unet)
+    as_it_comes_(plain)
     plainly_dequantizing_(plain)
+    assert not any(isinstance(part, BlockwiseFeedForward) for part in plain.modules())
+    assert not any(isinstance(processor, AttentionProcessor) for processor in plain.attn_processors.values())
+    assert plain.conv_in.weight.is_contiguous() and plain.mid_block.resnets[0].conv1.weight.is_contiguous()
     assert not any(isinstance(part, QuantizedWeight) for part in plain.modules())
     assert {DequantizingLinear, DequantizingConv2d} <= {type(part) for part in plain.modules()}
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([500]), torch.randn(2, 32, 128)
@@ -43,7 +54,8 @@ def test_planned_and_measured_peaks_stand_side_by_side():
 def test_both_sides_are_timed_in_one_run():
     rows = real_step.run("tiny", rounds=1)
     assert [row["case"] for row in rows] == [
-        "tiny int8 RGE n=2, ours beside ordinary fp32",
-        "tiny int8 RGE n=2, ours beside ordinary bf16",
+        f"tiny int8 RGE n=2, {activations} activations, beside ordinary {precision}"
+        for activations in ("fp32", "bf16")
+        for precision in ("fp32", "bf16")
     ]
     assert all(row["ratio"] > 0 and row["value"] > 0 for row in rows)

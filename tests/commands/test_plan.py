@@ -50,7 +50,6 @@ def test_a_budget_for_nothing_says_what_the_least_needs(capsys):
     ("words", "sentence"),
     [
         (["--base", "none/of/it"], "base 'none/of/it' is no folder"),
-        (["--base", "sdxl"], "base 'sdxl' is an SDXL model, which is not supported yet: use an SD1 or SD2 base"),
         (["--budget", "much"], "--budget is 'much'; give a size such as 4GB or 3.5GiB."),
         (["--precision", "int3"], "--precision int3 is unknown; choose one of fp32, bf16, fp16, int8, int4."),
         (["--methods", "magic"], "--methods magic: there is no such method; choose one of zoodip, textual_inversion."),

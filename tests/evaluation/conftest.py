@@ -15,6 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from mep_lightning.bases import Conditioning
+
 CONTEXT = 24
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -77,10 +79,10 @@ class Personalised:
     def __init__(self, base: StandIn, theta: float = 0.0) -> None:
         self.base, self.theta = base, theta
 
-    def prompt_embeds(self, prompts: list[str]) -> torch.Tensor:
+    def condition_on(self, prompts: list[str]) -> Conditioning:
         embeds = encode(self.base, prompts)
         here = torch.tensor(["<sks>" in prompt for prompt in prompts])
-        return embeds + self.theta * here[:, None, None]
+        return Conditioning(embeds + self.theta * here[:, None, None])
 
 
 def encode(base: StandIn, prompts: list[str]) -> torch.Tensor:

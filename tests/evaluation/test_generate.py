@@ -27,7 +27,7 @@ def test_a_picture_equals_the_samplers_own_loop_written_out(personalised, base):
     scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)
     scheduler.set_timesteps(4)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    words, nothing = personalised.prompt_embeds(PROMPTS[:1]), personalised.prompt_embeds([""])
+    words, nothing = (personalised.condition_on(texts).embeds for texts in (PROMPTS[:1], [""]))
     with torch.no_grad():
         for t in scheduler.timesteps:
             free = base.unet(latents, t, nothing).sample

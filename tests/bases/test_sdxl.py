@@ -1,0 +1,231 @@
+"""SDXL: two text encoders, pooled text and picture sizes, in a model of its build and no size; beside diffusers'."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from lightning import Trainer
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import condition_on, identify, load_base, open_base, predict_noise
+from mep_lightning.bases.families import TINY_FOLDER
+from mep_lightning.bases.weights import vae_dtype
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.evaluation import generate
+
+WIDTHS = (24, 40)
+SIDE = 32  # px
+
+
+def text_config(width):
+    return CLIPTextConfig(
+        vocab_size=len(CLIPTokenizer.from_pretrained(TINY_FOLDER / "tokenizer")),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=20,
+        eos_token_id=2,  # as SDXL's: the prompt's embedding is then that of the largest id
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """What `StableDiffusionXLPipeline.save_pretrained` writes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {
+            "vae": AutoencoderKL(
+                block_out_channels=(8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                norm_num_groups=4,
+                scaling_factor=0.13025,
+            ),
+            "unet": UNet2DConditionModel(
+                sample_size=SIDE // 2,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=(2, 4),
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+                cross_attention_dim=sum(WIDTHS),
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=20 + 6 * 4,
+            ),
+            "text_encoder": CLIPTextModel(text_config(WIDTHS[0])),
+            "text_encoder_2": CLIPTextModelWithProjection(text_config(WIDTHS[1])),
+        }
+    tokenizers = [CLIPTokenizer.from_pretrained(TINY_FOLDER / "tokenizer") for _ in range(2)]
+    tokenizers[1].pad_token = "!"  # as SDXL's second
+    pipe = StableDiffusionXLPipeline(
+        **parts,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+    path = tmp_path_factory.mktemp("sdxl")
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def theirs(folder):
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def trained(folder, **kwargs):
+    """An adapter that has left its place."""
+    base = load_base(folder, **kwargs)
+    adapter = TokenEmbedding(init="ball", vectors=2)
+    adapter.attach(base)
+    with torch.no_grad():
+        adapter.theta.add_(0.3 * torch.randn(adapter.theta.shape, generator=torch.Generator().manual_seed(0)))
+    return base, adapter
+
+
+def test_is_recognised(folder):
+    assert identify(folder).family == "sdxl"
+
+
+def test_a_folder_without_the_second_encoder_is_refused(folder, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(UserError, match="lacks unet, .*text_encoder_2, tokenizer_2"):
+        load_base(tmp_path)
+
+
+def test_prompts_mean_what_they_mean_to_diffusers(folder, theirs):
+    prompts = ["a photo of a red ball", "grass"]
+    with torch.no_grad():
+        ours = condition_on(load_base(folder), prompts)
+        embeds, _, pooled, _ = theirs.encode_prompt(prompts, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.embeds, embeds)
+    torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_the_u_net_is_told_the_pictures_size(folder, theirs):
+    base = load_base(folder)
+    with torch.no_grad():
+        told = condition_on(base, ["a red ball"] * 2)
+        latents, timestep = torch.randn(2, 4, 16, 12), torch.tensor([10, 900])
+        sizes = theirs._get_add_time_ids((32, 24), (0, 0), (32, 24), told.pooled.dtype, 20).repeat(2, 1)
+        added = {"text_embeds": told.pooled, "time_ids": sizes}
+        expected = theirs.unet(latents, timestep, told.embeds, added_cond_kwargs=added).sample
+        torch.testing.assert_close(predict_noise(base.unet, latents, timestep, told), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_members_are_told_apart(folder):
+    base, adapter = trained(folder)
+    prompt, members = ["a photo of a <sks> ball"], torch.stack([adapter.theta, 1.5 * adapter.theta]).detach()
+    latents, timestep = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    with torch.no_grad():
+        told = condition_on(base, prompt, adapter.tokens(members))
+        together = predict_noise(base.unet, latents, timestep, told)
+        for member, found in zip(members, together, strict=True):
+            alone = predict_noise(base.unet, latents, timestep, condition_on(base, prompt, adapter.tokens(member)))
+            torch.testing.assert_close(found, alone[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_the_export_gives_diffusers_the_same_picture(folder, theirs, tmp_path):
+    base, adapter = trained(folder)
+    (path,) = adapter.export(tmp_path)
+    tensors = load_file(path)
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"clip_l": (2, 24), "clip_g": (2, 40)}
+    for key, encoder, tokenizer in (
+        ("clip_l", theirs.text_encoder, theirs.tokenizer),
+        ("clip_g", theirs.text_encoder_2, theirs.tokenizer_2),
+    ):
+        theirs.load_textual_inversion(tensors[key], token="<sks>", text_encoder=encoder, tokenizer=tokenizer)
+    prompt, settings = "a photo of a <sks> ball", {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    with torch.no_grad():
+        a = theirs(prompt, generator=torch.Generator().manual_seed(1), height=SIDE, width=SIDE, **settings).images
+        words, nothing = condition_on(base, [prompt], adapter.tokens()), condition_on(base, [""]).nothing()
+        pipe = base.pipeline(theirs.vae)
+        pipe.scheduler = copy.deepcopy(theirs.scheduler)
+        b = pipe(
+            prompt_embeds=words.embeds,
+            pooled_prompt_embeds=words.pooled,
+            negative_prompt_embeds=nothing.embeds,
+            negative_pooled_prompt_embeds=nothing.pooled,
+            generator=torch.Generator().manual_seed(1),
+            height=SIDE,
+            width=SIDE,
+            **settings,
+        ).images
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_an_export_loads_back(folder, tmp_path):
+    base, adapter = trained(folder)
+    adapter.token = "<my-ball>"
+    adapter.export(tmp_path)
+    other = TokenEmbedding()
+    other.load_export(tmp_path)
+    other.attach(base)
+    assert other.token == "<my-ball>" and other.origin["base"] == str(folder)
+    assert torch.equal(other.theta, adapter.theta)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_trains_and_draws(folder, photo_folder, precision):
+    module = PersonalizationModule(
+        base=str(folder),
+        precision=precision,
+        adapter=TokenEmbedding(init="ball"),
+        estimator=RandomGradientEstimator(n=2, mu=1e-3),
+        subspace=SubspaceGradient(tau=2, nu=1e-3),
+    )
+    trainer = Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.fit(module, SubjectData(photo_folder, class_word="ball", resolution=SIDE))
+    start = TokenEmbedding(init="ball")
+    start.attach(module.base)
+    moved = (module.adapter.theta - start.theta).abs()
+    assert (moved[:, : WIDTHS[0]] > 0).all() and (moved[:, WIDTHS[0] :] > 0).all()
+    (picture,) = generate(module, ["a <sks> ball"], [0], steps=2, resolution=SIDE)
+    assert picture.size == (SIDE, SIDE)
+
+
+def test_the_gradient_of_a_step_is_the_exact_one_along_its_directions(folder):
+    """A two-sided difference with a small mu, in float64, against backpropagation through both encoders."""
+    base, adapter = trained(folder)
+    base.unet.double()
+    for encoder in base.text_encoders:
+        encoder.double()
+    base.dtype = torch.float64
+    latents, timestep = torch.randn(1, 4, 16, 16, dtype=torch.float64), torch.tensor([300])
+
+    def loss(theta):
+        told = condition_on(base, ["a <sks> ball"], adapter.tokens(theta[None]))
+        return predict_noise(base.unet, latents, timestep, told).pow(2).mean()
+
+    theta = adapter.theta.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(theta), theta)
+    assert (gradient[:, : WIDTHS[0]] != 0).any() and (gradient[:, WIDTHS[0] :] != 0).any()
+    direction = torch.randn_like(theta)
+    with torch.no_grad():
+        slope = (loss(theta + 1e-5 * direction) - loss(theta - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-10)
+
+
+def test_its_autoencoder_stays_in_fp32_where_fp16_overflows(folder, tmp_path):
+    assert vae_dtype(folder, torch.float16) == torch.float32
+    assert vae_dtype(folder, torch.bfloat16) == torch.bfloat16
+    assert vae_dtype(TINY_FOLDER, torch.float16) == torch.float16
+    found = open_base(folder, "fp16")
+    with found.borrowed_vae() as vae:
+        assert vae.dtype == torch.float32 and vae.use_tiling and vae.tile_sample_min_size == 512
