@@ -109,8 +109,8 @@ def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
     stream = found.placed(vae)
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor
-    pixels = torch.rand(1, 3, resolution, resolution, dtype=found.dtype, device=found.device)
-    latent = torch.randn(1, vae.config.latent_channels, side, side, dtype=found.dtype, device=found.device)
+    pixels = torch.rand(1, 3, resolution, resolution, dtype=vae.dtype, device=found.device)
+    latent = torch.randn(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device=found.device)
     peaks = {
         "encode": held + peak_of(lambda: vae.encode(pixels), found),
         "decode": held + peak_of(lambda: vae.decode(latent), found),

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep_lightning.bases import Base
+from mep_lightning.bases import Base, Conditioning
 from mep_lightning.bases.tokens import token_ids
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 
@@ -65,14 +65,14 @@ def plainly_dequantizing_(module: nn.Module) -> None:
 
 
 class OrdinaryStep:
-    """One-sided random gradient estimation of a token, in place in the embedding table.
+    """One-sided random gradient estimation of a token, in place in the embedding tables.
 
     Args:
         base: loaded, with its autoencoder; taken over.
         photo: [1, 3, H, W] in [-1, 1].
         n: directions.
         mu: the finite step.
-        compiled: whether U-Net and text encoder go through `torch.compile`.
+        compiled: whether U-Net and text encoders go through `torch.compile`.
     """
 
     def __init__(self, base: Base, photo: Tensor, n: int = 2, mu: float = 1e-3, compiled: bool = False) -> None:
@@ -80,29 +80,29 @@ class OrdinaryStep:
         self.base, self.photo, self.n, self.mu = base, photo, n, mu
         as_it_comes_(base.unet)
         base.vae.disable_tiling()
-        for part in (base.unet, base.text_encoders[0]):
+        for part in (base.unet, *base.text_encoders):
             plainly_dequantizing_(part)
         compile_ = torch.compile if compiled else (lambda part: part)
-        self.unet, self.text_encoder = compile_(base.unet), compile_(base.text_encoders[0])
-        self.table: Tensor = base.text_encoders[0].get_input_embeddings().weight  # type: ignore[operator]
-        self.ids = token_ids(base.tokenizers[0], ["a photo of a ball"]).to(base.device)
-        self.row = int(self.ids[0, 5])  # the noun stands in for the new token
-        self.token = nn.Parameter(self.table[self.row].detach().float().clone())
+        self.unet, self.text_encoders = compile_(base.unet), [compile_(encoder) for encoder in base.text_encoders]
+        self.tables: list[Tensor] = [encoder.get_input_embeddings().weight for encoder in base.text_encoders]  # type: ignore[operator]
+        self.ids = [token_ids(tokenizer, ["a photo of a ball"]).to(base.device) for tokenizer in base.tokenizers]
+        self.row = int(self.ids[0][0, 5])  # the noun stands in for the new token
+        self.token = nn.Parameter(torch.cat([table[self.row].detach().float() for table in self.tables]))
         self.optimizer = torch.optim.Adam([self.token], lr=5e-3, eps=1e-3)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Take a step; the members' losses [n + 1]."""
-        base = self.base
-        latents = base.vae.encode(self.photo).latent_dist.sample() * base.scaling_factor  # type: ignore[union-attr]
+        base, vae = self.base, self.base.vae
+        assert vae is not None
+        latents = (vae.encode(self.photo).latent_dist.sample() * base.scaling_factor).to(base.dtype)
         noise, timestep = torch.randn_like(latents), torch.randint(500, 900, (1,), device=latents.device)
         noisy = base.scheduler.add_noise(latents, noise, timestep)
         directions = [torch.randn_like(self.token) for _ in range(self.n)]
         losses = []
         for move in (torch.zeros_like(self.token), *directions):
-            self.table[self.row] = (self.token + self.mu * move).to(self.table.dtype)
-            embeds = self.text_encoder(self.ids).last_hidden_state
-            predicted = self.unet(noisy, timestep, embeds).sample
+            told = self._told(self.token + self.mu * move)
+            predicted = self.unet(noisy, timestep, told.embeds, added_cond_kwargs=told.added(noisy)).sample
             losses.append((predicted.float() - noise.float()).pow(2).mean())
         slopes = [(loss - losses[0]) / self.mu for loss in losses[1:]]
         self.token.grad = sum(
@@ -110,3 +110,15 @@ class OrdinaryStep:
         ) / len(directions)
         self.optimizer.step()
         return torch.stack(losses)
+
+    def _told(self, token: Tensor) -> Conditioning:
+        """The prompt with a member's token in its place."""
+        for table, values in zip(self.tables, token.split(self.base.text_widths), strict=True):
+            table[self.row] = values.to(table.dtype)
+        if len(self.text_encoders) == 1:
+            return Conditioning(self.text_encoders[0](self.ids[0]).last_hidden_state)
+        answers = [
+            encoder(ids, output_hidden_states=True) for encoder, ids in zip(self.text_encoders, self.ids, strict=True)
+        ]
+        embeds = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
+        return Conditioning(embeds, answers[-1].text_embeds, self.base.vae_factor)

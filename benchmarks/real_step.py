@@ -37,7 +37,8 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
     sides: dict[str, Callable[[], object]] = {way: ours(name, device, **switches) for way, switches in ways.items()}
     for precision in ORDINARY[kind]:
         base = skeleton(name, precision, device, random_weights)
-        photo = torch.rand(1, 3, base.resolution, base.resolution, dtype=base.dtype, device=device) * 2 - 1
+        assert base.vae is not None
+        photo = torch.rand(1, 3, base.resolution, base.resolution, dtype=base.vae.dtype, device=device) * 2 - 1
         sides[precision] = OrdinaryStep(base, photo, compiled=compiled)
     seconds = interleaved(sides, rounds, warmup=1)
     rows = []

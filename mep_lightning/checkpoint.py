@@ -45,7 +45,7 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
             raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
     _compare(saved, _identity(module))
     if module._trainer is not None:
-        _compare(saved["settings"], _settings(module))
+        _compare({"activations": "auto"} | saved["settings"], _settings(module))
     if (saved["subspace"] is None) != (module.subspace is None):
         raise CheckpointError(
             f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"

@@ -38,7 +38,7 @@ from mep_lightning.bases import (
     prompt_ids,
 )
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.bases.load import activation_dtype
+from mep_lightning.bases.load import PRECISIONS, QUANTIZED, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData, sample_latents
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
@@ -128,6 +128,8 @@ class PersonalizationModule(LightningModule):
         for name, value in (("lr", lr), ("eps", eps)):
             fine = value == "auto" if isinstance(value, str) else 0 < value < math.inf
             refuse_unless(fine, f"model.{name}", value, "a number above 0, or auto")
+        if precision in PRECISIONS:  # an unknown one is told when it is loaded
+            activation_dtype(precision, torch.device("cpu"), "", activations)
         refuse_unless(lr_scheduler in SCHEDULES, "model.lr_scheduler", lr_scheduler, f"one of {', '.join(SCHEDULES)}")
         refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
         refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
@@ -224,10 +226,11 @@ class PersonalizationModule(LightningModule):
 
     def _warn_of_rounding(self, dtype: torch.dtype) -> None:
         least = ROUNDING.get(dtype, 0.0)
+        exact = "activations" if self.precision in QUANTIZED else "precision"
         if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
             rank_zero_warn(
                 f"mu {self.estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
-                f"measured on tiny: training may be slow or diverge; take mu {least:g}, or precision fp32"
+                f"measured on tiny: training may be slow or diverge; take mu {least:g}, or {exact} fp32"
             )
 
     def _warn_of_idle_switches(self, base: Base) -> None:

@@ -18,6 +18,8 @@ from mep_lightning.run_folder import replacing
 FILE = "learned_embeds.safetensors"
 XL_KEYS = ("clip_l", "clip_g")
 """Under which other programs look for the vectors of SDXL's two text encoders."""
+LONGEST = 200
+"""Characters of a token's name."""
 PREFIX = "mep."
 """What our keys in a file's metadata start with."""
 
@@ -49,17 +51,18 @@ class TokenEmbedding(Adapter):
         if self.theta is not None:
             self.vectors = len(self.theta)
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
-        self.widths = base.text_widths
+        widths = base.text_widths
         if self.theta is None:
             word = self._initial_id(base, class_word)  # all of SDXL's text encoders read the same vocabulary
             rows = [encoder.get_input_embeddings().weight[word] for encoder in base.text_encoders]
             start = torch.cat([row.detach().float() for row in rows])
             self.theta = nn.Parameter(start.repeat(self.vectors, 1))
-        elif self.theta.shape[1] != sum(self.widths):
+        elif self.theta.shape[1] != sum(widths) or self.widths not in (None, widths):
             raise UserError(
                 f"the token {self.token} has {self.theta.shape[1]} dimensions, the base {base.name} takes "
-                f"{sum(self.widths)}: use the base it was trained on"
+                f"{sum(widths)}: use the base it was trained on"
             )
+        self.widths = widths
         self.theta.data = self.theta.data.to(base.device)
         self.origin = {"base": base.address, "precision": base.precision}
         if class_word:
@@ -121,8 +124,12 @@ class TokenEmbedding(Adapter):
                 f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions], or for SDXL "
                 "clip_l and clip_g"
             )
-        token = origin.pop("token", self.token)
-        self.token = token if names == XL_KEYS else names[0]
+        token = origin.pop("token", self.token) if names == XL_KEYS else names[0]
+        if len(token.split()) != 1 or len(token) > LONGEST:
+            raise UserError(f"{path} names its token {token[:LONGEST]!r}: it must be one word, such as <sks>")
+        if not all(len(part) and part.isfinite().all() for part in parts):
+            raise UserError(f"{path} holds no vectors, or ones that are not finite: export it again")
+        self.token = token
         self.widths = [part.shape[1] for part in parts]
         self.vectors = len(parts[0])
         self.theta = nn.Parameter(torch.cat(parts, dim=1).to(torch.float32))

@@ -78,7 +78,8 @@ class Conditioning(NamedTuple):
         if self.pooled is None:
             return None
         side = [length * self.vae_factor for length in latents.shape[-2:]]
-        sizes = torch.tensor([*side, 0, 0, *side], dtype=self.pooled.dtype, device=self.pooled.device)
+        # Made on the device: a copy from the host could not be captured in a CUDA graph.
+        sizes = torch.cat([self.pooled.new_full((1,), size) for size in (*side, 0, 0, *side)])
         return {"text_embeds": self.pooled, "time_ids": sizes.expand(len(self.pooled), -1)}
 
 

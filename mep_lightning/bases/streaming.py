@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mep_lightning.bases.transformer import BlockwiseFeedForward
+
 ALIGNMENT = 256
 """Bytes; what cuBLAS and cuDNN like their operands to begin at."""
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mep-lightning"
@@ -33,14 +35,15 @@ class Layer:
     """A module's own tensors, one after the other in a stretch of host memory.
 
     Attributes:
-        module: whose they are.
+        module: that computes with them.
         host: uint8 [size], pinned where the device is a GPU.
-        places: for each tensor whether it is a parameter, its name, its offset in bytes, and what it looks like.
+        places: for each tensor whose it is, whether it is a parameter, its name, its offset in bytes, and what it looks
+            like.
     """
 
     module: nn.Module
     host: Tensor
-    places: list[tuple[bool, str, int, Tensor]]
+    places: list[tuple[nn.Module, bool, str, int, Tensor]]
 
     @property
     def size(self) -> int:
@@ -48,13 +51,13 @@ class Layer:
 
     def put(self, memory: Tensor) -> None:
         """Let the module's tensors lie in `memory`, uint8 [size]."""
-        for is_parameter, name, offset, like in self.places:
+        for owner, is_parameter, name, offset, like in self.places:
             flat = memory[offset : offset + like.numel() * like.element_size()].view(like.dtype)
             value = flat.as_strided(like.shape, like.stride())
             if is_parameter:
-                self.module._parameters[name].data = value  # type: ignore[union-attr]
+                owner._parameters[name].data = value  # type: ignore[union-attr]
             else:
-                self.module._buffers[name] = value
+                owner._buffers[name] = value
 
 
 @dataclass(eq=False)
@@ -206,36 +209,52 @@ def map_to_disk(module: nn.Module) -> None:
             file.truncate(size)
             return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
 
-        _stage([part for part in module.modules() if _own(part)], allocate)
+        layers, staying = _split(module)
+        embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+        _stage([*layers, *staying, *embeddings], allocate)
 
 
 def streamed_bytes(module: nn.Module) -> int:
     """What a module takes on its device once it is streamed: its arena, and what stays."""
     layers, staying = _split(module)
-    stay = sum(value.numel() * value.element_size() for part in staying for _, _, value in _own(part))
+    stay = sum(value.numel() * value.element_size() for part in staying for *_, value in _own(part))
     return LAYERS_AHEAD * max(_size(layer) for layer in layers) + stay
 
 
 def _split(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The layers to stream, and those modules whose own tensors stay on the device as they have such layers inside."""
-    owners = [part for part in module.modules() if _own(part) and not isinstance(part, nn.Embedding)]
+    within = {inner for part in module.modules() if isinstance(part, BlockwiseFeedForward) for inner in part.modules()}
+    within -= {part for part in within if isinstance(part, BlockwiseFeedForward)}
+    owners = [part for part in module.modules() if _own(part) and part not in within]
+    owners = [part for part in owners if not isinstance(part, nn.Embedding)]
     staying = [part for part in owners if any(inner in owners for inner in part.modules() if inner is not part)]
     return [part for part in owners if part not in staying], staying
 
 
 def _size(module: nn.Module) -> int:
     """Bytes of a module's own tensors, each aligned."""
-    return sum(_aligned(value) for _, _, value in _own(module))
+    return sum(_aligned(value) for *_, value in _own(module))
 
 
 def _aligned(value: Tensor) -> int:
     return -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
 
 
-def _own(part: nn.Module) -> list[tuple[bool, str, Tensor]]:
-    """A module's own tensors: whether each is a parameter, and its name."""
-    parameters = [(True, name, value) for name, value in part.named_parameters(recurse=False)]
-    return [*parameters, *((False, name, value) for name, value in part.named_buffers(recurse=False))]
+def _own(part: nn.Module) -> list[tuple[nn.Module, bool, str, Tensor]]:
+    """The tensors that come and go with a module: whose each is, whether it is a parameter, and its name.
+
+    A feed-forward layer calls its parts once for every block of rows, and is one layer with all that is in it.
+    """
+    owners = part.modules() if isinstance(part, BlockwiseFeedForward) else [part]
+    return [
+        (owner, is_parameter, name, value)
+        for owner in owners
+        for is_parameter, tensors in (
+            (True, owner.named_parameters(recurse=False)),
+            (False, owner.named_buffers(recurse=False)),
+        )
+        for name, value in tensors
+    ]
 
 
 def _stage(modules: Sequence[nn.Module], allocate: Callable[[int], Tensor]) -> list[Layer]:
@@ -243,17 +262,17 @@ def _stage(modules: Sequence[nn.Module], allocate: Callable[[int], Tensor]) -> l
     plans = []
     for module in modules:
         places, size = [], 0
-        for is_parameter, name, value in _own(module):
-            places.append((is_parameter, name, size, torch.empty_like(value, device="meta")))
+        for owner, is_parameter, name, value in _own(module):
+            places.append((owner, is_parameter, name, size, torch.empty_like(value, device="meta")))
             size += _aligned(value)
         plans.append((module, places, size))
     host = allocate(sum(size for *_, size in plans))
     layers = []
     for (module, places, _), stretch in zip(plans, host.split([size for *_, size in plans]), strict=True):
-        values = [value.detach() for _, _, value in _own(module)]
+        values = [value.detach() for *_, value in _own(module)]
         layer = Layer(module, stretch, places)
         layer.put(stretch)
-        for (_, _, target), value in zip(_own(module), values, strict=True):
+        for (*_, target), value in zip(_own(module), values, strict=True):
             target.detach().copy_(value)
         layers.append(layer)
     return layers

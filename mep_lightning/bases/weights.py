@@ -18,8 +18,8 @@ from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
 
 Tensors = Iterable[tuple[str, Tensor]]
-TILE = 512
-"""px a side: an autoencoder's activations at 1024 px would be larger than all else."""
+TILE, LARGEST_TILE = 512, 768
+"""px a side, the least and the most that an autoencoder sees at once."""
 
 
 def fill_(
@@ -96,10 +96,15 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
 
 
 def in_tiles(vae: AutoencoderKL) -> AutoencoderKL:
-    """Let an autoencoder see pictures above `TILE` px tile by tile, whatever size it was trained at; returns it."""
+    """Let an autoencoder see pictures that are larger than those it was trained on tile by tile; returns it.
+
+    SDXL's sees its own 1024 px in tiles of 512: in fp32 they would take 3 GiB, more than all else.
+    """
+    own = vae.config.sample_size
+    tile = own if TILE < own <= LARGEST_TILE else TILE
     vae.enable_tiling()
-    vae.tile_sample_min_size = TILE
-    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size = tile
+    vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
     return vae
 
 

@@ -76,6 +76,7 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
         pictures=pictures,
         device=device,
         precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
+        activations=str(request.value("model.activations") or "auto"),
     )
     rows = [row for row in rows if all(w is None or _same(getattr(row, key), w) for key, w in wanted.items())]
     if not rows:
@@ -160,6 +161,13 @@ def _mend(module: PersonalizationModule, device: torch.device, resolution: int, 
     if resumed:
         return "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
     recipes = {name: recipe(name) for name in METHODS}
-    rows = plan(recipes, module.base_name, resolution=resolution, device=device.type, precisions=available_precisions())
+    rows = plan(
+        recipes,
+        module.base_name,
+        resolution=resolution,
+        device=device.type,
+        precisions=available_precisions(),
+        activations=module.activations,
+    )
     fitting = best(rows, Budget(free, device.type))
     return f"--budget {human(free).replace(' ', '')} takes what fits" if fitting else least(rows, device.type)

@@ -12,7 +12,7 @@ import torch
 from mep_lightning import PersonalizationModule, defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import Base, identify
-from mep_lightning.bases.load import OFFLOADS, PRECISIONS
+from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder
@@ -114,7 +114,10 @@ def open_learned(
         where = f"{run.config}: " if settings else f"{weights}: "
         raise UserError(f"{where}model.precision is {kept_in!r}; put the file back, or add --precision.")
     offload: Any = said.get("offload") if said.get("offload") in OFFLOADS else "none"
-    module = PersonalizationModule(base, kept_in, adapter=adapter, method=said.get("method"), offload=offload)
+    activations: Any = said.get("activations") if kept_in in QUANTIZED and said.get("activations") in DTYPES else "auto"
+    module = PersonalizationModule(
+        base, kept_in, adapter=adapter, method=said.get("method"), activations=activations, offload=offload
+    )
     if weights.suffix != ".safetensors":
         _load_checkpoint(weights, module)
     class_word = class_word or _class_word(settings) or origin.get("class_word")

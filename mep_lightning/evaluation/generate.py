@@ -61,6 +61,7 @@ def generate(
             module_or_base.condition_on if is_module else lambda texts: _condition_on(base, texts),
             prompts,
             [_noise(base, seed, resolution) for seed in seeds],
+            resolution,
             steps,
             guidance,
             batch_size,
@@ -93,6 +94,7 @@ def _denoise(
     condition_on: Callable[[list[str]], Conditioning],
     prompts: Sequence[str],
     noise: list[Tensor],
+    resolution: int,
     steps: int,
     guidance: float,
     batch_size: int,
@@ -113,6 +115,7 @@ def _denoise(
             result = pipeline(
                 **_arguments("", told),
                 **({} if unconditional is None else _arguments("negative_", unconditional.expand(len(texts)))),
+                **({} if told.pooled is None else _size(resolution)),
                 latents=torch.stack(noise[start : start + batch_size]).to(base.device, base.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -129,6 +132,12 @@ def _arguments(prefix: str, told: Conditioning) -> dict[str, Tensor]:
     """A conditioning as diffusers' pipelines take it."""
     pooled = {} if told.pooled is None else {f"{prefix}pooled_prompt_embeds": told.pooled}
     return {f"{prefix}prompt_embeds": told.embeds, **pooled}
+
+
+def _size(resolution: int) -> dict[str, Any]:
+    """What SDXL's pipeline tells its U-Net of the picture: as in training, all of one."""
+    size = (resolution, resolution)
+    return {"height": resolution, "width": resolution, "original_size": size, "target_size": size}
 
 
 def _condition_on(base: Any, prompts: list[str]) -> Conditioning:

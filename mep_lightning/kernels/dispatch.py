@@ -112,17 +112,28 @@ WITH_RIVAL = ("int8_conv2d", "int8_linear")
 """Operations that PyTorch's own libraries do too, on a weight that is dequantised for the moment."""
 
 
+WITHOUT_TRITON = ("attention",)
+"""Operations whose library kernels leave nothing to gain."""
+
+
 def status(names: list[str]) -> Iterator[tuple[str, str]]:
     """Which implementation answers for each operation here, and why not Triton's.
 
     Args:
         names: the operations.
     """
+    from mep_lightning.kernels.products import prefers_onednn
+
     why_not = why_not_triton()
+    on_gpu = torch.cuda.is_available()
+    products = "cuBLAS" if on_gpu else "oneDNN" if prefers_onednn() or not torch.backends.mkl.is_available() else "MKL"
+    libraries = {"int8_linear": products, "int8_conv2d": "cuDNN" if on_gpu else "oneDNN"}
     for name in names:
         if name in WITH_RIVAL and (why_not or os.environ.get(SWITCH) != "triton"):
-            where = "oneDNN" if not torch.cuda.is_available() else "cuBLAS and cuDNN"
-            yield name, f"active: PyTorch ({where}, the weight dequantised for the moment)"
+            yield name, f"active: PyTorch ({libraries[name]}, the weight dequantised for the moment)"
+        elif name in WITHOUT_TRITON:
+            blockwise = prefers_onednn() and not on_gpu
+            yield name, f"active: PyTorch ({'oneDNN, block by block' if blockwise else 'its own'})"
         else:
             yield name, "active: PyTorch" if why_not else "active: Triton"
     if why_not:

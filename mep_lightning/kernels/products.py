@@ -21,9 +21,10 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products go to oneDNN: an x86 CPU that is not Intel's, with a PyTorch that would take MKL."""
+    """Whether fp32 products go to oneDNN: on a CPU with AVX-512 that is not Intel's, where PyTorch would take MKL."""
     has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _is_intel()
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and is_wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _is_intel()
 
 
 def _is_intel() -> bool:
@@ -36,11 +37,11 @@ def _is_intel() -> bool:
 def runs_onednn(*tensors: Tensor | None) -> bool:
     """Whether a product of these may go around PyTorch's own: on a CPU, where nobody traces or differentiates it."""
     plain = not (torch.compiler.is_compiling() or asks_gradient(*tensors) or needs_reference())
-    return plain and not any(isinstance(t, FakeTensor) or (t is not None and t.is_cuda) for t in tensors)
+    return plain and all(t is None or (t.device.type == "cpu" and not isinstance(t, FakeTensor)) for t in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, as fast as this machine can. x [..., I], weight [O, I], bias [O], all of one dtype -> [..., O]."""
-    if x.dtype == torch.float32 and prefers_onednn() and runs_onednn(x, weight, bias):
+    if x.dtype == torch.float32 and runs_onednn(x, weight, bias) and prefers_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

@@ -20,6 +20,7 @@ from mep_lightning.bases import Base, BaseFolder, predict_noise
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
 
@@ -181,7 +182,8 @@ def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> in
     if name.startswith("mep_lightning.int8_linear."):
         return args[1].numel() * args[0].element_size()
     if name.startswith("mep_lightning.int8_conv2d."):
-        return args[1].numel() * args[0].element_size() * (1 + on_cpu)
+        weight = args[1].numel() * args[0].element_size()
+        return 2 * min(weight, PORTION) if on_cpu else weight
     if name.startswith("aten.convolution.") and on_cpu:
         return args[1].numel() * args[1].element_size()
     return 0

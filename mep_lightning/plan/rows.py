@@ -15,6 +15,7 @@ from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
 from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype
 from mep_lightning.bases.skeleton import architecture
+from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, rehearse
 
@@ -100,6 +101,7 @@ def plan(
     pictures: int | None = None,
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
+    activations: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Rehearse every recipe in every precision: with and without checkpointing where there is a backward pass, and
@@ -113,6 +115,8 @@ def plan(
         pictures: how many samples are denoised at once; by default what is usual for the base.
         device: "cuda" or "cpu", where the run would be; neither is needed here.
         precisions: which.
+        activations: what quantised weights compute in, as for `load_base`; precisions that compute in another dtype are
+            left out.
         progress: told each precision before its turn.
 
     Raises:
@@ -121,17 +125,22 @@ def plan(
     folder = architecture(base)
     info = describe(folder, base)
     where = torch.device(device)
+    if activations != "auto":
+        precisions = [name for name in precisions if name in (*QUANTIZED, activations)]
+        if not precisions:
+            activation_dtype("fp32", where, info.family, activations)  # says what is wrong
     pictures = pictures or defaults.lookup(next(iter(recipes)), info.family, precisions[0])["sampling_batch"]
     rows: list[Row] = []
     known: dict[object, list[dict[str, Peak]]] = {}
     for precision, offload in product(precisions, OFFLOADS if device == "cuda" else OFFLOADS[:1]):
-        dtype = activation_dtype(precision, where, info.family)
+        dtype = activation_dtype(precision, where, info.family, activations)
         found = BaseFolder(
             name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where, offload=offload
         )
         side = resolution or found.resolution
         ways = [way for way in _ways(recipes, precision) if offload == "none" or way[2].estimator.forward_only]
-        kind = (precision if precision in QUANTIZED else dtype.itemsize, offload)  # bf16 takes what fp16 takes
+        widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
+        kind = (precision if precision in QUANTIZED else "", *widths, offload)
         if kind not in known:
             progress(f"{precision}, streamed" if offload == "stream" else precision)
             known[kind] = rehearse(

@@ -149,6 +149,32 @@ def test_damaged_or_foreign_exports_are_refused(tiny_base, tmp_path):
         adapter.attach(tiny_base)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"<sks>": torch.zeros(0, 128)}, None, "holds no vectors, or ones that are not finite"),
+        ({"<sks>": torch.full((1, 128), float("nan"))}, None, "holds no vectors, or ones that are not finite"),
+        ({"two words": torch.zeros(1, 128)}, None, "names its token 'two words': it must be one word"),
+        ({" ": torch.zeros(1, 128)}, None, "it must be one word"),
+        ({"x" * 1000: torch.zeros(1, 128)}, None, "it must be one word"),
+        ({"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, None, "holds 2 tensors"),
+        ({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 64)}, {"mep.token": "<sks>"}, "holds 2 tensors"),
+        ({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 64)}, {"mep.token": ""}, "it must be one word"),
+        ({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 64)}, {"mep.token": "<a>"}, "the base tiny takes 128"),
+    ],
+)
+def test_hostile_exports_are_one_sentence(tiny_base, tmp_path, tensors, metadata, message):
+    save_file(tensors, tmp_path / "learned_embeds.safetensors", metadata)
+
+    def load():
+        adapter = TokenEmbedding()
+        adapter.load_export(tmp_path)
+        adapter.attach(tiny_base)
+
+    with pytest.raises(UserError, match=message):
+        load()
+
+
 def test_an_export_is_whole_or_not_there_and_anyone_may_read_it(tiny_base, tmp_path, monkeypatch):
     adapter = attached(tiny_base)
     (path,) = adapter.export(tmp_path)

@@ -8,9 +8,11 @@ import weakref
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import encode_prompts, identify, load_base, open_base, predict_noise
+from mep_lightning.bases.weights import in_tiles
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
@@ -149,6 +151,57 @@ def test_identify_reads_families_from_json(tmp_path):
     assert variant(768, 64, "epsilon") == type(identify("tiny"))("sd1", 512, 8, "epsilon")
     assert variant(1024, 96, "v_prediction") == type(identify("tiny"))("sd2", 768, 8, "v_prediction")
     assert variant(2048, 128, "epsilon", "StableDiffusionXLPipeline").family == "sdxl"
+
+
+def test_an_autoencoder_sees_large_pictures_in_tiles_and_others_whole():
+    """Tiles overlap and are blended: what a picture means stays."""
+    with load_base("tiny").borrowed_vae() as vae:
+        generator = torch.Generator().manual_seed(0)
+        smooth = torch.randn(1, 3, 10, 10, generator=generator)
+        large = torch.nn.functional.interpolate(smooth, size=(640, 640), mode="bicubic").clamp(-1, 1)
+        seen = []
+        vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
+        tiled = vae.encode(large).latent_dist.mean
+        assert len(seen) > 1 and max(seen) == (512, 512)
+        vae.disable_tiling()
+        whole = vae.encode(large).latent_dist.mean
+        assert (tiled - whole).norm() < 0.1 * whole.norm()
+        vae.enable_tiling()
+        seen.clear()
+        vae.encode(large[..., :512, :512])
+        assert seen == [(512, 512)]
+
+
+@pytest.mark.parametrize(("own", "tile"), [(64, 512), (512, 512), (768, 768), (1024, 512)])
+def test_a_tile_is_what_an_autoencoder_was_trained_on_unless_that_is_too_large(own, tile):
+    small = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = in_tiles(AutoencoderKL(**small, **kinds, sample_size=own))
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (tile, tile // 8)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("activations", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_activations_decide_what_quantised_weights_compute_in(precision, activations, dtype):
+    if precision == "int4":
+        pytest.importorskip("bitsandbytes")
+    base = load_base("tiny", precision, activations=activations)
+    assert base.dtype == base.unet.conv_norm_out.weight.dtype == dtype
+    with torch.no_grad():
+        embeds = encode_prompts(base, ["a red ball"])
+        assert (
+            predict_noise(base.unet, torch.randn(1, 4, 16, 16, dtype=dtype), torch.tensor([5]), embeds).dtype == dtype
+        )
+
+
+def test_activations_of_weights_in_floats_are_their_own():
+    assert load_base("tiny", "bf16", activations="bf16").dtype == torch.bfloat16
+    for activations, sentence in (
+        ("bf16", "precision is fp32: leave them auto"),
+        ("fp64", "choose auto or one of fp32"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load_base("tiny", "fp32", activations=activations)
 
 
 def copy_of_tiny(tmp_path):

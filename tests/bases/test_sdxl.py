@@ -200,6 +200,15 @@ def test_trains_and_draws(folder, photo_folder, precision):
     assert picture.size == (SIDE, SIDE)
 
 
+def test_a_picture_is_drawn_as_large_as_it_was_trained(folder):
+    base, told = load_base(folder), []
+    base.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    generate(base, ["a ball"], [0], steps=1, resolution=48)
+    assert told and all(sizes.tolist() == [[48, 48, 0, 0, 48, 48]] * len(sizes) for sizes in told)
+
+
 def test_the_gradient_of_a_step_is_the_exact_one_along_its_directions(folder):
     """A two-sided difference with a small mu, in float64, against backpropagation through both encoders."""
     base, adapter = trained(folder)

@@ -10,7 +10,7 @@ from lightning import Trainer
 from torch import nn
 
 from mep_lightning import PersonalizationModule, SubjectData
-from mep_lightning.bases import load_base, streaming
+from mep_lightning.bases import load_base, streaming, transformer
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator
@@ -181,3 +181,22 @@ def test_cuda_computes_the_same_bits_from_pinned_memory():
         embeds = torch.randn(9, 32, 128, device=device)
         with torch.no_grad():
             assert torch.equal(plain(*inputs, embeds).sample, waiting(*inputs, embeds).sample)
+
+
+@torch.no_grad()
+def test_a_feed_forward_layer_in_blocks_comes_once_a_pass(monkeypatch):
+    """Its parts are called once for every block of rows, and are fetched together."""
+    plain, base = load_base("tiny", "int8", vae=False), load_base("tiny", "int8", vae=False)
+    monkeypatch.setattr(transformer, "HIDDEN", 2000)
+    stream = Poisoned(base.unet, CPU)
+    fetched = []
+    fetch = stream._fetch
+    monkeypatch.setattr(
+        stream, "_fetch", lambda layer: (visit := fetch(layer)) and (fetched.append(layer.size), visit)[1]
+    )
+    x, t, embeds = torch.randn(3, 4, 16, 16), torch.tensor([5]), torch.randn(3, 32, 128)
+    for _ in range(3):
+        before = len(fetched)
+        assert torch.equal(base.unet(x, t, embeds).sample, plain.unet(x, t, embeds).sample)
+    assert sum(fetched[before:]) == sum(layer.size for layer in stream.layers)
+    assert stream.surprises == len(stream.layers) + 1

@@ -25,6 +25,13 @@ def test_the_plan_chooses_the_recipe_and_says_why(config_of, capsys):
     assert "Into 1GB fits textual_inversion in int8: " in capsys.readouterr().out
 
 
+def test_activations_that_are_named_leave_only_quantised_weights(config_of):
+    words = ["--model.activations", "bf16", *SHORT, "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--config", "zoodip", "--budget", "1GB", *words, "--run", "r"]) == 0
+    assert config_of("r")["model"]["precision"] in ("bf16", "int8", "int4")
+    assert config_of("r")["model"]["activations"] == "bf16"
+
+
 def test_what_a_user_says_stays(config_of):
     Path("mine.yaml").write_text("model: {seed: 7, precision: int8}\ndata: {flip: true}\ntrainer: {accelerator: cpu}")
     words = ["fit", "--budget", "1GB", "--config", "mine.yaml", "--model.checkpointing", "true", *SHORT]

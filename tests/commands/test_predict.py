@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mep_lightning.cli import main
+from mep_lightning.commands.learned import open_learned
 
 
 def test_predict_draws_the_same_picture_for_the_same_seed(trained, capsys):
@@ -39,6 +40,17 @@ def test_predict_draws_the_same_picture_for_the_same_seed(trained, capsys):
     assert picture.size == (64, 64)
     assert picture.text["prompt"] == "a <sks> ball on grass"
     assert Path("a", names[0]).read_bytes() != Path("a", names[1]).read_bytes()
+
+
+def test_a_run_draws_with_the_activations_that_it_was_trained_with(fit, config_of):
+    words = ("--model.activations", "bf16", "--run", "r")
+    with pytest.warns(UserWarning, match="mu 0.001 drowns .* take mu 0.03, or activations fp32"):
+        assert fit(*words, "--model.estimator.init_args.mu", "1e-3", steps=1) == 0
+    opened = open_learned("r")
+    assert opened.module.base.dtype == torch.bfloat16
+    assert open_learned("r", precision="fp32").module.base.dtype == torch.float32
+    assert fit(*words[:2], "--run", "s", steps=1) == 0
+    assert config_of("s")["model"]["estimator"]["init_args"]["mu"] == 0.03
 
 
 def test_an_exported_folder_draws_what_the_run_draws(trained):

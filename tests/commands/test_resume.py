@@ -222,6 +222,15 @@ def test_a_resumed_run_may_change_memory_and_speed(trained, config_of, checkpoin
     assert config_of("r")["model"]["cuda_graph"] and config_of("r")["model"]["checkpointing"]
 
 
+def test_a_checkpoint_from_before_there_were_activations_goes_on(trained, checkpoint):
+    shutil.copytree(trained, "r")
+    old = checkpoint("r")
+    del old["mep"]["settings"]["activations"]
+    torch.save(old, "r/checkpoints/last.ckpt")
+    assert main(["fit", "--run", "r", "--resume", "--trainer.max_steps", "11"]) == 0
+    assert checkpoint("r")["global_step"] == 11
+
+
 def test_photos_may_have_moved_when_a_run_is_resumed(fit, config_of, checkpoint, photo_folder):
     assert fit("--data.path", photo_folder, "--data.class_word", "ball", "--run", "r", steps=1) == 0
     moved = photo_folder.rename(photo_folder.with_name("moved"))

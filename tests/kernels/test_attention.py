@@ -72,6 +72,12 @@ def test_gradients_are_those_of_the_definition(blockwise):
     assert not blockwise
 
 
+def test_compiles_in_one_graph(blockwise):
+    q, k, v = heads()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
+
+
 def test_a_tangent_is_not_silently_zero(blockwise):
     q, k, v = heads()
     tangent = torch.randn_like(q)

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import allocated_peak
 from mep_lightning import PersonalizationModule
 from mep_lightning.bases import load_base, open_base
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.plan import rehearse
 from mep_lightning.plan.rehearsal import step, transient
 from mep_lightning.quantization import why_not_int4
@@ -121,3 +123,10 @@ def test_an_operation_of_our_own_holds_its_dequantised_weight():
     x, q = torch.zeros(2, 7, dtype=torch.float16), torch.zeros(6, 7, dtype=torch.int8)
     assert transient(torch.ops.mep_lightning.int8_linear.default, (x, q)) == 84
     assert transient(torch.ops.aten.add.Tensor, (x, x)) == 0
+
+
+def test_a_large_convolutions_weight_comes_in_portions_on_a_cpu():
+    with FakeTensorMode():
+        x, q = torch.empty(1, 2560, 8, 8), torch.empty(1280, 2560, 3, 3, dtype=torch.int8)
+        assert transient(torch.ops.mep_lightning.int8_conv2d.default, (x, q), on_cpu=True) == 2 * PORTION
+        assert transient(torch.ops.mep_lightning.int8_conv2d.default, (x, q)) == 4 * q.numel()

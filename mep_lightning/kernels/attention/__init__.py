@@ -32,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         [B, H, S, D] in q's dtype, lying in memory as [B, S, H, D].
     """
     narrow = q.dtype in (torch.float32, torch.bfloat16) and q.shape[-2] * k.shape[-2] >= LEAST
-    if narrow and prefers_onednn() and runs_onednn(q, k, v) and not torch.is_autocast_enabled("cpu"):
+    if narrow and runs_onednn(q, k, v) and prefers_onednn() and not torch.is_autocast_enabled("cpu"):
         return _blockwise(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

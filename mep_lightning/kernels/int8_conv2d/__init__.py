@@ -36,14 +36,14 @@ def _forward(
         return _convolve(x, q, scale, bias, stride, padding)
     biases = [None] * len(q) if bias is None else bias.split(channels)
     parts = zip(q.split(channels), scale.split(channels), biases, strict=False)
-    return torch.cat([_convolve(x, *part, stride, padding) for part in parts], dim=1)
+    return torch.cat([_convolve(x, *part, stride, padding) for part in parts], dim=-3)
 
 
 def _convolve(
     x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     if scales_output(x):
-        return scale_output_(F.conv2d(x, q.to(x.dtype), None, stride, padding), scale, bias, dim=1)
+        return scale_output_(F.conv2d(x, q.to(x.dtype), None, stride, padding), scale, bias, dim=-3)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, dequantize(q, scale, x.dtype), bias, stride, padding)
 
