@@ -8,12 +8,18 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.kernels import matmul_ceiling
 from benchmarks.memory import random_weights
 from benchmarks.ordinary import OrdinaryStep
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import Base
 from mep_lightning.bases.load import activation_dtype
 from mep_lightning.bases.skeleton import skeleton
 from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SubspaceGradient
@@ -42,6 +48,14 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
         sides[precision] = OrdinaryStep(base, photo, compiled=compiled)
     seconds = interleaved(sides, rounds, warmup=1)
     rows = []
+    work = flops(name)
+    for way, switches in ways.items():
+        dtype = activation_dtype("int8", torch.device(device), "", switches.get("activations", "auto"))
+        ceiling = matmul_ceiling(dtype, device)
+        case = f"{name} int8 RGE n=2, {way}"
+        share = work / statistics.median(seconds[way]) / ceiling
+        rows.append(row("step", case, "share of the ceiling", share, ""))
+        print(f"{case}: {share:.0%} of {ceiling / 1e12:.2f} TFLOP/s", flush=True)
     for way, precision in product(ways, ORDINARY[kind]):
         case = f"{name} int8 RGE n=2, {way}, beside ordinary {precision}{', compiled' if compiled else ''}"
         value, baseline = statistics.median(seconds[way]), statistics.median(seconds[precision])
@@ -51,8 +65,44 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
     return rows
 
 
+def flops(name: str) -> float:
+    """Floating-point operations of the products in a step of three members, what they share counted once."""
+    counting = FlopCounterMode(display=False)
+    # A CPU's fused attention is not counted; its definition is.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counting:
+        weigh(*_parts(name, skeleton(name, "fp32", vae=False)), 0)
+    return float(counting.get_total_flops())
+
+
 def ours(name: str, device: str, **switches: Any) -> Callable[[], object]:
     """Our step: draw, weigh, and update in one; switches are `PersonalizationModule`'s."""
+    dtype = activation_dtype("int8", torch.device(device), "", switches.get("activations", "auto"))
+    base = skeleton(name, "int8", device, random_weights, dtype=dtype, vae=False)
+    module, batch = _parts(name, base, **switches)
+    optimizer = FusedZOAdam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
+    theta, subspace = module.adapter.theta, module.subspace
+    assert subspace is not None
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        now = next(steps)
+        weights = weigh(module, batch, now)
+        optimizer.receive(theta, weights, seed=0, step=now, param_id=0, basis=subspace.basis_on(theta.device))
+        optimizer.step()
+        subspace.observe(theta.detach())
+
+    return step
+
+
+def weigh(module: PersonalizationModule, batch: dict[str, Any], now: int) -> Tensor:
+    """What the members' losses say about the directions of a step."""
+    draw, estimator, subspace = module.draw(batch), module.estimator, module.subspace
+    assert isinstance(estimator, RandomGradientEstimator) and subspace is not None
+    theta = module.adapter.theta
+    return estimator.weigh(lambda members: module.losses(members, draw), theta, now, subspace.dims_left)[0]
+
+
+def _parts(name: str, base: Base, **switches: Any) -> tuple[PersonalizationModule, dict[str, Any]]:
     module = PersonalizationModule(
         name,
         "int8",
@@ -62,21 +112,7 @@ def ours(name: str, device: str, **switches: Any) -> Callable[[], object]:
         **switches,
     )
     module.class_word = WORD
-    dtype = activation_dtype("int8", torch.device(device), "", module.activations)
-    base = module.take(skeleton(name, "int8", device, random_weights, dtype=dtype, vae=False))
+    module.take(base)
     side = base.resolution // base.vae_factor
     latents = torch.randn(1, base.unet.config.in_channels, side, side)
-    batch = {"mean": latents, "std": torch.ones_like(latents), "prompts": ["a photo of a {}"]}
-    optimizer = FusedZOAdam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
-    theta, subspace, estimator = module.adapter.theta, module.subspace, module.estimator
-    assert subspace is not None and isinstance(estimator, RandomGradientEstimator)
-    steps = iter(range(10**9))
-
-    def step() -> None:
-        now, draw = next(steps), module.draw(batch)
-        weights, _ = estimator.weigh(lambda members: module.losses(members, draw), theta, now, subspace.dims_left)
-        optimizer.receive(theta, weights, seed=0, step=now, param_id=0, basis=subspace.basis_on(theta.device))
-        optimizer.step()
-        subspace.observe(theta.detach())
-
-    return step
+    return module, {"mean": latents, "std": torch.ones_like(latents), "prompts": ["a photo of a {}"]}

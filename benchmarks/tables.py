@@ -55,17 +55,19 @@ def speeds(rows: list[Row]) -> str:
 
 
 def real_speeds(rows: list[Row]) -> str:
-    """As `speeds`, beside the ordinary step."""
-    return _timed(rows, ["step", "ours, ms", "the ordinary one, ms", "times as fast"])
+    """As `speeds`, beside the ordinary step, and what ours reaches of the products' ceiling."""
+    shares = {row["case"]: f"{row['value']:.0%}" for row in rows if row["metric"] == "share of the ceiling"}
+    timed = [row for row in rows if row["metric"] == "seconds a step"]
+    lines = [[*_times(row), shares.get(row["case"].partition(", beside ")[0], "")] for row in timed]
+    return markdown(["step", "ours, ms", "the ordinary one, ms", "times as fast", "of the ceiling"], lines)
 
 
 def _timed(rows: list[Row], header: list[str]) -> str:
-    lines = [
-        [row["case"], f"{1e3 * row['value']:.0f}", f"{1e3 * row['baseline']:.0f}", f"{row['ratio']:.2f}"]
-        for row in rows
-        if row["metric"] == "seconds a step"
-    ]
-    return markdown(header, lines)
+    return markdown(header, [_times(row) for row in rows if row["metric"] == "seconds a step"])
+
+
+def _times(row: Row) -> list[str]:
+    return [row["case"], f"{1e3 * row['value']:.0f}", f"{1e3 * row['baseline']:.0f}", f"{row['ratio']:.2f}"]
 
 
 def operations(rows: list[Row]) -> str:
@@ -131,6 +133,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/step-sd15": real_speeds,
     "memory-sd15:planned": planned,
     "memory-sd15:measured": measured,
+    "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
     "kernels": operations,
     "cuda/kernels": operations,

@@ -85,7 +85,8 @@ def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
     """An autoencoder with made-up weights, where and in what a base is wanted."""
     with torch.device("meta"):
         module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, found.folder / "vae"))
-    fill_(module, made_up(module, make), found.folder / "vae", vae_dtype(found.folder, found.dtype), found.device)
+    dtype = vae_dtype(found.folder, found.dtype)
+    fill_(module, made_up(module, make), found.folder / "vae", dtype, found.device, found.memory_format)
     return in_tiles(module.eval().requires_grad_(False))
 
 

@@ -92,7 +92,9 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
         ),
         folder / "vae",
     )
-    return in_tiles(module.eval().requires_grad_(False).to(device))
+    # On a CPU other layouts cost its convolutions a copy of what they read and of what they write.
+    layout = {"memory_format": torch.channels_last} if device.type == "cpu" else {}
+    return in_tiles(module.eval().requires_grad_(False).to(device, **layout))
 
 
 def in_tiles(vae: AutoencoderKL) -> AutoencoderKL:

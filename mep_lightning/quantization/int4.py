@@ -21,6 +21,7 @@ from mep_lightning.kernels.products import linear
 from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedWeight
 
 BLOCK = 64  # weights that share a scale
+PORTION = 2**22  # weights that are packed at once: bitsandbytes takes several times their bytes on a CPU
 
 Operation = Callable[..., Tensor]
 
@@ -56,10 +57,14 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if reason := why_not_int4():
         raise UserError(f"precision int4: {reason}")
-    flat = weight.detach().reshape(1, -1)
+    flat = weight.detach().flatten()
     flat = flat if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else flat.float()
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(flat.contiguous(), BLOCK, "nf4", torch.uint8)
-    return packed.flatten(), absmax
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit(portion[None], BLOCK, "nf4", torch.uint8)
+        for portion in flat.split(PORTION)
+    ]
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat([part.flatten() for part in packed]), torch.cat(absmax)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -191,9 +191,13 @@ def test_a_feed_forward_layer_in_blocks_comes_once_a_pass(monkeypatch):
     stream = Poisoned(base.unet, CPU)
     fetched = []
     fetch = stream._fetch
-    monkeypatch.setattr(
-        stream, "_fetch", lambda layer: (visit := fetch(layer)) and (fetched.append(layer.size), visit)[1]
-    )
+
+    def counting(layer):
+        visit = fetch(layer)
+        fetched.extend([] if visit is None else [layer.size])
+        return visit
+
+    monkeypatch.setattr(stream, "_fetch", counting)
     x, t, embeds = torch.randn(3, 4, 16, 16), torch.tensor([5]), torch.randn(3, 32, 128)
     for _ in range(3):
         before = len(fetched)
