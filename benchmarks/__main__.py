@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         suite.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
     for suite in (memory, everything):
         suite.add_argument("--resolution", type=int, default=None)
+        suite.add_argument("--plan-only", action="store_true", help="measure no memory: a large base takes a CPU long")
 
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
@@ -116,7 +117,7 @@ def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
 def _memory(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import memory
 
-    return memory.run(args.base, args.device, args.resolution)
+    return memory.run(args.base, args.device, args.resolution, measured=not args.plan_only)
 
 
 def _kernels(args: argparse.Namespace, _: Path) -> list[rows.Row]:

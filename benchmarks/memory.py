@@ -30,14 +30,16 @@ MEASURED = (
 """Which rows of the plan are run as well; on a CPU, where nothing waits outside, those that are not streamed."""
 
 
-def run(base: str, device: str = "cpu", resolution: int | None = None) -> list[Row]:
-    """The plan for a GPU, and for this device plan and measurement of the rows in `MEASURED`."""
+def run(base: str, device: str = "cpu", resolution: int | None = None, measured: bool = True) -> list[Row]:
+    """The plan for a GPU; where it is `measured`, for this device plan and measurement of the rows in `MEASURED`."""
     recipes = {name: recipe(name) for name in METHODS}
     rows = []
     for planned in plan(recipes, base, resolution=resolution, precisions=available_precisions()):
         case = f"{base} {planned.resolution} px {planned}"
         rows.append(row("memory", case, "planned peak on a GPU", planned.peak_bytes, "B"))
         rows.append(row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B"))
+    if not measured:
+        return rows
     small = [name for name in ("int8", "int4") if name in available_precisions()]
     for planned in plan(recipes, base, resolution=resolution, device=device, precisions=small, pictures=1):
         if str(planned) not in MEASURED:
