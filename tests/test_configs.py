@@ -74,7 +74,7 @@ def differences(recipe, config, key=""):
         if not config.endswith(f".{recipe}"):
             yield key, recipe, config
     elif recipe == "auto":
-        if config == "auto" and not key.endswith((".init", ".accelerator")):
+        if config == "auto" and not key.endswith((".init", ".accelerator", ".activations")):
             yield key, recipe, config
     elif config != recipe:
         yield key, recipe, config

@@ -124,7 +124,8 @@ class TokenEmbedding(Adapter):
                 f"{path} holds {len(tensors)} tensors: a token's file has one, [vectors, dimensions], or for SDXL "
                 "clip_l and clip_g"
             )
-        token = origin.pop("token", self.token) if names == XL_KEYS else names[0]
+        named = origin.pop("token", self.token)
+        token = named if names == XL_KEYS else names[0]
         if len(token.split()) != 1 or len(token) > LONGEST:
             raise UserError(f"{path} names its token {token[:LONGEST]!r}: it must be one word, such as <sks>")
         if not all(len(part) and part.isfinite().all() for part in parts):
