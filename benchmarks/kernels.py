@@ -142,9 +142,8 @@ def convolutions(dtype: torch.dtype, device: str) -> Iterator[Case]:
     ):
         x = torch.randn(MEMBERS, inner, side, side, device=device, dtype=dtype)
         q, scale = kernels.quantize_rows(torch.randn(out, inner, kernel, kernel, device=device))
-        kept = q.contiguous(
-            memory_format=torch.contiguous_format if q.is_cuda else torch.channels_last
-        )  # as a base has it
+        layout = torch.contiguous_format if q.is_cuda else torch.channels_last  # a base's
+        kept = q.contiguous(memory_format=layout)
         bias = torch.zeros(out, device=device, dtype=dtype)
         pad = kernel // 2
         flops = 2.0 * MEMBERS * side**2 * inner * out * kernel**2

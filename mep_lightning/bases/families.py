@@ -11,8 +11,8 @@ from mep_lightning.errors import UserError
 TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
 VARIANTS = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SECOND = ("text_encoder_2", "tokenizer_2")
-"""What SDXL has beside them."""
+TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+"""The second of each is SDXL's."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
         raise UserError(f"base {str(name)!r} is no folder: give an existing one, a hub id such as owner/name, or tiny")
     else:
         folder, hint = _download(str(name), weights=weights), "choose a repository in diffusers' layout"
-    wanted = ("model_index.json", *PARTS, *(SECOND if is_sdxl(folder) else ()))
+    wanted = ("model_index.json", *PARTS, *((TEXT_ENCODERS[1], TOKENIZERS[1]) if is_sdxl(folder) else ()))
     missing = [part for part in wanted if not (folder / part).exists()]
     if missing:
         raise UserError(f"base {str(name)!r} lacks {', '.join(missing)} in {folder}: {hint}")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mep_lightning.bases.base import Base, BaseFolder
-from mep_lightning.bases.families import describe, is_sdxl, locate
+from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, describe, is_sdxl, locate
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.bases.transformer import compute_frugally_
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
@@ -22,8 +22,6 @@ from mep_lightning.quantization import quantize_module_
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 OFFLOADS = ("none", "stream")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

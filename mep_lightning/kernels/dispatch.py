@@ -113,7 +113,7 @@ WITH_RIVAL = ("int8_conv2d", "int8_linear")
 
 
 WITHOUT_TRITON = ("attention",)
-"""Operations whose library kernels leave nothing to gain."""
+"""Operations that PyTorch's own kernels answer on a GPU."""
 
 
 def status(names: list[str]) -> Iterator[tuple[str, str]]:
