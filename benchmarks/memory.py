@@ -78,7 +78,7 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     module.take(base[0])
     latents = torch.randn(1, base[0].unet.config.in_channels, side, side)
     batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": [PROMPT]}
-    peaks["step"] = held + peak_of(lambda: step(module, batch), found)
+    peaks["step"] = held + peak_of(lambda: step(module, module.estimator, batch), found)
     peaks["denoise"] = held + peak_of(lambda: denoise(module, side, 1), found)
     base[0].close()
     return {name: peaks[name] for name in planned.phases}

@@ -41,6 +41,14 @@ ZOODIP: Settings = {
     "sg": True,
     "puts": True,
 }
+LORA: Settings = BACKPROP | {"method": "lora", "adapter": "LoRA"}
+SELECTIVE: Settings = LORA | {
+    "method": "selective",
+    "estimator": "SPSAEstimator",
+    "precision": "int8",
+    "normalize": True,
+    "selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1}],
+}
 METHODS: dict[str, Settings] = {
     "untrained": BACKPROP | {"max_steps": 0},
     "textual_inversion": BACKPROP,
@@ -68,7 +76,21 @@ PRECISIONS: dict[str, Settings] = {
     precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
 }
 """ZOODiP on the base in every precision, with the mu that each wants."""
-SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS}
+FRACTIONS = (0.202, 0.375, 0.447, 0.502, 0.702, 0.901)
+"""Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
+LORAS: dict[str, Settings] = {
+    "untrained": LORA | {"max_steps": 0},
+    "lora": LORA,
+    "lora_r1": LORA | {"method": "lora_r1"},
+    **{f"hollowed {share:.0%}": LORA | {"method": "hollowed_net", "fraction": share} for share in FRACTIONS},
+    "selective": SELECTIVE,
+    "BP-low alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.0}]},
+    "ZO-high alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 1.0}]},
+    "constant probability": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.25}]},
+    "step-wise switch": SELECTIVE | {"selector": ["StepwiseSelector", {"switch": 0.75}]},
+}
+"""LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another."""
+SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "loras": LORAS}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
 
@@ -84,21 +106,28 @@ def resolve(settings: Settings) -> Settings:
     return {key: value for key, value in resolved.items() if key not in unused}
 
 
-def train(settings: Settings, data: Any, seed: int) -> Any:
-    """One run of one method through a Trainer, with resolved settings; returns the trained module."""
+def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
+    """One run of one method through a Trainer, with resolved settings; `folder` is for what it keeps meanwhile.
+
+    Returns the trained module.
+    """
     from lightning import Trainer
 
-    from mep_lightning import PersonalizationModule
+    from mep_lightning import PersonalizationModule, adapters, selection
     from mep_lightning import estimators as parts
-    from mep_lightning.adapters import TokenEmbedding
-    from mep_lightning.callbacks import PUTS
+    from mep_lightning.callbacks import PUTS, HollowedActivations
 
-    kind = getattr(parts, settings["estimator"])
+    def part(kind: Any) -> Any:
+        return kind(**{key: settings[key] for key in signature(kind).parameters if key in settings})
+
+    selector = settings.get("selector")
     module = PersonalizationModule(
         precision=settings["precision"],
-        adapter=TokenEmbedding(),
-        estimator=kind(**{key: settings[key] for key in signature(kind).parameters if key in settings}),
+        adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
+        estimator=part(getattr(parts, settings["estimator"])),
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
+        selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
+        low_resolution=settings.get("low_resolution"),
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],
         eps=settings["eps"],
@@ -109,9 +138,12 @@ def train(settings: Settings, data: Any, seed: int) -> Any:
         module.class_word = data.class_word
         module.load()
         return module
+    callbacks: list[Any] = [PUTS(settings["puts_low"], settings["puts_high"])] if settings["puts"] else []
+    if "fraction" in settings:
+        callbacks.append(HollowedActivations(settings["fraction"], settings["samples"], folder=folder))
     trainer = Trainer(
         max_steps=settings["max_steps"],
-        callbacks=[PUTS(settings["puts_low"], settings["puts_high"])] if settings["puts"] else [],
+        callbacks=callbacks,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -126,7 +158,7 @@ def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
     """The denoising loss over all timesteps on unseen photos of the subject (the same draws for every variant)."""
     import torch
 
-    from mep_lightning.bases import encode_prompts, predict_noise
+    from mep_lightning.bases import encode_prompts
     from mep_lightning.data import sample_latents
     from mep_lightning.tiny.subjects import other_photos
 
@@ -140,7 +172,8 @@ def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
         noisy = base.scheduler.add_noise(latents.float(), noise, timestep)
         prompt = f"a photo of a {module.adapter.phrase(subject.class_word)}"
         embeds = encode_prompts(base, [prompt], module.adapter.tokens()).expand(draws, -1, -1)
-        return (predict_noise(base.unet, noisy.to(base.dtype), timestep, embeds).float() - noise).pow(2).mean().item()
+        with module.drawing():
+            return (base.unet(noisy.to(base.dtype), timestep, embeds).sample.float() - noise).pow(2).mean().item()
 
 
 def cell(variant: str, settings: Settings, split: str, index: int, seed: int, images: int) -> dict[str, Any]:
@@ -160,7 +193,7 @@ def cell(variant: str, settings: Settings, split: str, index: int, seed: int, im
             photo.save(Path(folder) / f"{i}.png")
         data = SubjectData(folder, class_word=who.class_word, seed=seed)
         began = time.monotonic()
-        module = train(settings, data, seed)
+        module = train(settings, data, seed, f"{folder}/kept")
         seconds = time.monotonic() - began
     token = module.adapter.token
     prompts = [p.format(token, who.class_word) for p in evaluation_prompts() for _ in range(images)]

@@ -11,8 +11,8 @@ from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import encode_prompts
 from mep_lightning.data import sample_latents
+from mep_lightning.draws import Draw
 from mep_lightning.estimators import RandomGradientEstimator
-from mep_lightning.module import Draw
 
 CASES = {"int8": (1, 2, 4, 8), "fp32": (2,)}
 

@@ -126,6 +126,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": scores,
     "ablation": scores,
     "precision": scores,
+    "loras": scores,
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
     "step": speeds,

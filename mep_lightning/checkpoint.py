@@ -8,7 +8,7 @@ from mep_lightning.errors import CheckpointError, UserError
 
 IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
-SETTINGS = ("activations", "lr", "lr_scheduler", "betas", "eps", "weight_decay")
+SETTINGS = ("activations", "lr", "lr_scheduler", "betas", "eps", "weight_decay", "optimizer", "low_resolution")
 """How the module steps."""
 
 
@@ -26,6 +26,7 @@ def describe(module: Any) -> dict[str, Any]:
         "class_word": module.class_word,
         "settings": _settings(module),
         "subspace": module.subspace.state_dict() if module.subspace else None,
+        "horizon": module.horizon,
     }
 
 
@@ -45,7 +46,7 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
             raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
     _compare(saved, _identity(module))
     if module._trainer is not None:
-        _compare({"activations": "auto"} | saved["settings"], _settings(module))
+        _compare({"activations": "auto", "optimizer": "adam"} | saved["settings"], _settings(module))
     if (saved["subspace"] is None) != (module.subspace is None):
         raise CheckpointError(
             f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
@@ -83,6 +84,14 @@ def _settings(module: Any) -> dict[str, Any]:
     """The optimiser's settings, and the estimator's with its name."""
     own = {name: getattr(module, name) for name in SETTINGS}
     own["betas"] = list(own["betas"])
-    parts = {f"estimator.{name}": value for name, value in vars(module.estimator).items() if not name.startswith("_")}
-    plain = {key: value for key, value in parts.items() if isinstance(value, (bool, int, float, str, type(None)))}
-    return own | {"estimator": type(module.estimator).__name__} | plain
+    own |= _plain("estimator", module.estimator)
+    if module.selector is not None:
+        own |= _plain("selector", module.selector) | _plain("low_estimator", module.low_estimator)
+    return own
+
+
+def _plain(name: str, part: Any) -> dict[str, Any]:
+    """A part's class and its settings, as far as they are plain values."""
+    settings = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+    plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return {name: type(part).__name__} | {f"{name}.{key}": value for key, value in plain.items()}

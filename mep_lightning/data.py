@@ -138,6 +138,14 @@ class SubjectData(LightningDataModule):
             image.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
         return images
 
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt that a batch may hold, with "{}" where the subject's phrase goes."""
+        self.setup()
+        captions = [photo.caption for photo in self._photos if photo.caption is not None]
+        own = [caption_to_template(caption, self.class_word, self.token) for caption in captions]
+        return list(dict.fromkeys(own + ([] if len(own) == len(self._photos) else list(self.templates))))
+
     def thumbnails(self, size: int) -> list[Image.Image]:
         """The photos as the model sees them, size x size px."""
         self.setup()

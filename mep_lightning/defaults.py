@@ -12,7 +12,17 @@ from typing import Any
 
 from mep_lightning.errors import UserError
 
-METHODS = ("zoodip", "textual_inversion")
+METHODS = (
+    "zoodip",
+    "textual_inversion",
+    "textual_inversion_lite",
+    "lora",
+    "lora_r1",
+    "hollowed_net",
+    "selective",
+    "dreambooth",
+)
+LORAS = ("lora", "lora_r1", "hollowed_net", "selective")
 FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
@@ -39,7 +49,33 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("zoodip", "tiny", "*", {"standardize": True, "max_steps": 6_000}),
     ("textual_inversion", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000, "puts_low": 0, "puts_high": 1000}),
     ("textual_inversion", "tiny", "*", {"max_steps": 600}),
+    # The same training on a base and in activations that take less.
+    ("textual_inversion_lite", "*", "*", {"lr": 5e-3, "eps": 1e-8, "max_steps": 5_000}),
+    ("textual_inversion_lite", "*", "*", {"puts_low": 0, "puts_high": 1000}),
+    ("textual_inversion_lite", "tiny", "*", {"max_steps": 600}),
+    *((name, "*", "*", {"lr": 1e-4, "eps": 1e-8, "max_steps": 1_000, "rank": 128}) for name in LORAS),
+    *((name, "*", "*", {"puts_low": 0, "puts_high": 1000}) for name in (*LORAS, "dreambooth")),
+    *((name, "tiny", "*", {"rank": 16, "lr": 1e-3, "max_steps": 400}) for name in LORAS),
+    ("lora_r1", "*", "*", {"rank": 1}),
+    ("hollowed_net", "*", "*", {"fraction": 0.39, "samples": 1_000}),
+    ("hollowed_net", "tiny", "*", {"samples": 400}),
+    ("selective", "*", "*", {"n": 1, "mu": 1e-3, "standardize": False, "low_resolution": 256}),
+    ("selective", "sdxl", "*", {"low_resolution": 512}),
+    *(("selective", "*", precision, {"mu": 1e-2}) for precision in ("fp16", "bf16", "int8", "int4")),
+    ("selective", "tiny", "*", {"low_resolution": 32, "mu": 1e-3}),
+    ("dreambooth", "*", "*", {"lr": 5e-6, "eps": 1e-8, "max_steps": 400}),
+    ("dreambooth", "tiny", "*", {"lr": 1e-4}),
 ]
+
+
+def method_of(adapter: Any, estimator: Any, selector: Any) -> str:
+    """The method that a module's parts amount to."""
+    kind = type(adapter).__name__
+    if kind == "LoRA":
+        return "lora" if selector is None else "selective"
+    if kind == "FullUNet":
+        return "dreambooth"
+    return "zoodip" if estimator.forward_only else "textual_inversion"
 
 
 def lookup(method: str, family: str, precision: str, activations: str = "auto") -> dict[str, Any]:

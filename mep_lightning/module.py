@@ -1,28 +1,29 @@
 """The training step: one module for every method, its parts swapped.
 
-Per batch: timesteps, noise and prompts from (seed, step) -> the estimator asks for losses and answers with a gradient
-of the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so that Lightning counts it.
+Per batch: timesteps, noise and prompts from (seed, step) -> the selector takes a branch -> its estimator asks for
+losses and answers with a gradient of the adapter -> the subspace projects it -> one wrapped `optimizer.step()`, so that
+Lightning counts it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.optimization import get_scheduler
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mep_lightning import defaults
+from mep_lightning import advice, defaults
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import (
     Base,
@@ -36,38 +37,24 @@ from mep_lightning.bases import (
     open_base,
     predict_noise,
     prompt_ids,
+    remember,
 )
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.bases.load import PRECISIONS, QUANTIZED, activation_dtype
+from mep_lightning.bases.load import PRECISIONS, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
-from mep_lightning.data import SubjectData, sample_latents
+from mep_lightning.data import SubjectData
+from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, LossFn, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators.perturbation import Members
+from mep_lightning.hollow import Hollow
 from mep_lightning.phases import phase
+from mep_lightning.selection import Selector
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
-ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 SCHEDULES = ("auto", "constant", "linear", "cosine")
-ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""The mu at which a finite difference is truest where activations are in half precision (docs/performance.md)."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one step trains on.
-
-    Attributes:
-        noisy: noised latents, [B, C, H, W].
-        timestep: int64 [B].
-        target: what the U-Net should predict, the noise or v, fp32 [B, C, H, W].
-        prompts: B texts that hold the adapter's token.
-    """
-
-    noisy: Tensor
-    timestep: Tensor
-    target: Tensor
-    prompts: list[str]
+OPTIMIZERS = ("adam", "adam8bit")
 
 
 class PersonalizationModule(LightningModule):
@@ -80,12 +67,17 @@ class PersonalizationModule(LightningModule):
         estimator: where the gradient comes from; `Backprop` by default.
         subspace: a `SubspaceGradient` that denoises it, or None.
         timesteps: which timesteps are drawn; all by default (the `PUTS` callback narrows them).
+        selector: takes a branch in every step, `estimator` at the data's resolution or `low_estimator` at
+            `low_resolution`; None always takes the first.
+        low_estimator: where the gradient of the branch of low resolution comes from; `Backprop` by default.
+        low_resolution: of that branch, px; "auto" is the method's own for this base.
         lr: Adam's learning rate; "auto" is the method's own for this base.
         lr_scheduler: how lr goes on: "constant", or down to 0 after the last step, "linear" or as a "cosine"; "auto" as
             for lr. A resumed run goes on along the schedule to its own last step.
         betas: Adam's.
         eps: Adam's; "auto" as for lr.
         weight_decay: Adam's.
+        optimizer: "adam", or "adam8bit", whose moments take a quarter (bitsandbytes, on a GPU).
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
         cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one;
@@ -102,6 +94,7 @@ class PersonalizationModule(LightningModule):
     """
 
     AUTO: ClassVar[dict[str, str]] = {"lr": "lr", "lr_scheduler": "lr_scheduler", "eps": "eps"}
+    AUTO |= {"low_resolution": "low_resolution"}
 
     def __init__(
         self,
@@ -111,11 +104,15 @@ class PersonalizationModule(LightningModule):
         estimator: Estimator | None = None,
         subspace: SubspaceGradient | None = None,
         timesteps: TimestepSampler | None = None,
+        selector: Selector | None = None,
+        low_estimator: Estimator | None = None,
+        low_resolution: int | Literal["auto"] | None = None,
         lr: float | Literal["auto"] = "auto",
         lr_scheduler: Literal["auto", "constant", "linear", "cosine"] = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
+        optimizer: Literal["adam", "adam8bit"] = "adam",
         checkpointing: bool = False,
         cuda_graph: bool = False,
         compile: bool = False,
@@ -131,6 +128,7 @@ class PersonalizationModule(LightningModule):
         if precision in PRECISIONS:  # an unknown one is told when it is loaded
             activation_dtype(precision, torch.device("cpu"), "", activations)
         refuse_unless(lr_scheduler in SCHEDULES, "model.lr_scheduler", lr_scheduler, f"one of {', '.join(SCHEDULES)}")
+        refuse_unless(optimizer in OPTIMIZERS, "model.optimizer", optimizer, f"one of {', '.join(OPTIMIZERS)}")
         refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
         refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
         refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
@@ -138,59 +136,103 @@ class PersonalizationModule(LightningModule):
         self.strict_loading = False
         self.base_name, self.precision, self.activations, self.seed = str(base), precision, activations, seed
         self.adapter = adapter if adapter is not None else TokenEmbedding()
+        self.selector = selector
+        self.low_resolution: Any = None if selector is None else low_resolution or "auto"
         # Copies: what `auto` becomes, the seed and the path are this module's, and a part may be given to several.
         self.estimator = copy.copy(estimator) if estimator is not None else Backprop()
+        self.low_estimator = copy.copy(low_estimator) if low_estimator is not None else Backprop()
         self.subspace = copy.deepcopy(subspace)
+        self.hollow: Hollow | None = None
         self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
         self.lr, self.lr_scheduler = lr, lr_scheduler
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps, self.weight_decay, self.optimizer = betas, eps, weight_decay, optimizer
         self.checkpointing, self.offload = checkpointing, offload
         self.cuda_graph = cuda_graph
         self.predict_noise = predict_noise
         self.compiled = compile
         self._graphed: CUDAGraphed | None = None
-        self.method = method or ("zoodip" if self.estimator.forward_only else "textual_inversion")
+        self.method = method or defaults.method_of(self.adapter, self.estimator, selector)
         self.class_word: str | None = None
         self.base: Base | None = None
-        if self.estimator.seed is None:
-            self.estimator.seed = seed
+        self.horizon: int | None = None
+        """How many steps the selector reckons with; a resumed run keeps its first."""
+        self._texts: list[str] = []
+        for one in self.estimators:
+            if one.seed is None:
+                one.seed = seed
+        if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
+            raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
         self.save_hyperparameters({"base": self.base_name, "precision": precision, "method": self.method, "seed": seed})
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
+    @property
+    def family(self) -> str:
+        """Of the base, loaded or not."""
+        return self.base.family if self.base is not None else identify(self.base_name).family
+
+    @property
+    def estimators(self) -> list[Estimator]:
+        """Of every branch that a step can take."""
+        return [self.estimator] if self.selector is None else [self.estimator, self.low_estimator]
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether no step has a backward pass."""
+        return all(one.forward_only for one in self.estimators)
+
     def setup(self, stage: str) -> None:
         """Encode the photos, load the base, attach the adapter: the autoencoder is gone before the U-Net comes."""
-        if self._trainer is not None and self.trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
-            raise UserError(
-                f"trainer.precision {self.trainer.precision} cannot train hand-made gradients in fp32: choose "
-                f"one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
-            )
-        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        advice.refuse_precision(self)
+        attached = self._trainer is not None
+        data = getattr(self.trainer, "datamodule", None) if attached else None
+        device = self.trainer.strategy.root_device if attached else torch.device("cpu")
         if data is not None:
             self.class_word = getattr(data, "class_word", None)
-            data.token = getattr(self.adapter, "token", None)  # captions may name it
+            data.token = self.adapter.token  # captions may name it
             data.default_seed = self.seed
-        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         if stage == "fit":
-            self._refuse_streaming_backwards(device)
+            advice.refuse_streaming_backwards(self, device)
         if data is not None and stage == "fit":
+            found = self.base or self.open(device)
+            self._fill_in_defaults(found.family)
             with phase("encode"):
-                data.encode(self.base or self.open(device))
+                high = found.resolution if data.resolution == "auto" else data.resolution
+                data.encode(found, [high] if self.low_resolution is None else [high, self.low_resolution])
+            self._texts += [self.named(text) for text in data.texts] if hasattr(data, "texts") else []
         base = self.load(device)
         if stage == "fit":
-            self._warn_of_idle_switches(base)
+            advice.warn_of_idle_switches(self, base)
+
+    def hollow_out(self, asked: Any) -> None:
+        """Cut the middle out of the U-Net, as far as `HollowedActivations` asks for, once its base is there."""
+        values = defaults.lookup(self.method, self.family, self.precision, self.activations)
+        defaults.fill_in(asked, values, self.method)
+        self.hollow = Hollow(asked.fraction, asked.samples)
+
+    def will_draw(self, prompts: Sequence[str]) -> None:
+        """Prompts that pictures will be drawn of: methods that train no text embed them before the U-Net comes."""
+        self._texts += prompts
 
     def load(self, device: str | torch.device = "cpu") -> Base:
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
         if self.base is None or self.base.device != exact_device(device):
             family = identify(self.base_name).family
             self._fill_in_defaults(family)
-            self._warn_of_rounding(activation_dtype(self.precision, torch.device(device), family, self.activations))
+            dtype = activation_dtype(self.precision, torch.device(device), family, self.activations)
+            advice.warn_of_rounding(self, dtype)
             if self.base is not None:
                 self.base.close()
+                self.adapter.detach()
             self.base = None  # the old one goes before the new one comes
             self.base = load_base(
-                self.base_name, self.precision, device, self.offload, activations=self.activations, vae=False
+                self.base_name,
+                self.precision,
+                device,
+                self.offload,
+                activations=self.activations,
+                vae=False,
+                prompts=None if self.adapter.trains_text else ["", *self._texts],
             )
         return self.take(self.base)
 
@@ -206,57 +248,37 @@ class PersonalizationModule(LightningModule):
         self.base = base
         if self._graphed in base.graphs:
             base.graphs.remove(self._graphed)
-        self._graphed = CUDAGraphed(self._denoise) if self._takes_graph(base) else None
+        self._graphed = CUDAGraphed(self._denoise) if self.takes_graph(base) else None
         base.graphs += [self._graphed] if self._graphed else []
         compiles = self.compiled and base.offload == "none"
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
-        (base.unet.enable_gradient_checkpointing if self.checkpointing else base.unet.disable_gradient_checkpointing)()
         self.timesteps.follow(base.scheduler.alphas_cumprod)
-        self.adapter.attach(base, self.class_word)
+        self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
         return base
 
-    def _takes_graph(self, base: Base) -> bool:
+    def takes_graph(self, base: Base) -> bool:
+        """Whether a step is replayed as a CUDA graph, which holds a token's members alone."""
         on_gpu = base.device.type == "cuda" and base.offload == "none"  # streamed weights come when they are called for
-        return self.cuda_graph and on_gpu and self.estimator.forward_only
+        return self.cuda_graph and on_gpu and self.forward_only and isinstance(self.adapter, TokenEmbedding)
 
     def _fill_in_defaults(self, family: str) -> None:
         values = defaults.lookup(self.method, family, self.precision, self.activations)
-        for part in (self, self.estimator, self.subspace):
+        for part in (self, *self.estimators, self.subspace, *self.adapter.parts):
             defaults.fill_in(part, values, self.method)
-
-    def _warn_of_rounding(self, dtype: torch.dtype) -> None:
-        least = ROUNDING.get(dtype, 0.0)
-        exact = "activations" if self.precision in QUANTIZED else "precision"
-        if isinstance(self.estimator, ZerothOrderEstimator) and self.estimator.step_size < least:
-            rank_zero_warn(
-                f"mu {self.estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
-                f"measured on tiny: training may be slow or diverge; take mu {least:g}, or {exact} fp32"
-            )
-
-    def _warn_of_idle_switches(self, base: Base) -> None:
-        streams = base.offload == "stream"
-        if self.cuda_graph and not self._takes_graph(base):
-            why = "model.offload is stream" if streams else "it is for a GPU and methods without a backward pass"
-            rank_zero_warn(f"model.cuda_graph does nothing here: {why}")
-        if self.compiled and streams:
-            rank_zero_warn("model.compile does nothing here: model.offload is stream")
-
-    def _refuse_streaming_backwards(self, device: torch.device) -> None:
-        if self.offload == "stream" and device.type == "cuda" and not self.estimator.forward_only:
-            raise UserError(
-                "model.offload stream is for methods without a backward pass, which would need the weights again: use "
-                "zoodip, or model.checkpointing true and model.precision int8"
-            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
         assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        # An estimator of the user's own may make its gradient in another way than from directions' weights.
-        is_ours = getattr(type(self.estimator), "estimate", None) is ZerothOrderEstimator.estimate
-        kind = FusedZOAdam if is_ours else torch.optim.Adam
-        optimizer = kind(
-            self.adapter.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+        settings: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+        kind: type[Optimizer] = FusedZOAdam if any(map(_weighs, self.estimators)) else torch.optim.Adam
+        if self.optimizer == "adam8bit":
+            kind = advice.adam8bit(self)
+        optimizer = kind(self.adapter.parameter_groups, **settings)
         if self.lr_scheduler == "constant" or self._trainer is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -274,88 +296,145 @@ class PersonalizationModule(LightningModule):
         if isinstance(schedule, LambdaLR) and isinstance(optimizer, LightningOptimizer):
             for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = lr * factor(schedule.last_epoch)
+        if self.selector is not None and self.horizon is None:
+            self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Draw, estimate, project, step."""
-        draw, theta, optimizer = self.draw(batch), self.adapter.theta, self.optimizers()
+        draw, optimizer = self.draw(batch), self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
-        with torch.autocast(self.device.type, enabled=self._autocast()):
-            losses = self._estimate(lambda members: self.losses(members, draw), theta, optimizer.optimizer)
+        estimator = self.estimator if draw.high else self.low_estimator
+        optimizer.zero_grad()
+        with torch.autocast(self.device.type, enabled=self._autocast(estimator)):
+            losses = self._estimate(estimator, draw, optimizer.optimizer)
         optimizer.step()
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.subspace:
-            self.subspace.observe(theta.detach())
-        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=len(draw.prompts))
-        assert theta.grad is not None
-        self.log("train/grad_norm", theta.grad.norm(), batch_size=len(draw.prompts))
+            self.subspace.observe(self.adapter.numbered()[0].detach())
+        self._log_step(draw, losses)
 
-    def _estimate(self, loss_fn: LossFn, theta: Tensor, optimizer: Optimizer) -> Tensor:
+    def _estimate(self, estimator: Estimator, draw: Draw, optimizer: Optimizer) -> Tensor:
         """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
-        estimator, subspace, step = self.estimator, self.subspace, self.global_step
-        dims = subspace.dims_left if subspace else None
-        if isinstance(optimizer, FusedZOAdam):
-            assert isinstance(estimator, ZerothOrderEstimator)
-            weights, losses = estimator.weigh(loss_fn, theta, step=step, dims=dims)
-            basis = subspace.basis_on(theta.device) if subspace else None
-            optimizer.receive(theta, weights, estimator.seed or 0, step, param_id=0, basis=basis)
+        subspace, step, trained = self.subspace, self.global_step, self.adapter.numbered()
+        size = sum(theta.numel() for theta in trained.values())
+        dims = (subspace.dims_left if subspace else None) or size
+        if isinstance(estimator, ZerothOrderEstimator) and _weighs(estimator):
+            assert isinstance(optimizer, FusedZOAdam)
+            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained)
+            for param_id, theta in trained.items():
+                basis = subspace.basis_on(theta.device) if subspace else None
+                keep = len(trained) == 1  # to be looked at
+                optimizer.receive(theta, weights, estimator.seed or 0, step, param_id, basis, keep)
             return losses
-        grad, losses = estimator.estimate(loss_fn, theta, step=step, dims=dims)
-        theta.grad = (subspace.project_(grad) if subspace else grad).to(theta.dtype)
+        if type(estimator).estimate is Backprop.estimate:
+            assert isinstance(estimator, Backprop)
+            losses = estimator.backward(lambda members: self.losses(members, draw), trained.values())
+        else:  # one of the user's own
+            (theta,) = trained.values()
+            theta.grad, losses = estimator.estimate(lambda values: self.losses(values, draw), theta, step, dims)
+        if subspace and (grad := trained[0].grad) is not None:
+            subspace.project_(grad)
         return losses
 
     def draw(self, batch: dict[str, Any]) -> Draw:
-        """Noise, timesteps and texts of this step, a pure function of (seed, step, batch)."""
-        base, generator = self._loaded(), step_generator(self.seed, self.global_step)
-        mean, std = self._moments(batch)  # [B, C, H, W]
-        latents = sample_latents(mean, std, _normal(mean, generator), base.scaling_factor)
-        noise = _normal(mean, generator)
-        timestep = self.timesteps.sample(len(mean), generator).to(mean.device)
-        noisy = base.scheduler.add_noise(latents, noise, timestep)
-        v_prediction = base.info.prediction == "v_prediction"
-        target = base.scheduler.get_velocity(latents, noise, timestep) if v_prediction else noise
-        phrase = self.adapter.phrase(self.class_word)
-        prompts = [fill(prompt, phrase, self.class_word) for prompt in batch["prompts"]]
-        return Draw(noisy.to(base.dtype), timestep, target.float(), prompts)
+        """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch)."""
+        if self.hollow is None or not self.hollow.is_ready:
+            return self.draw_at(batch, self.global_step)
+        index = self.hollow.index(self.seed, self.global_step)  # steps go round the draws that were made ready
+        draw = self.draw_at(self.trainer.datamodule.batch(index), index)  # type: ignore[attr-defined]
+        return replace(draw, activation=self.hollow.activation(index).to(draw.noisy))
 
-    def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def draw_at(self, batch: dict[str, Any], step: int) -> Draw:
+        """The draw of any step."""
+        generator = step_generator(self.seed, step)
+        if self.selector is None:
+            return self.draw_for(batch, True, generator)
+        timestep = self.timesteps.sample(len(batch["prompts"]), generator)
+        high = self.selector.takes_high(timestep, self.seed, step, self.horizon or step + 1)
+        return self.draw_for(batch, high, generator, timestep)
+
+    def draw_for(self, batch: dict[str, Any], high: bool, generator: Generator, timestep: Tensor | None = None) -> Draw:
+        """The draw of a branch; timesteps int64 [B], drawn after the noise where there are none."""
+        moments = self._moments(batch, None if high else self.low_resolution)
+        noisy, timestep, target = noised(self._loaded(), moments, generator, timestep, self.timesteps)
+        return Draw(noisy, timestep, target, [self.named(text) for text in batch["prompts"]], high)
+
+    def named(self, text: str) -> str:
+        """A template with the subject in its place."""
+        return fill(text, self.adapter.phrase(self.class_word), self.class_word)
+
+    def _moments(self, batch: dict[str, Any], resolution: int | None) -> Moments:
         """The batch's latents in fp32: afresh from the data, as a bf16-true Trainer has rounded the batch's own."""
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, SubjectData) and "rows" in batch:
-            mean, std = data.at(max(data.latents), batch["rows"])
+            mean, std = data.at(resolution or max(data.latents), batch["rows"])
         else:
             mean, std = batch["mean"].float(), batch["std"].float()
         device = self._loaded().device
         return mean.to(device), std.to(device)
 
-    def losses(self, members: Tensor, draw: Draw) -> Tensor:
+    def losses(self, members: Members | Tensor, draw: Draw) -> Tensor:
         """Squared error of what each member predicts, in one forward.
 
         Args:
-            members: values of the adapter's `theta`, [V, *theta.shape].
+            members: where they stand, or values of a token, [V, vectors, D].
             draw: what to predict from; the same for all members (common random numbers).
 
         Returns:
             fp32 [V].
         """
-        base = self._loaded()
-        ids = prompt_ids(base, draw.prompts, self.adapter.tokens(members))
-        denoise = self._denoise if self._graphed is None or torch.is_grad_enabled() else self._graphed
-        return denoise(members, ids, draw.noisy, draw.timestep, draw.target)
+        base, adapter = self._loaded(), self.adapter
+        if not adapter.trains_text:
+            assert isinstance(members, Members)
+            told = condition_on(base, draw.prompts)
+            with adapter.at(members):
+                return self._denoise_as(told, len(members), draw)
+        ids = prompt_ids(base, draw.prompts, adapter.tokens())
+        if self._graphed is not None and not torch.is_grad_enabled():
+            (values,) = adapter.tokens(members).values()
+            return self._graphed(values, ids, draw.noisy, draw.timestep, draw.target)
+        told = condition_on_ids(base, ids, adapter.tokens(members))
+        with adapter.at(members) if isinstance(members, Members) else adapter.at(Members()):
+            return self._denoise_as(told, len(members), draw)
 
-    def _denoise(self, members: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """`losses` as a function of tensors; ids [encoders, B, T]."""
-        base = self._loaded()
-        conditioning = condition_on_ids(base, ids, self.adapter.tokens(members))  # of V * B prompts
-        predicted = self.predict_noise(base.unet, noisy, timestep, conditioning)
-        error = predicted.float().unflatten(0, (len(members), -1)) - target  # [V, B, C, H, W]
+    def _denoise(self, values: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+        """`losses` of a token as a function of tensors; ids [encoders, B, T]."""
+        told = condition_on_ids(self._loaded(), ids, self.adapter.tokens(values))  # of V * B prompts
+        return self._denoise_as(told, len(values), Draw(noisy, timestep, target, []))
+
+    def _denoise_as(self, told: Conditioning, members: int, draw: Draw) -> Tensor:
+        hollow = self.hollow if draw.activation is not None else None
+        predicted = self.predict_noise(
+            self._loaded().unet,
+            draw.noisy,
+            draw.timestep,
+            told,
+            members=members,
+            apart=self.adapter.layers,
+            checkpointing=self.checkpointing,
+            cut=hollow.cut if hollow else None,
+            activation=draw.activation,
+        )
+        error = predicted.float().unflatten(0, (members, -1)) - draw.target  # [V, B, C, H, W]
         return error.pow(2).flatten(1).mean(1)
 
-    def _autocast(self) -> bool:
+    def _log_step(self, draw: Draw, losses: Tensor) -> None:
+        count, trained = len(draw.prompts), self.adapter.numbered().values()
+        grads = [theta.grad for theta in trained if theta.grad is not None]
+        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=count)
+        if grads:
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads), batch_size=count)
+        if self.selector is not None:
+            self.log("train/high", float(draw.high), batch_size=count)
+            self.log("train/timestep", draw.timestep.float().mean(), batch_size=count)
+            self.log(f"train/loss_{'high' if draw.high else 'low'}", losses.mean(), batch_size=count)
+
+    def _autocast(self, estimator: Estimator) -> bool:
         """Autocast to bf16 where the Trainer asks for it, but never for finite differences: it would drown mu."""
-        return self.trainer.precision == "bf16-mixed" and not self.estimator.forward_only
+        return self.trainer.precision == "bf16-mixed" and not estimator.forward_only
 
     def _loaded(self) -> Base:
         if self.base is None:
@@ -369,6 +448,20 @@ class PersonalizationModule(LightningModule):
         """What the U-Net is told of N prompts that may hold the trained token."""
         return condition_on(self._loaded(), prompts, self.adapter.tokens())
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Embed prompts that `condition_on` will be asked for, where no text is trained: encoders come but once."""
+        if not self.adapter.trains_text:
+            remember(self._loaded(), prompts)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """The U-Net as pictures are drawn with it, for the length of a `with`: whole, along a hollow's two paths."""
+        if self.hollow is None:
+            yield
+            return
+        with self.hollow.two_paths(self._loaded(), self.adapter):
+            yield
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside trainables and optimiser: what the run was, and the subspace's history."""
         checkpoint["mep"] = describe(self)
@@ -380,15 +473,11 @@ class PersonalizationModule(LightningModule):
             CheckpointError: another base, precision or setting, or something that is missing.
         """
         refuse_another_run(checkpoint, self)
+        self.horizon = checkpoint["mep"].get("horizon")
         if self.subspace:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
 
 
-def step_generator(seed: int, step: int) -> Generator:
-    """A generator that is a pure function of (seed, step)."""
-    return Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 0x27D4EB2F) % 2**63)
-
-
-def _normal(like: Tensor, generator: Generator) -> Tensor:
-    """fp32 normals of a tensor's shape, drawn on the CPU so that every device sees the same."""
-    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
+def _weighs(estimator: Estimator) -> bool:
+    """Whether an estimator's gradient is a sum of directions: one of the user's own may make it in another way."""
+    return getattr(type(estimator), "estimate", None) is ZerothOrderEstimator.estimate

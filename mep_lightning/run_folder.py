@@ -62,6 +62,11 @@ class RunFolder:
         return self.root / "adapter"
 
     @property
+    def activations(self) -> Path:
+        """What Hollowed Net's hollow answers, for the training; it may be deleted after it."""
+        return self.root / "activations"
+
+    @property
     def samples(self) -> Path:
         """Grids of generated pictures."""
         return self.root / "samples"

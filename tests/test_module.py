@@ -15,6 +15,7 @@ from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import predict_noise
 from mep_lightning.callbacks import PUTS
+from mep_lightning.draws import step_generator
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import (
     Backprop,
@@ -23,7 +24,6 @@ from mep_lightning.estimators import (
     SPSAEstimator,
     SubspaceGradient,
 )
-from mep_lightning.module import step_generator
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 
 ESTIMATORS = {
@@ -328,7 +328,7 @@ def test_a_compiled_unet_predicts_what_it_did(monkeypatch):
         mod.load()
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         draw = mod.draw({"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]})
-        found.append(mod.estimator.weigh(lambda members, m=mod, d=draw: m.losses(members, d), mod.adapter.theta)[1])
+        found.append(mod.estimator.estimate(lambda members, m=mod, d=draw: m.losses(members, d), mod.adapter.theta)[1])
     assert compiled == [predict_noise]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 

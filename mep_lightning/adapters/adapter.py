@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mep_lightning.bases import Base
+from mep_lightning.errors import UserError
+from mep_lightning.estimators.perturbation import Members
+
+PREFIX = "mep."
+"""What our keys in a file's metadata start with."""
 
 
 class Adapter(nn.Module, ABC):
     """The trained part. Its parameters stay fp32 whatever precision a Trainer asks for.
 
     (In half precision an update of lr 5e-3 to a token is mostly rounded away, and Adam's second moment underflows.)
+
+    Attributes:
+        token: the word that names the subject in prompts.
+        origin: what it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision"
+            and "class_word". `attach` fills it in, exports keep it.
     """
 
-    theta: nn.Parameter
-    origin: dict[str, str]
-    """What it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision" and
-    "class_word". `attach` fills it in, exports keep it."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """What `export` writes; the first is what `load_export` reads."""
+    AUTO: ClassVar[dict[str, str]] = {}
+    trains_text: ClassVar[bool] = False
+    """Whether text encoders are needed in every step; others see each prompt once, and leave memory."""
+    token: str
 
     def __init__(self) -> None:
         super().__init__()
-        self.origin = {}
+        self.origin: dict[str, str] = {}
 
     @abstractmethod
-    def attach(self, base: Base, class_word: str | None = None) -> None:
-        """Create `theta` for this base, or check that what was loaded fits it."""
+    def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
+        """Create what is trained for this base, or check that what was loaded fits it.
 
-    @abstractmethod
-    def phrase(self, class_word: str | None) -> str:
-        """How prompts name the subject: "<sks> ball"."""
+        Args:
+            base: to personalise.
+            class_word: what the subject is.
+            without: modules that are to be left as they are, with all that is in them.
+        """
 
-    def tokens(self, members: Tensor | None = None) -> dict[str, Tensor]:
-        """What `encode_prompts` must know: name -> vectors, those of `members` [V, *theta.shape] where given."""
-        return {}
+    def detach(self) -> None:
+        """Leave the base as it was before `attach`."""
 
     @abstractmethod
     def export(self, directory: Path) -> list[Path]:
@@ -46,6 +60,52 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def load_export(self, directory: Path) -> None:
         """Read back what `export` wrote, `origin` included."""
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        """The adapters that this one is made of: itself."""
+        return (self,)
+
+    def phrase(self, class_word: str | None) -> str:
+        """How prompts name the subject: "<sks> ball"."""
+        return f"{self.token} {class_word}" if class_word else self.token
+
+    def numbered(self) -> dict[int, nn.Parameter]:
+        """What is trained under parameter ids that stay the same whatever else is frozen."""
+        return {param_id: theta for param_id, theta in enumerate(self.parameters()) if theta.requires_grad}
+
+    def tokens(self, members: Tensor | Members | None = None) -> dict[str, Tensor]:
+        """What `encode_prompts` must know: name -> vectors [n, D], or [V, n, D] of members."""
+        return {}
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """Layers of the base in which members differ."""
+        return ()
+
+    @contextmanager
+    def at(self, members: Members) -> Iterator[None]:
+        """Let those layers compute for V members, whose rows lie one after the other."""
+        yield
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer; a group may have an `lr` of its own."""
+        return [{"params": list(self.numbered().values())}]
+
+    def refuse_infinite(self) -> None:
+        """Raise UserError unless all that is trained is finite."""
+        if not all(theta.isfinite().all() for theta in self.numbered().values()):
+            raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise mu")
+
+    def metadata(self) -> dict[str, str]:
+        """`origin` and the token, as an exported file keeps them."""
+        return {f"{PREFIX}{key}": value for key, value in (self.origin | {"token": self.token}).items()}
+
+    def remember_origin(self, base: Base, class_word: str | None) -> None:
+        self.origin = {"base": base.address, "precision": base.precision}
+        if class_word:
+            self.origin["class_word"] = class_word
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow moves to a device, refuse casts."""
@@ -56,3 +116,8 @@ class Adapter(nn.Module, ABC):
 
         super()._apply(move, recurse)
         return self
+
+
+def read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
+    """Our own keys of a file's metadata."""
+    return {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items() if key.startswith(PREFIX)}

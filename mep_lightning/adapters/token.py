@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter
+from mep_lightning.adapters.adapter import Adapter, read_metadata
 from mep_lightning.bases import Base
 from mep_lightning.bases.tokens import token_rows, with_tokens
 from mep_lightning.errors import UserError
+from mep_lightning.estimators.perturbation import Members
 from mep_lightning.run_folder import replacing
 
 FILE = "learned_embeds.safetensors"
@@ -20,8 +22,6 @@ XL_KEYS = ("clip_l", "clip_g")
 """Under which other programs look for the vectors of SDXL's two text encoders."""
 LONGEST = 200
 """Characters of a token's name."""
-PREFIX = "mep."
-"""What our keys in a file's metadata start with."""
 
 
 class TokenEmbedding(Adapter):
@@ -36,6 +36,10 @@ class TokenEmbedding(Adapter):
         UserError: the token has spaces, or `vectors` is not positive.
     """
 
+    FILES = (FILE,)
+    theta: nn.Parameter
+    trains_text = True
+
     def __init__(self, token: str = "<sks>", init: str = "auto", vectors: int = 1):
         super().__init__()
         if not token or len(token.split()) != 1:
@@ -46,7 +50,7 @@ class TokenEmbedding(Adapter):
         self.widths: list[int] | None = None
         self.register_parameter("theta", None)
 
-    def attach(self, base: Base, class_word: str | None = None) -> None:
+    def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
         """Start from the embedding of `init`; `theta` is [vectors, D], D the text encoders' widths added up."""
         if self.theta is not None:
             self.vectors = len(self.theta)
@@ -64,9 +68,7 @@ class TokenEmbedding(Adapter):
             )
         self.widths = widths
         self.theta.data = self.theta.data.to(base.device)
-        self.origin = {"base": base.address, "precision": base.precision}
-        if class_word:
-            self.origin["class_word"] = class_word
+        self.remember_origin(base, class_word)
 
     def _initial_id(self, base: Base, class_word: str | None) -> int:
         word = (class_word or "object").split()[-1] if self.init == "auto" else self.init  # "teddy bear": the noun
@@ -82,10 +84,9 @@ class TokenEmbedding(Adapter):
             )
         return ids[0]
 
-    def phrase(self, class_word: str | None) -> str:
-        return f"{self.token} {class_word}" if class_word else self.token
-
-    def tokens(self, members: Tensor | None = None) -> dict[str, Tensor]:
+    def tokens(self, members: Tensor | Members | None = None) -> dict[str, Tensor]:
+        if isinstance(members, Members):
+            members = members.of(self.theta)
         return {self.token: self.theta if members is None else members}
 
     def export(self, directory: Path) -> list[Path]:
@@ -94,15 +95,13 @@ class TokenEmbedding(Adapter):
         {token: [vectors, D]}; of SDXL {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}, the token in its metadata.
         """
         path = Path(directory) / FILE
-        if not self.theta.isfinite().all():
-            raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise mu")
-        metadata = {f"{PREFIX}{key}": value for key, value in (self.origin | {"token": self.token}).items()}
+        self.refuse_infinite()
         values = self.theta.detach().float().cpu()
         widths = self.widths or [values.shape[1]]
         names = [self.token] if len(widths) == 1 else XL_KEYS
         parts = {name: part.contiguous() for name, part in zip(names, values.split(widths, dim=1), strict=True)}
         with replacing(path) as temporary:
-            save_file(parts, temporary, metadata)
+            save_file(parts, temporary, self.metadata())
         return [path]
 
     def load_export(self, directory: Path) -> None:
@@ -112,10 +111,9 @@ class TokenEmbedding(Adapter):
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                metadata = file.metadata() or {}
+                origin = read_metadata(file.metadata())
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): export it again") from None
-        origin = {key.removeprefix(PREFIX): metadata[key] for key in metadata if key.startswith(PREFIX)}
         names = XL_KEYS if set(tensors) == set(XL_KEYS) else tuple(tensors)
         parts = [tensors[name] for name in names]
         is_one_token = len(parts) == 1 or names == XL_KEYS

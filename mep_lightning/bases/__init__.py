@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         condition_on_ids,
         encode_prompts,
         prompt_ids,
+        remember,
     )
     from mep_lightning.bases.load import exact_device, load_base, open_base
     from mep_lightning.bases.walk import predict_noise
@@ -32,6 +33,7 @@ __all__ = [
     "open_base",
     "predict_noise",
     "prompt_ids",
+    "remember",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "open_base": "load",
     "predict_noise": "walk",
     "prompt_ids": "conditioning",
+    "remember": "conditioning",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,22 +103,32 @@ class Base(BaseFolder):
 
     Attributes:
         unet: the U-Net.
-        text_encoders: one for SD1 and SD2, two for SDXL.
+        text_encoders: one for SD1 and SD2, two for SDXL; none while they are released.
+        read_text_encoders: reads them again, with the streams of those that are streamed.
+        read_unet: reads the weights of some of the U-Net's modules again.
+        freed: those of its modules that hold no weights now.
         tokenizers: one a text encoder.
         vae: the autoencoder, None where it was not loaded or is released.
         scheduler: the training noise schedule.
         scaling_factor: what scales the autoencoder's latents to unit variance.
         streams: of the parts that are streamed to a GPU.
+        text_streams: of the text encoders among them.
+        remembered: prompts without trained tokens that were embedded already, each with its `Conditioning`.
         graphs: captured over these weights and this device's memory.
     """
 
     unet: UNet2DConditionModel
     text_encoders: list[nn.Module]
+    read_text_encoders: Callable[[], tuple[list[nn.Module], list[Stream]]]
+    read_unet: Callable[[Sequence[nn.Module]], None]
     tokenizers: list[Any]
     vae: AutoencoderKL | None
     scheduler: DDPMScheduler
     scaling_factor: float
     streams: list[Stream] = field(default_factory=list)
+    text_streams: list[Stream] = field(default_factory=list)
+    freed: list[nn.Module] = field(default_factory=list, repr=False)
+    remembered: dict[str, Any] = field(default_factory=dict, repr=False)
     graphs: list[CUDAGraphed] = field(default_factory=list, repr=False)
     _enlarged: dict[tuple[int, tuple[tuple[str, int], ...]], Any] = field(default_factory=dict, repr=False)
 
@@ -143,13 +153,49 @@ class Base(BaseFolder):
     def close(self) -> None:
         """Give back what streaming holds on the device; the base is of no use afterwards."""
         self.forget_graphs()
-        for stream in self.streams:
+        for stream in (*self.streams, *self.text_streams):
             stream.close()
 
     def forget_graphs(self) -> None:
         """Give back what captured graphs hold; they are captured anew when they are next needed."""
         for graph in self.graphs:
             graph.clear()
+
+    def free(self, modules: Sequence[nn.Module]) -> None:
+        """Let parts of the U-Net leave memory; `whole` reads them again."""
+        self.freed = [*self.freed, *modules]
+        for module in modules:
+            module.to("meta")
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of the U-Net for the length of a `with`: what was freed is read from disk, and freed again."""
+        freed, self.freed = self.freed, []
+        if freed:
+            self.read_unet(freed)
+        try:
+            yield
+        finally:
+            if freed:
+                self.free(freed)
+
+    def release_text_encoders(self) -> None:
+        """Free the text encoders: what is remembered stays, and `borrowed_text_encoders` reads them again."""
+        for stream in self.text_streams:
+            stream.close()
+        self.text_encoders, self.text_streams = [], []
+
+    @contextmanager
+    def borrowed_text_encoders(self) -> Iterator[None]:
+        """The text encoders for the length of a `with`; read from disk again, and freed, where there are none."""
+        if self.text_encoders:
+            yield
+            return
+        self.text_encoders, self.text_streams = self.read_text_encoders()
+        try:
+            yield
+        finally:
+            self.release_text_encoders()
 
     def release_vae(self) -> None:
         """Free the autoencoder: after the photos are encoded, training never needs it."""
@@ -175,23 +221,26 @@ class Base(BaseFolder):
         parts = [self.unet, *self.text_encoders] if movable else []
         try:
             for part in parts:
-                part.to("cpu")
+                _move(part, "cpu")
             yield
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # what a failed body holds would be in the way
             raise
         finally:
             for part in parts:
-                part.to(self.device)
+                _move(part, self.device)
 
     def pipeline(self, vae: AutoencoderKL | None) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """A diffusers pipeline over these very parts (no copies); without a VAE it gives latents."""
         self.forget_graphs()
         parts = {"vae": vae, "unet": self.unet, "scheduler": self.scheduler}
-        texts = {"text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0]}
+        encoders: list[Any] = self.text_encoders or [None] * len(
+            self.tokenizers
+        )  # without them it takes embeddings alone
+        texts = {"text_encoder": encoders[0], "tokenizer": self.tokenizers[0]}
         pipe: _Pipeline | _XLPipeline
-        if len(self.text_encoders) > 1:
-            second = {"text_encoder_2": self.text_encoders[1], "tokenizer_2": self.tokenizers[1]}
+        if len(encoders) > 1:
+            second = {"text_encoder_2": encoders[1], "tokenizer_2": self.tokenizers[1]}
             pipe = _XLPipeline(**parts, **texts, **second, add_watermarker=False)
         else:
             unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -199,6 +248,11 @@ class Base(BaseFolder):
         pipe.home = self.device
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def _move(module: nn.Module, device: torch.device | str) -> None:
+    """Move what a module holds; what is freed of it stays so."""
+    module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 class _AtHome:

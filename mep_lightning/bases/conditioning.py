@@ -67,6 +67,11 @@ class Conditioning(NamedTuple):
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return self._replace(embeds=self.embeds.expand(count, -1, -1), pooled=pooled)
 
+    def repeat(self, count: int) -> Conditioning:
+        """All prompts, so many times over."""
+        pooled = None if self.pooled is None else self.pooled.repeat(count, 1)
+        return self._replace(embeds=self.embeds.repeat(count, 1, 1), pooled=pooled)
+
     def nothing(self) -> Conditioning:
         """This prompt, an empty one, as guidance takes it: SDXL's guidance starts from zeros, as diffusers' does."""
         if self.pooled is None:
@@ -99,7 +104,26 @@ def condition_on(base: Base, prompts: Sequence[str], tokens: Tokens | None = Non
     Returns:
         Of N or V * N prompts, member-major, in the base's dtype.
     """
-    return condition_on_ids(base, prompt_ids(base, prompts, tokens), tokens)
+    if not tokens and all(prompt in base.remembered for prompt in prompts):
+        return _stacked([base.remembered[prompt] for prompt in prompts])
+    with base.borrowed_text_encoders():
+        return condition_on_ids(base, prompt_ids(base, prompts, tokens), tokens)
+
+
+@torch.no_grad()
+def remember(base: Base, prompts: Sequence[str]) -> None:
+    """Embed prompts, one by one, so that `condition_on` knows them without text encoders from then on."""
+    if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in base.remembered]:
+        with base.borrowed_text_encoders():
+            for prompt in new:
+                base.remembered[prompt] = condition_on_ids(base, prompt_ids(base, [prompt]))
+
+
+def _stacked(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Of single prompts to one of all."""
+    first = conditionings[0]
+    pooled = None if first.pooled is None else torch.cat([one.pooled for one in conditionings])  # type: ignore[misc]
+    return first._replace(embeds=torch.cat([one.embeds for one in conditionings]), pooled=pooled)
 
 
 def prompt_ids(base: Base, prompts: Sequence[str], tokens: Tokens | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mep_lightning.bases.base import Base, BaseFolder
+from mep_lightning.bases.conditioning import remember
 from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, describe, is_sdxl, locate
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.bases.transformer import compute_frugally_
@@ -99,6 +100,7 @@ def load_base(
     *,
     activations: str = "auto",
     vae: bool = True,
+    prompts: Sequence[str] | None = None,
 ) -> Base:
     """Load a base and freeze it.
 
@@ -110,6 +112,7 @@ def load_base(
         activations: what int8 and int4 weights compute in, "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
             on a GPU.
         vae: whether the autoencoder comes along; without it `borrowed_vae` reads it when it is needed.
+        prompts: where given, the text encoders embed these and leave, before the U-Net comes.
 
     Raises:
         UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
@@ -120,6 +123,7 @@ def load_base(
         tensors=lambda module, part: stored(part),
         tokenizer=lambda part, length: _load_tokenizer(found.folder / part),
         vae=(lambda: load_vae(found.folder, found.weights_device, found.dtype)) if vae else None,
+        prompts=prompts,
     )
 
 
@@ -129,6 +133,7 @@ def assemble(
     tensors: Callable[[nn.Module, Path], Tensors],
     tokenizer: Callable[[str, int], CLIPTokenizer],
     vae: Callable[[], AutoencoderKL] | None,
+    prompts: Sequence[str] | None = None,
 ) -> Base:
     """Put a frozen base together from what its folder describes, one part after the other.
 
@@ -137,43 +142,71 @@ def assemble(
         tensors: the weights of a module that was built from a part's folder.
         tokenizer: makes the tokenizer in a folder's part, for a text encoder that reads so many tokens.
         vae: makes the autoencoder; None leaves it out.
+        prompts: as for `load_base`.
     """
     folder = found.folder
-    streams: list[Stream | None] = []
+
+    def placed(module: nn.Module, part: str) -> list[Stream]:
+        path = folder / part
+        if found.precision in QUANTIZED:
+            quantize_module_(module, found.precision)
+        fill_(module, tensors(module, path), path, found.dtype, found.weights_device, found.memory_format)
+        stream = found.placed(module.eval().requires_grad_(False))
+        return [] if stream is None else [stream]
+
+    def read_text_encoders() -> tuple[list[nn.Module], list[Stream]]:
+        encoders = build_text_encoders(folder)
+        streams = [placed(module, part) for module, part in zip(encoders, TEXT_ENCODERS, strict=False)]
+        return encoders, [stream for each in streams for stream in each]
+
+    def read_unet(modules: Sequence[nn.Module]) -> None:
+        path, unet = folder / "unet", base.unet
+        names = tuple(f"{name}." for name, part in unet.named_modules() if part in set(modules))
+        wanted = ((key, value) for key, value in tensors(unet, path) if key.startswith(names))
+        fill_(unet, wanted, path, found.dtype, found.weights_device, found.memory_format)
+
     with phase("load"):
-        unet, text_encoders = build(folder)
-        compute_frugally_(unet)
-        parts = ("unet", *TEXT_ENCODERS[: len(text_encoders)])
-        for module, part in zip((unet, *text_encoders), (folder / name for name in parts), strict=True):
-            if found.precision in QUANTIZED:
-                quantize_module_(module, found.precision)
-            fill_(module, tensors(module, part), part, found.dtype, found.weights_device, found.memory_format)
-            streams.append(found.placed(module.eval().requires_grad_(False)))
-        autoencoder = None if vae is None else vae()
-        if autoencoder is not None:
-            streams.append(found.placed(autoencoder))
-        return Base(
+        lengths = [config.max_position_embeddings for config in _text_configs(folder)]
+        base = Base(
             **vars(found),
-            unet=unet,
-            text_encoders=text_encoders,
-            tokenizers=[
-                tokenizer(part, encoder.config.max_position_embeddings)
-                for part, encoder in zip(TOKENIZERS, text_encoders, strict=False)
-            ],
-            vae=autoencoder,
-            streams=[stream for stream in streams if stream is not None],
+            unet=build_unet(folder),
+            text_encoders=[],
+            read_text_encoders=read_text_encoders,
+            read_unet=read_unet,
+            tokenizers=[tokenizer(part, length) for part, length in zip(TOKENIZERS, lengths, strict=False)],
+            vae=None,
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
             scaling_factor=read_part(AutoencoderKL.load_config, folder / "vae").get("scaling_factor", 0.18215),
         )
+        if prompts is None:
+            base.text_encoders, base.text_streams = read_text_encoders()
+        else:
+            remember(base, prompts)
+        compute_frugally_(base.unet)
+        base.streams += placed(base.unet, "unet")
+        if vae is not None:
+            base.vae = vae()
+            stream = found.placed(base.vae)
+            base.streams += [] if stream is None else [stream]
+        return base
 
 
-def build(folder: Path) -> tuple[UNet2DConditionModel, list[Any]]:
-    """The U-Net and the text encoders, two for SDXL, that a folder describes, on the meta device."""
+def build_unet(folder: Path) -> UNet2DConditionModel:
+    """The U-Net that a folder describes, on the meta device."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
+
+
+def build_text_encoders(folder: Path) -> list[Any]:
+    """The text encoders, two for SDXL, that a folder describes, on the meta device."""
     kinds = (CLIPTextModel, CLIPTextModelWithProjection) if is_sdxl(folder) else (CLIPTextModel,)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
-        configs = [read_part(CLIPTextConfig.from_pretrained, folder / part) for part in TEXT_ENCODERS[: len(kinds)]]
-        return unet, [kind(config) for kind, config in zip(kinds, configs, strict=True)]
+        return [kind(config) for kind, config in zip(kinds, _text_configs(folder), strict=True)]
+
+
+def _text_configs(folder: Path) -> list[CLIPTextConfig]:
+    parts = TEXT_ENCODERS if is_sdxl(folder) else TEXT_ENCODERS[:1]
+    return [read_part(CLIPTextConfig.from_pretrained, folder / part) for part in parts]
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -1,37 +1,40 @@
-"""The walk through the U-Net: what no text has touched yet is computed once and shared by all members.
+"""The walk through the U-Net: members share what does not tell them apart yet, and a hollow is stepped over.
 
-Everything before the first cross-attention (the first convolution, the resnets ahead of it, the first transformer's own
-self-attention) sees latents and timestep alone. Members that differ only in their text share it; after the fork each
-member has its own rows. The result is exact. SDXL's pooled text enters with the timestep: its members share nothing.
+Members that differ in their text alone part at the first cross-attention: the first convolution, the resnets ahead of
+it and the first transformer's self-attention see latents and timestep only, and are computed once. Members that differ
+in their layers part at the first of those. The result is exact. SDXL's pooled text enters with the timestep: there
+members of different texts share nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mep_lightning.bases.conditioning import Conditioning
-
-
-class _Fork:
-    """Rows that are shared until `now()` and one set a member from then on."""
-
-    def __init__(self, members: int, x: Tensor, temb: Tensor):
-        self.members, self.x, self.temb = members, x, temb
-        self.skips = [x]
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return tensor.repeat(self.members, *(1,) * (tensor.dim() - 1))
-
-    def now(self) -> None:
-        """Give each member its own rows of everything that later layers read."""
-        self.temb, self.skips = self.rows(self.temb), [self.rows(s) for s in self.skips]
+from mep_lightning.bases.units import Cut, Unit, is_line, line
 
 
 def predict_noise(
-    unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning | Tensor
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning | Tensor,
+    *,
+    members: int | None = None,
+    apart: Iterable[nn.Module] = (),
+    checkpointing: bool = False,
+    cut: Cut | None = None,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """What the U-Net predicts for V members over the same latents and timesteps.
 
@@ -39,84 +42,172 @@ def predict_noise(
         unet: of a Stable Diffusion base.
         latents: [B, C, H, W], shared by the members.
         timestep: [B].
-        conditioning: V * B prompts, member-major; a tensor [V * B, T, D] where embeddings are all there is.
+        conditioning: V * B prompts, member-major, or B that all members share; a tensor [V * B, T, D] where embeddings
+            are all there is.
+        members: V; as many as there are prompts for by default.
+        apart: the layers that members differ in.
+        checkpointing: keep each unit's input alone for a backward pass, and compute the rest again there.
+        cut: what to leave out.
+        activation: [B, C', H', W'], what the cut would have answered (`activation_at`).
 
     Returns:
         [V * B, C, H, W], member-major.
     """
-    told = conditioning if isinstance(conditioning, Conditioning) else Conditioning(conditioning)
-    embeds = told.embeds
-    members = embeds.shape[0] // latents.shape[0]
-    if members == 1 or told.pooled is not None or not _forkable(unet):
-        rows = latents.repeat(members, 1, 1, 1)
-        return unet(rows, timestep.repeat(members), embeds, added_cond_kwargs=told.added(rows)).sample
-
-    temb = unet.time_embedding(unet.time_proj(timestep).to(latents.dtype))
-    walk = _Fork(members, unet.conv_in(latents), temb)
-    forked = False
-    for block in unet.down_blocks:
-        attentions = getattr(block, "attentions", [None] * len(block.resnets))
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            walk.x = resnet(walk.x, walk.temb)
-            if attention is not None:
-                walk.x = attention(walk.x, embeds).sample if forked else _forking_transformer(attention, walk, embeds)
-                forked = True
-            walk.skips.append(walk.x)
-        for downsample in block.downsamplers or []:
-            walk.x = downsample(walk.x)
-            walk.skips.append(walk.x)
-    return _second_half(unet, walk, embeds)
+    told = _told(conditioning)
+    if not is_line(unet):
+        return _all_apart(unet, latents, timestep, told, members or len(told.embeds) // len(latents))
+    units = line(unet)
+    fork = _first(units, set(apart))
+    walk = _Walk(unet, latents, timestep, told, members, checkpointing, apart=fork == 0)
+    for index, unit in enumerate(units):
+        if cut is not None and cut.start <= index < cut.stop:
+            continue
+        if cut is not None and index == cut.stop:
+            assert activation is not None
+            walk.part()
+            walk.x = walk.rows(activation.to(walk.x.dtype))
+        if index == fork:
+            walk.part()
+        walk.take(unit)
+    return walk.leave()
 
 
-def _forkable(unet: UNet2DConditionModel) -> bool:
-    """Whether text enters only through cross-attention, the first of it in a plain transformer of a down block."""
-    config = unet.config
-    through_time = (config.addition_embed_type, config.class_embed_type, config.time_embedding_act_fn)
-    plain = not any((*through_time, config.center_input_sample, config.encoder_hid_dim_type, unet.training))
-    transformers = [a for block in unet.down_blocks for a in getattr(block, "attentions", [])]
-    if not plain or unet.mid_block is None or not transformers or not isinstance(transformers[0], Transformer2DModel):
-        return False
-    first = transformers[0].transformer_blocks[0]
-    return first.norm_type == "layer_norm" and not first.only_cross_attention and first.attn2 is not None
+def _told(conditioning: Conditioning | Tensor) -> Conditioning:
+    return conditioning if isinstance(conditioning, Conditioning) else Conditioning(conditioning)
 
 
-def _forking_transformer(transformer: Transformer2DModel, walk: _Fork, embeds: Tensor) -> Tensor:
-    """The first transformer: shared up to its first cross-attention, one row a member from there."""
-    x = walk.x
-    _batch, _, height, width = x.shape
-    first, *rest = transformer.transformer_blocks
-    hidden, inner = transformer._operate_on_continuous_inputs(x)  # [B, HW, C]
-    hidden = hidden + first.attn1(first.norm1(hidden))
-    walk.now()
-    hidden, x = walk.rows(hidden), walk.rows(x)
-    hidden = _after_self_attention(first, hidden, embeds)
-    for block in rest:
-        hidden = block(hidden, encoder_hidden_states=embeds)
-    return transformer._get_output_for_continuous_inputs(
-        hidden_states=hidden, residual=x, batch_size=len(x), height=height, width=width, inner_dim=inner
-    )
+def _all_apart(
+    unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, told: Conditioning, members: int
+) -> Tensor:
+    rows = latents.repeat(members, 1, 1, 1)
+    told = told.repeat(len(rows) // len(told.embeds))
+    return unet(rows, timestep.repeat(members), told.embeds, added_cond_kwargs=told.added(rows)).sample
 
 
-def _after_self_attention(block: BasicTransformerBlock, hidden: Tensor, embeds: Tensor) -> Tensor:
-    hidden = hidden + block.attn2(block.norm2(hidden), encoder_hidden_states=embeds)
-    return hidden + block.ff(block.norm3(hidden))
+def activation_at(
+    unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning | Tensor, cut: Cut
+) -> Tensor:
+    """What a cut of the U-Net answers, [B, C', H', W']: Hollowed Net's first path. Arguments as for `predict_noise`."""
+    walk = _Walk(unet, latents, timestep, _told(conditioning), None, checkpointing=False)
+    for unit in line(unet)[: cut.stop]:
+        walk.take(unit)
+    return walk.x
 
 
-def _second_half(unet: UNet2DConditionModel, walk: _Fork, embeds: Tensor) -> Tensor:
-    """Middle and up path; by now every member has its own rows."""
-    x, temb, skips = walk.x, walk.temb, walk.skips
-    x = unet.mid_block(x, temb, encoder_hidden_states=embeds)
-    for block in unet.up_blocks:
-        taken, skips = tuple(skips[-len(block.resnets) :]), skips[: -len(block.resnets)]
-        size = skips[-1].shape[2:] if skips else None
-        if getattr(block, "has_cross_attention", False):
-            x = block(
-                hidden_states=x,
-                res_hidden_states_tuple=taken,
-                temb=temb,
-                encoder_hidden_states=embeds,
-                upsample_size=size,
-            )
+def _first(units: list[Unit], layers: set[nn.Module]) -> int | None:
+    """The first unit that holds one of the layers; the first of all where one is outside the line."""
+    if not layers:
+        return None
+    inside = [{part for part in unit.module.modules() if part in layers} for unit in units]
+    return next((index for index, found in enumerate(inside) if found), 0) if set().union(*inside) == layers else 0
+
+
+class _Walk:
+    """Where a walk is: x, what will be joined to it, and what it is told; shared rows until members part.
+
+    Attributes:
+        members: V.
+        x: [B or V * B, C, H, W].
+        temb: the timestep's embedding, as many rows.
+        skips: the outputs that were left behind.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timestep: Tensor,
+        told: Conditioning,
+        members: int | None,
+        checkpointing: bool,
+        apart: bool = False,
+    ) -> None:
+        self.unet, self.embeds = unet, told.embeds
+        self.members = members or len(told.embeds) // len(latents)
+        self.parted = self.members == 1
+        self.texts_differ = len(told.embeds) > len(latents)
+        self.checkpointing = checkpointing and torch.is_grad_enabled()
+        self.x, self.skips = latents, []  # type: tuple[Tensor, list[Tensor]]
+        self.temb = unet.time_proj(timestep).to(latents.dtype)
+        if apart:
+            self.part()
+        self.temb = unet.time_embedding(self.temb)
+        if told.pooled is not None:
+            if self.texts_differ:
+                self.part()
+            added = unet.get_aug_embed(self.temb, told.embeds, told.added(self.x))
+            self.temb = self.temb + added
+        if unet.time_embed_act is not None:
+            self.temb = unet.time_embed_act(self.temb)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A set of rows for every member."""
+        return tensor.repeat(self.members, *(1,) * (tensor.dim() - 1))
+
+    def part(self) -> None:
+        """Give each member its own rows of everything that later units read."""
+        if not self.parted:
+            self.parted = True
+            self.x, self.temb, self.skips = self.rows(self.x), self.rows(self.temb), [self.rows(s) for s in self.skips]
+            self.embeds = self.embeds if self.texts_differ else self.rows(self.embeds)
+
+    def take(self, unit: Unit) -> None:
+        """Go through a unit."""
+        layer = unit.module
+        if isinstance(layer, ResnetBlock2D):
+            skip = [self.skips.pop()] if unit.takes else []
+            self.x = self._run(lambda x, temb, *skip: layer(torch.cat([x, *skip], 1) if skip else x, temb), skip)
+        elif isinstance(layer, Transformer2DModel):
+            self.x = self._through(layer)
+        elif isinstance(layer, Upsample2D):
+            self.x = layer(self.x, self.skips[-1].shape[2:] if self.skips else None)
         else:
-            x = block(hidden_states=x, res_hidden_states_tuple=taken, temb=temb, upsample_size=size)
-    return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)) if unet.conv_norm_out else x)
+            self.x = layer(self.x)
+        if unit.leaves:
+            self.skips.append(self.x)
+
+    def leave(self) -> Tensor:
+        """Through what comes after the last unit."""
+        norm, activation = self.unet.conv_norm_out, self.unet.conv_act
+        predicted = self.unet.conv_out(self.x if norm is None else activation(norm(self.x)))
+        return predicted if self.parted else self.rows(predicted)
+
+    def _run(self, function: Callable[..., Tensor], extra: list[Tensor]) -> Tensor:
+        arguments = (self.x, self.temb, *extra)
+        return checkpoint(function, *arguments, use_reentrant=False) if self.checkpointing else function(*arguments)
+
+    def _through(self, transformer: Transformer2DModel) -> Tensor:
+        """A transformer's blocks, the first of them shared up to its cross-attention where members have not parted."""
+        first, *rest = transformer.transformer_blocks
+        if self.texts_differ and not _can_part_inside(first):
+            self.part()
+        if self.checkpointing and not rest:
+            return checkpoint(self._all_through, transformer, self.x, use_reentrant=False)
+        return self._all_through(transformer, self.x)
+
+    def _all_through(self, transformer: Transformer2DModel, x: Tensor) -> Tensor:
+        blocks = list(transformer.transformer_blocks)
+        height, width = x.shape[2:]
+        hidden, inner = transformer._operate_on_continuous_inputs(x)  # [B, HW, C]
+        if self.texts_differ and not self.parted:
+            first = blocks.pop(0)
+            hidden = hidden + first.attn1(first.norm1(hidden))
+            self.part()
+            hidden, x = self.rows(hidden), self.x
+            hidden = hidden + first.attn2(first.norm2(hidden), encoder_hidden_states=self.embeds)
+            hidden = hidden + first.ff(first.norm3(hidden))
+        for block in blocks:
+            hidden = self._block(block, hidden, len(transformer.transformer_blocks) > 1)
+        return transformer._get_output_for_continuous_inputs(
+            hidden_states=hidden, residual=x, batch_size=len(x), height=height, width=width, inner_dim=inner
+        )
+
+    def _block(self, block: BasicTransformerBlock, hidden: Tensor, one_of_many: bool) -> Tensor:
+        told: dict[str, Any] = {"encoder_hidden_states": self.embeds}
+        if self.checkpointing and one_of_many:
+            return checkpoint(block, hidden, use_reentrant=False, **told)
+        return block(hidden, **told)
+
+
+def _can_part_inside(block: BasicTransformerBlock) -> bool:
+    return block.norm_type == "layer_norm" and not block.only_cross_attention and block.attn2 is not None

@@ -75,6 +75,10 @@ class Samples(Callback):
             if token is not None and token not in fill(template, token, ""):
                 raise UserError(f"samples.prompts: {template!r} lacks the subject; put {{}} or {token} where it goes.")
 
+        will_draw: Any = getattr(pl_module, "will_draw", None)
+        if stage == "fit" and will_draw is not None:
+            will_draw(self.texts(trainer, pl_module))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse more steps than the base's schedule has, before training."""
         scheduler = getattr(getattr(pl_module, "base", None), "scheduler", None)
@@ -117,7 +121,7 @@ class Samples(Callback):
         if self.prompts is not None:
             templates = self.prompts
         else:
-            known = prompts_for(class_word, getattr(getattr(pl_module, "base", None), "family", None))
+            known = prompts_for(class_word, getattr(pl_module, "family", None))
             # A recoloured subject is hard to compare with the photos, so `a red …` is left to the evaluation.
             known = tuple(prompt for prompt in known if prompt.startswith("a {0}")) or known
             count = min(self.count, len(known))

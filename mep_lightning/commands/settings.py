@@ -13,9 +13,10 @@ import yaml
 from jsonargparse import Namespace
 
 from mep_lightning import defaults
+from mep_lightning.advice import ALLOWED_TRAINER_PRECISIONS
 from mep_lightning.bases import identify
 from mep_lightning.errors import UserError
-from mep_lightning.module import ALLOWED_TRAINER_PRECISIONS, PersonalizationModule
+from mep_lightning.module import PersonalizationModule
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 AUTO_KEYS = {

@@ -1,17 +1,21 @@
-"""Adam for zeroth-order gradients: noise again from its seed, gradient, projection and update in one launch."""
+"""Adam that also takes zeroth-order gradients: noise again from its seed, gradient, projection and update in one go."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam
 
-from mep_lightning.kernels import zo_step_
+from mep_lightning.estimators.perturbation import DRAWN_AHEAD
+from mep_lightning.kernels import philox_normals, zo_step_
+
+ALONE = 4
+"""Parameters up to which each has its own launch on a CPU; more are updated together."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,15 @@ class _Told:
     step: int
     param_id: int
     basis: Tensor | None
+    keep: bool
 
 
-class FusedZOAdam(Optimizer):
-    """Adam that makes its gradients itself, from what the losses said about each direction (`kernels.zo_step_`).
+class FusedZOAdam(Adam):
+    """`torch.optim.Adam`, to which a gradient may also be told by what the losses said about each direction.
 
-    `receive` what an estimator's `weigh` answered, then `step`. The projected gradient is left in `grad`. State is that
-    of `torch.optim.Adam`, so a checkpoint of either is read by the other.
+    `receive` what an estimator's `weigh` answered, then `step`: parameters that were told of are updated by
+    `kernels.zo_step_`, those with a `grad` as ever, with the same state. A checkpoint of either optimizer is read by
+    the other.
 
     Args:
         params: what is trained, in fp32.
@@ -38,18 +44,26 @@ class FusedZOAdam(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Any,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._told: dict[Tensor, _Told] = {}
+        self._left: dict[Tensor, Tensor | None] = {}
         self._clocks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # step and pace, on each parameter's device
 
     def receive(
-        self, theta: Tensor, weights: Tensor, seed: int, step: int, param_id: int, basis: Tensor | None = None
+        self,
+        theta: Tensor,
+        weights: Tensor,
+        seed: int,
+        step: int,
+        param_id: int,
+        basis: Tensor | None = None,
+        keep_grad: bool = True,
     ) -> None:
         """What the next `step` makes theta's gradient from.
 
@@ -58,21 +72,54 @@ class FusedZOAdam(Optimizer):
             weights: [n], the gradient is sum_i weights_i e_i.
             seed, step, param_id: of the directions e_i, as in `philox_normal`; an id belongs to one parameter.
             basis: P [k, d], what is projected out of it.
+            keep_grad: whether the projected gradient is left in `theta.grad`.
         """
-        self._told[theta] = _Told(weights, seed, step, param_id, basis)
+        self._told[theta] = _Told(weights, seed, step, param_id, basis, keep_grad)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update what `receive` was told of since the last step; other parameters stay."""
+        """Update what `receive` was told of since the last step, and what has a `grad`; other parameters stay."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for theta in group["params"]:
-                if (told := self._told.pop(theta, None)) is not None:
-                    self._update(theta, told, group)
+        for theta, grad in self._left.items():
+            if theta.grad is grad:  # that of an earlier step
+                theta.grad = None
+        told = {theta: (self._told.pop(theta), group) for theta, group in self._all() if theta in self._told}
+        alone = len(told) <= ALONE or next(iter(told)).is_cuda
+        if alone:
+            for theta, (this, group) in told.items():
+                self._update(theta, this, group)
+            made = {theta: theta.grad for theta in told}
+            for theta in told:
+                theta.grad = None  # it is applied
+            super().step()
+        else:
+            self._give_gradients({theta: this for theta, (this, _) in told.items()})
+            super().step()
+            made = {theta: theta.grad for theta in told}
+        self._left = {theta: grad if told[theta][0].keep else None for theta, grad in made.items()}
+        for theta, grad in self._left.items():
+            theta.grad = grad
         return loss
+
+    def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(theta, group) for group in self.param_groups for theta in group["params"]]
+
+    def _give_gradients(self, told: dict[Tensor, _Told]) -> None:
+        """The gradients of many parameters, drawn in few sweeps."""
+        n = max(len(this.weights) for this in told.values())
+        waiting = list(told.items())
+        while waiting:
+            together: list[tuple[Tensor, _Told]] = []
+            while waiting and (not together or n * sum(theta.numel() for theta, _ in together) < DRAWN_AHEAD):
+                together.append(waiting.pop())
+            theta, this = together[0]  # all are told of by the same losses
+            sizes = {one.param_id: like.numel() for like, one in together}
+            noises = philox_normals(this.seed, this.step, range(n), sizes, theta.device)
+            for theta, one in together:
+                theta.grad = (one.weights.float() @ noises[one.param_id]).view(theta.shape).to(theta.dtype)
 
     def _update(self, theta: Tensor, told: _Told, group: dict[str, Any]) -> None:
         state, device = self.state[theta], theta.device
@@ -88,7 +135,7 @@ class FusedZOAdam(Optimizer):
         now.fill_(told.step)  # filled on the device: a copy from the host would wait for it
         pace[0].fill_(lr / (1 - betas[0] ** count))
         pace[1].fill_(math.sqrt(1 - betas[1] ** count))
-        theta.grad = torch.empty_like(theta) if theta.grad is None else theta.grad
+        theta.grad = torch.empty_like(theta) if told.keep else None
         zo_step_(
             theta,
             told.weights.float(),

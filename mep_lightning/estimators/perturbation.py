@@ -6,18 +6,21 @@ is needed. Sums are formed in fp32 at least and rounded once to the parameter's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels import philox_normal
+from mep_lightning.kernels import philox_normal, philox_normals
 
 Probe = tuple[int, float]
 """Where a member stands: (i, sign) is theta + sign * mu * e_i, and sign 0 is theta itself."""
 
 DRAWN_TOGETHER = 1 << 16
 """Normals of several directions that one call may draw: a token's cost a call each (1 ms), whatever their number."""
+DRAWN_AHEAD = 1 << 20
+"""Normals that are worth 4 MiB for the length of a step: on a CPU a LoRA's hundred parameters cost a call each."""
 
 
 def directions(theta: Tensor, seed: int, step: int, wanted: Sequence[int], param_id: int = 0) -> Iterator[Tensor]:
@@ -42,10 +45,24 @@ def displaced(theta: Tensor, probe: Probe, mu: float, seed: int, step: int, para
 
 def perturb(theta: Tensor, probes: Sequence[Probe], mu: float, seed: int, step: int, param_id: int = 0) -> Tensor:
     """All members together. theta [...] -> [V, ...], one for each probe."""
+    wanted = moving(probes)
+    return _moved_along(theta, probes, mu, zip(wanted, directions(theta, seed, step, wanted, param_id), strict=True))
+
+
+def moving(probes: Sequence[Probe]) -> list[int]:
+    """The directions along which there are members."""
+    return sorted({i for i, sign in probes if sign})
+
+
+def _moved_along(theta: Tensor, probes: Sequence[Probe], mu: float, noises: Iterable[tuple[int, Tensor]]) -> Tensor:
     members = theta.new_empty(len(probes), *theta.shape)
-    noises = directions(theta, seed, step, [i for i, sign in probes if sign], param_id)
     for member, (_, sign) in zip(members, probes, strict=True):
-        member.copy_(_moved(theta, next(noises), sign * mu) if sign else theta)
+        if not sign:
+            member.copy_(theta)
+    for direction, noise in noises:
+        for member, (i, sign) in zip(members, probes, strict=True):
+            if sign and i == direction:
+                member.copy_(_moved(theta, noise, sign * mu))
     return members
 
 
@@ -60,3 +77,52 @@ def combine(coefficients: Tensor, theta: Tensor, seed: int, step: int, param_id:
 
 def _moved(theta: Tensor, noise: Tensor, by: float) -> Tensor:
     return torch.add(theta, noise, alpha=by).to(theta.dtype)
+
+
+@dataclass(frozen=True)
+class Members:
+    """V points around what is trained, told by what makes them: their values exist only where and while they are used.
+
+    Attributes:
+        probes: where each stands.
+        mu: the finite step.
+        seed, step: of the directions.
+        noise: parameter id -> fp32 [directions, numel], drawn beforehand.
+    """
+
+    probes: Sequence[Probe] = ((0, 0.0),)
+    mu: float = 0.0
+    seed: int = 0
+    step: int = 0
+    noise: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of them stand at theta itself."""
+        return not moving(self.probes)
+
+    def drawn_for(self, parameters: Mapping[int, Tensor]) -> Members:
+        """These members with their noise drawn in one go, where that of all parameters is little; else as they are."""
+        wanted, sizes = moving(self.probes), {param_id: theta.numel() for param_id, theta in parameters.items()}
+        if not (wanted and sizes) or len(wanted) * sum(sizes.values()) > DRAWN_AHEAD:
+            return self
+        device = next(iter(parameters.values())).device
+        return replace(self, noise=philox_normals(self.seed, self.step, wanted, sizes, device))
+
+    def of(self, theta: Tensor, param_id: int = 0) -> Tensor:
+        """Their values of a parameter, [V, *theta.shape]; differentiable where all stand at theta."""
+        if self.is_here:
+            return theta.expand(len(self.probes), *theta.shape)
+        theta = theta.detach()
+        if param_id not in self.noise:
+            return perturb(theta, self.probes, self.mu, self.seed, self.step, param_id)
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        noises = (noise.view(theta.shape).to(dtype) for noise in self.noise[param_id])
+        return _moved_along(theta, self.probes, self.mu, zip(moving(self.probes), noises, strict=True))
+
+
+HERE = Members()
+"""One member, at theta itself."""

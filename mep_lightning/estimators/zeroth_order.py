@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators.estimator import Estimator, LossFn
-from mep_lightning.estimators.perturbation import Probe, combine, perturb
+from mep_lightning.estimators.perturbation import Members, Probe, combine
 
 
 class ZerothOrderEstimator(Estimator):
@@ -98,21 +99,42 @@ class ZerothOrderEstimator(Estimator):
             weights = torch.where(std == 0, 0.0, weights * (self.step_size / std))  # equal losses tell no direction
         return weights
 
+    def around(self, step: int) -> Members:
+        """The members of a step."""
+        return Members(self.probes, self.step_size, self.seed or 0, step)
+
     @torch.no_grad()
-    def weigh(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
-        """`estimate` without its last step: weights [n], g = sum_i weights_i e_i, and the losses [V]."""
-        theta = theta.detach()
-        losses = loss_fn(perturb(theta, self.probes, self.step_size, self.seed or 0, step))
+    def weigh(
+        self,
+        loss_fn: Callable[[Members], Tensor],
+        dims: int,
+        step: int = 0,
+        parameters: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`estimate` without its last step, of any number of parameters.
+
+        Args:
+            loss_fn: the losses [V] of members.
+            dims: d, the dimensions left after projection.
+            step: the same (seed, step) gives the same directions.
+            parameters: parameter id -> parameter, whose noise may be drawn beforehand.
+
+        Returns:
+            weights [n], g = sum_i weights_i e_i, and the losses [V].
+        """
+        losses = loss_fn(self.around(step).drawn_for(parameters or {}))
         if losses.shape != (self.members,):
             raise UserError(f"loss_fn must answer with one loss a member, [{self.members}], not {list(losses.shape)}")
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        return self.weights(losses, theta.numel() if dims is None else dims), losses
+        return self.weights(losses, dims), losses
 
     @torch.no_grad()
     def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
         """As `Estimator.estimate`, under no_grad."""
-        weights, losses = self.weigh(loss_fn, theta, step, dims)
-        return combine(weights, theta.detach(), self.seed or 0, step), losses
+        theta = theta.detach()
+        dims = theta.numel() if dims is None else dims
+        weights, losses = self.weigh(lambda members: loss_fn(members.of(theta)), dims, step)
+        return combine(weights, theta, self.seed or 0, step), losses
 
 
 class RandomGradientEstimator(ZerothOrderEstimator):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,18 +55,21 @@ def generate(
     resolution = base.resolution if resolution is None else resolution
     if resolution % base.vae_factor:
         raise UserError(f"The resolution {resolution} is not a multiple of {base.vae_factor}: choose one that is.")
+    if hasattr(module_or_base, "remember"):
+        module_or_base.remember(["", *prompts] if guidance > 1 else prompts)
     with phase("sample"):
-        latents = _denoise(
-            base,
-            module_or_base.condition_on if is_module else lambda texts: _condition_on(base, texts),
-            prompts,
-            [_noise(base, seed, resolution) for seed in seeds],
-            resolution,
-            steps,
-            guidance,
-            batch_size,
-            progress,
-        )
+        with module_or_base.drawing() if hasattr(module_or_base, "drawing") else nullcontext():
+            latents = _denoise(
+                base,
+                module_or_base.condition_on if is_module else lambda texts: _condition_on(base, texts),
+                prompts,
+                [_noise(base, seed, resolution) for seed in seeds],
+                resolution,
+                steps,
+                guidance,
+                batch_size,
+                progress,
+            )
         return _decode(base, latents)
 
 

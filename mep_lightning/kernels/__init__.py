@@ -4,7 +4,7 @@ from mep_lightning.kernels.attention import attention
 from mep_lightning.kernels.int8_conv2d import int8_conv2d
 from mep_lightning.kernels.int8_linear import int8_linear, int8_linear_w8a8
 from mep_lightning.kernels.perturbed_lora_linear import perturbed_lora_linear
-from mep_lightning.kernels.philox import philox_normal, philox_uint32
+from mep_lightning.kernels.philox import philox_normal, philox_normals, philox_uint32
 from mep_lightning.kernels.quantize_rows import quantize_rows
 from mep_lightning.kernels.subspace_project import subspace_project_
 from mep_lightning.kernels.zo_step import zo_step_
@@ -16,6 +16,7 @@ __all__ = [
     "int8_linear_w8a8",
     "perturbed_lora_linear",
     "philox_normal",
+    "philox_normals",
     "philox_uint32",
     "quantize_rows",
     "subspace_project_",

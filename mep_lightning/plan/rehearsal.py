@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mep_lightning.adapters import TokenEmbedding
-from mep_lightning.bases import Base, BaseFolder, predict_noise
+from mep_lightning.bases import Base, BaseFolder, predict_noise, remember
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.draws import step_generator
+from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
@@ -43,6 +45,33 @@ class Peak:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What a rehearsal is of: `found` the base, `resolution` in px, `pictures` denoised at once, `live` the bytes."""
+
+    live: LiveBytes
+    found: BaseFolder
+    resolution: int
+    batch_size: int
+    pictures: int
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights wait outside the device's memory; a CPU's are in its own, as long as there is room."""
+        return self.found.offload == "stream" and self.found.device.type == "cuda"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.found.device.type == "cuda"
+
+    def peak(self, run: Callable[[], object], **held: int) -> Peak:
+        """What something takes beside what is held already."""
+        gc.collect()
+        self.live.reset_peak()
+        run()
+        return Peak(**held, activations=max(self.live.peak - sum(held.values()), 0))
+
+
 def rehearse(
     modules: Iterable[PersonalizationModule],
     found: BaseFolder,
@@ -61,116 +90,178 @@ def rehearse(
         pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
 
     Returns:
-        For every module the peak of every phase: encode, load, step, denoise, decode.
+        For every module the peak of every phase: encode, load, step, denoise, decode; text where prompts are embedded
+        beforehand, "low step" where there is a branch of low resolution, precompute where the U-Net is hollowed.
     """
     live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
     # Fakes of a CUDA device would need a CUDA build of torch.
     host = replace(found, device=torch.device("cpu"), offload="none")
+    setting = _Setting(live, found, resolution, batch_size, pictures)
+    modules = list(modules)
+    readers = {id(module): module.adapter.trains_text for module in modules}
+    phases: dict[int, dict[str, Peak]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        encode, decode = _autoencoder(live, host, resolution, _streams(found))
+        encode, decode = _autoencoder(setting, host)
         gc.collect()
         live.reset_peak()
         base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
-        load = Peak(weights=live.now, activations=live.peak - live.now)
-        if found.device.type != "cuda":  # nothing is parked: the autoencoder comes beside the U-Net
-            decode = replace(decode, weights=decode.weights + live.now)
-        streamed = sum(map(streamed_bytes, (base.unet, *base.text_encoders))) if _streams(found) else None
-        return [
-            {
-                "encode": encode,
-                "load": load if streamed is None else Peak(weights=streamed, activations=0),
-                **_training(live, module, base, resolution, batch_size, pictures, streamed),
-                "decode": decode if streamed is None else replace(decode, weights=decode.weights + streamed),
-            }
-            for module in modules
-        ]
+        packing = live.peak - live.now
+        for reads_text in (True, False):
+            text = {} if reads_text else {"text": _read_once(setting, base)}
+            parts = (base.unet, *base.text_encoders)
+            streamed = sum(map(streamed_bytes, parts)) if setting.streams else None
+            gc.collect()
+            load = Peak(weights=live.now, activations=packing) if streamed is None else Peak(streamed, 0)
+            # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
+            beside = streamed if streamed is not None else 0 if setting.on_gpu else live.now
+            for module in modules:
+                if readers[id(module)] is reads_text:
+                    phases[id(module)] = {
+                        "encode": encode,
+                        **text,
+                        "load": load,
+                        **_training(setting, module, base, streamed),
+                        "decode": replace(decode, weights=decode.weights + beside),
+                    }
+    return [phases[id(module)] for module in modules]
 
 
-def _training(
-    live: LiveBytes,
-    module: PersonalizationModule,
-    base: Base,
-    resolution: int,
-    batch_size: int,
-    pictures: int,
-    streamed: int | None,
-) -> dict[str, Peak]:
-    """A step, and drawing samples between steps; `streamed` is what streamed weights take on the device."""
+@torch.no_grad()
+def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak]:
+    """Encoding a photo and decoding a picture."""
+    vae = skeleton_vae(host, unwritten)
+    weights, resolution, side = setting.live.now, setting.resolution, setting.resolution // host.vae_factor
+    pixels = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype)
+    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype)
+    encode = setting.peak(lambda: vae.encode(pixels), weights=weights)
+    decode = setting.peak(lambda: vae.decode(latent), weights=weights)
+    held = streamed_bytes(vae) if setting.streams else weights
+    return replace(encode, weights=held), replace(decode, weights=held)
+
+
+def _read_once(setting: _Setting, base: Base) -> Peak:
+    """Embedding prompts beforehand: the text encoders come alone, and are gone afterwards."""
+    weights = sum(_bytes(encoder) for encoder in base.text_encoders)
+    held = sum(map(streamed_bytes, base.text_encoders)) if setting.streams else weights
+    reading = setting.peak(lambda: remember(base, [PROMPT]), weights=setting.live.now)
+    base.release_text_encoders()
+    return replace(reading, weights=held)
+
+
+def _training(setting: _Setting, module: PersonalizationModule, base: Base, streamed: int | None) -> dict[str, Peak]:
+    """A step of every branch, and drawing samples; `streamed` is what streamed weights take on the device."""
+    live, resident = setting.live, setting.live.now
     module.class_word = WORD
-    if isinstance(module.adapter, TokenEmbedding):
-        module.adapter.init = WORD
+    for part in module.adapter.parts:
+        if isinstance(part, TokenEmbedding):
+            part.init = WORD
     gc.collect()
-    resident = live.now
     module.take(base)
     module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
     weights = live.now
     kept = _state(module)
     held = {"weights": weights, "optimizer": live.now - weights}
-    gradients = sum(p.numel() * p.element_size() for p in module.adapter.parameters())
-    side = resolution // base.vae_factor
-    latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
-    batch = {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
-    training = _peak(live, lambda: step(module, batch), **held, gradients=gradients)
-    drawing = _peak(live, lambda: denoise(module, side, pictures), **held)
+    if not module.adapter.trains_text:
+        remember_made_up(base, [module.named(PROMPT)])
+    peaks = {}
+    if module.hollow is not None:
+        peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
+    hollowed = _hollowed_bytes(module, base)
+    gradients = _gradients(module, setting)
+    for name, estimator, resolution in _branches(module, setting.resolution):
+        batch = made_up_batch(base, resolution, setting.batch_size)
+        peak = setting.peak(partial(step, module, estimator, batch), **held, gradients=gradients)
+        peaks[name] = replace(peak, weights=peak.weights - hollowed)
+        for theta in module.adapter.numbered().values():
+            theta.grad = None
+    side = setting.resolution // base.vae_factor
+    peaks["denoise"] = setting.peak(lambda: denoise(module, side, setting.pictures), **held)
+    module.adapter.detach()
     del kept, module.adapter  # what it trains is gone before the next one comes
     module.base = None
+    base.remembered.clear()
     if streamed is not None:
         waiting = resident - streamed
-        training, drawing = (replace(peak, weights=peak.weights - waiting) for peak in (training, drawing))
-    return {"step": training, "denoise": drawing}
+        peaks = {name: replace(peak, weights=peak.weights - waiting) for name, peak in peaks.items()}
+    return peaks
 
 
-def _streams(found: BaseFolder) -> bool:
-    """Whether weights wait outside the device's memory; a CPU's are in its own, if only as long as there is room."""
-    return found.offload == "stream" and found.device.type == "cuda"
-
-
-def _peak(live: LiveBytes, run: Callable[[], object], **held: int) -> Peak:
-    """What something takes beside what is held already."""
-    gc.collect()
-    live.reset_peak()
-    run()
-    return Peak(**held, activations=max(live.peak - sum(held.values()), 0))
-
-
-@torch.no_grad()
-def _autoencoder(live: LiveBytes, found: BaseFolder, resolution: int, streams: bool) -> tuple[Peak, Peak]:
-    """Encoding a photo and decoding a picture."""
-    vae = skeleton_vae(found, unwritten)
-    weights, side = live.now, resolution // found.vae_factor
-    pixels = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype)
-    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype)
-    encode = _peak(live, lambda: vae.encode(pixels), weights=weights)
-    decode = _peak(live, lambda: vae.decode(latent), weights=weights)
-    held = streamed_bytes(vae) if streams else weights
-    return replace(encode, weights=held), replace(decode, weights=held)
+def _gradients(module: PersonalizationModule, setting: _Setting) -> int:
+    """Bytes of gradients: a GPU makes those of many parameters from forward passes in registers."""
+    trained = module.adapter.numbered().values()
+    if module.forward_only and len(trained) > 1 and setting.on_gpu:
+        return 0
+    return sum(theta.numel() * theta.element_size() for theta in trained)
 
 
 def _state(module: PersonalizationModule) -> list[Tensor]:
-    """What Adam and the subspace keep: two moments of every parameter, the path and its basis."""
-    kept = [torch.zeros_like(p) for p in module.adapter.parameters() for _ in range(2)]
+    """What Adam and the subspace keep: two moments of every trained parameter, the path and its basis."""
+    trained = module.adapter.numbered().values()
+    kept = [torch.zeros_like(theta) for theta in trained for _ in range(2)]
     if module.subspace is not None:
-        kept += [
-            torch.zeros(int(module.subspace.tau), p.numel()) for p in module.adapter.parameters() for _ in range(2)
-        ]
+        kept += [torch.zeros(int(module.subspace.tau), theta.numel()) for theta in trained for _ in range(2)]
     return kept
 
 
-def step(module: PersonalizationModule, batch: dict[str, Any]) -> None:
-    """What one training step computes; batch as `SubjectData` gives it, without its photos' rows."""
-    draw = module.draw(batch)
-    module.estimator.estimate(lambda members: module.losses(members, draw), module.adapter.theta)
+def _branches(module: PersonalizationModule, resolution: int) -> list[tuple[str, Estimator, int]]:
+    """The steps that there are, each with its estimator and its pictures' side in px."""
+    high = ("step", module.estimator, resolution)
+    return [high] if module.selector is None else [high, ("low step", module.low_estimator, module.low_resolution)]
+
+
+def _hollowed_bytes(module: PersonalizationModule, base: Base) -> int:
+    """What is freed of the U-Net before the first step."""
+    return 0 if module.hollow is None else sum(_bytes(part) for part in module.hollow.inside(base))
+
+
+def _precompute(module: PersonalizationModule, setting: _Setting) -> None:
+    assert module.hollow is not None and module.base is not None
+    batch = made_up_batch(module.base, setting.resolution, setting.batch_size)
+    module.hollow.answer(module, module.draw_for(batch, True, step_generator(0, 0)))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
+
+
+def made_up_batch(base: Base, resolution: int, batch_size: int = 1) -> dict[str, Any]:
+    """A batch as `SubjectData` gives it, without its photos' rows."""
+    side = resolution // base.vae_factor
+    latents = torch.empty(batch_size, base.unet.config.in_channels, side, side)
+    return {"mean": latents, "std": latents, "prompts": [PROMPT] * batch_size}
+
+
+def remember_made_up(base: Base, prompts: Iterable[str]) -> None:
+    """Let a base know prompts, as if its text encoders had embedded them before they were released."""
+    (known,) = list(base.remembered.values())[:1]
+    for prompt in prompts:
+        base.remembered[prompt] = known
+
+
+def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> None:
+    """What one training step computes, but for the optimizer's part."""
+    draw = module.draw_for(batch, estimator is module.estimator, step_generator(module.seed, 0))
+    if module.hollow is not None:
+        draw = module.hollow.with_made_up(module, draw)
+    trained = module.adapter.numbered()
+    if isinstance(estimator, Backprop):
+        estimator.backward(lambda members: module.losses(members, draw), trained.values())
+    elif isinstance(estimator, ZerothOrderEstimator):
+        estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
+    else:
+        estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
 
 
 @torch.no_grad()
 def denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
     """One denoising step of so many pictures, `side` latents wide, with guidance."""
-    base, device = module.base, module.adapter.theta.device
+    base = module.base
     assert base is not None
-    told = module.condition_on([PROMPT.format(module.adapter.phrase(module.class_word))] * 2 * pictures)
-    noise = torch.randn(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype, device=device)
-    times = torch.zeros(2 * pictures, dtype=torch.int64, device=device)
-    base.unet(noise, times, told.embeds, added_cond_kwargs=told.added(noise))
+    told = module.condition_on([module.named(PROMPT)] * 2 * pictures)
+    noise = torch.randn(2 * pictures, base.unet.config.in_channels, side, side, dtype=base.dtype, device=base.device)
+    times = torch.zeros(2 * pictures, dtype=torch.int64, device=base.device)
+    with module.drawing():
+        base.unet(noise, times, encoder_hidden_states=told.embeds, added_cond_kwargs=told.added(noise))
 
 
 def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:

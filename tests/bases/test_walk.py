@@ -89,9 +89,41 @@ def test_gradients_flow_to_every_members_text():
     torch.testing.assert_close(walked, full, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("extra", [{"only_cross_attention": True}, {"class_embed_type": "timestep"}])
-def test_a_unet_whose_text_enters_elsewhere_is_not_forked(extra):
-    from mep_lightning.bases.walk import _forkable
+def test_members_part_earlier_where_text_enters_earlier():
+    model = unet(**LAYOUTS["sd1"], only_cross_attention=True)
+    latents, t, embeds = inputs(3, 1)
+    with torch.no_grad():
+        each = torch.cat([model(latents, t, rows).sample for rows in embeds.chunk(3)])
+        torch.testing.assert_close(predict_noise(model, latents, t, embeds), each, rtol=1e-11, atol=1e-12)
 
-    assert _forkable(unet(**LAYOUTS["sd1"]))
-    assert not _forkable(unet(**LAYOUTS["sd1"], **extra))
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpointing_changes_memory_and_no_gradient(layout):
+    model = unet(**LAYOUTS[layout])
+    latents, t, embeds = inputs(1, 2)
+    embeds.requires_grad_()
+    found, kept = [], []
+    for checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            out = predict_noise(model, latents, t, embeds, checkpointing=checkpointing).square().sum()
+        found.append(torch.autograd.grad(out, embeds)[0])
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_members_of_different_layers_part_at_the_first_of_them():
+    model = unet(**LAYOUTS["sd1"])
+    latents, t, embeds = inputs(1, 1)
+    late = model.up_blocks[-1].attentions[-1].transformer_blocks[0].attn1.to_q
+    seen = {}
+    for layer in (model.conv_in, model.mid_block.resnets[0], late):
+        layer.register_forward_hook(lambda part, x, _: seen.update({part: len(x[0])}))
+    with torch.no_grad():
+        walked = predict_noise(model, latents, t, embeds, members=3, apart=[late])
+        torch.testing.assert_close(walked, model(latents, t, embeds).sample.repeat(3, 1, 1, 1))
+    predict_noise(model, latents, t, embeds, members=3, apart=[late])
+    assert list(seen.values()) == [1, 1, 3]
+    predict_noise(model, latents, t, embeds, members=3, apart=[late, model.time_embedding.linear_1])
+    assert list(seen.values()) == [3, 3, 3]

@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SPSAEstimator, SubspaceGradient
+from mep_lightning.kernels import philox_normal
 
 
 def quadratic(members: torch.Tensor) -> torch.Tensor:
     return (members - 0.5).square().flatten(1).sum(1)
+
+
+def weighed(estimator, theta, step, dims=None):
+    return estimator.weigh(lambda members: quadratic(members.of(theta)), dims or theta.numel(), step)
 
 
 @pytest.mark.parametrize("estimator", [RandomGradientEstimator(n=3, mu=1e-3, normalize=True, seed=5), SPSAEstimator(2)])
@@ -16,7 +21,7 @@ def test_trains_as_adam_does_on_the_estimated_gradient(estimator):
     fused, adam = FusedZOAdam([ours], lr=0.02, eps=1e-3), torch.optim.Adam([theirs], lr=0.02, eps=1e-3)
     subspaces = SubspaceGradient(tau=4, nu=0.1), SubspaceGradient(tau=4, nu=0.1)
     for step in range(12):
-        weights, _ = estimator.weigh(quadratic, ours, step=step, dims=subspaces[0].dims_left)
+        weights, _ = weighed(estimator, ours, step, subspaces[0].dims_left)
         fused.receive(ours, weights, estimator.seed or 0, step, 0, subspaces[0].basis_on(ours.device))
         fused.step()
         grad, _ = estimator.estimate(quadratic, theirs, step=step, dims=subspaces[1].dims_left)
@@ -47,27 +52,35 @@ def test_a_checkpoint_of_either_is_read_by_the_other():
     assert adam.state[theta]["step"] == 3
 
 
-def test_what_was_not_received_does_not_move():
+def test_what_is_neither_received_nor_has_a_gradient_does_not_move():
     still, moved = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizer = FusedZOAdam([still, moved], lr=0.1)
-    still.grad = torch.ones(5)
     optimizer.receive(moved, torch.tensor([1.0]), seed=0, step=0, param_id=0)
     optimizer.step()
     assert torch.equal(still.detach(), torch.ones(5)) and not torch.equal(moved.detach(), torch.ones(5))
-    before = moved.detach().clone()
-    optimizer.step()  # nothing new was received
+    before, grad = moved.detach().clone(), moved.grad
+    assert grad is not None
+    optimizer.step()  # nothing new was received, and the gradient left to look at is that of the step before
     assert torch.equal(moved.detach(), before)
 
 
-def test_parameters_draw_their_own_directions():
-    first, second = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
-    optimizer = FusedZOAdam([first, second], lr=0.1)
-    for param_id, theta in enumerate((first, second)):
-        optimizer.receive(theta, torch.tensor([1.0]), seed=0, step=0, param_id=param_id)
-    optimizer.step()
-    assert not torch.allclose(first.grad, second.grad)
-
-
-def test_a_closure_is_called():
-    theta = torch.nn.Parameter(torch.zeros(3))
-    assert FusedZOAdam([theta]).step(lambda: 2.5) == 2.5
+@pytest.mark.parametrize("count", [2, 9])
+def test_steps_by_gradients_and_by_directions_share_one_state(count):
+    """What selective optimisation does: whichever way a gradient comes about, the moments are Adam's."""
+    ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 6 + i)) for i in range(count)] for _ in range(2))
+    fused, adam = FusedZOAdam(ours, lr=0.02), torch.optim.Adam(theirs, lr=0.02)
+    weights = torch.tensor([0.7, -0.2])
+    for step in range(6):
+        fused.zero_grad()
+        for param_id, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            noise = philox_normal(3, step, [0, 1], param_id, other.numel())
+            other.grad = weights @ noise if step % 2 else other.detach() - 0.5
+            if step % 2:
+                fused.receive(mine, weights, 3, step, param_id, keep_grad=param_id == 0)
+            else:
+                mine.grad = mine.detach() - 0.5
+        fused.step()
+        adam.step()
+        for param_id, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+            assert (mine.grad is not None) == (step % 2 == 0 or param_id == 0)

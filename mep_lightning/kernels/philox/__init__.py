@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from mep_lightning.kernels.dispatch import defined_by, runs_triton
 from mep_lightning.kernels.philox import reference
 from mep_lightning.kernels.philox.reference import WORD, Member, philox_uint32
 
-__all__ = ["philox_normal", "philox_uint32"]
+__all__ = ["philox_normal", "philox_normals", "philox_uint32"]
 
 CPU_BLOCKS = 1 << 16  # half a megabyte each temporary, so they stay in L2: one sweep takes 1.4 to 1.8 times as long
 GPU_BLOCKS = 1 << 20
@@ -71,3 +71,45 @@ def philox_normal(
     signed = seed - (1 << 64) if seed >> 63 else seed  # an op's integers are signed
     normals = _philox_normal(signed, step, members, param_id, numel, None if device is None else torch.device(device))
     return normals[0] if isinstance(member, int) else normals
+
+
+def philox_normals(
+    seed: int, step: int, members: Sequence[int], sizes: Mapping[int, int], device: torch.device | None = None
+) -> dict[int, Tensor]:
+    """`philox_normal` for many parameters. A CPU draws them in few sweeps, as a call costs it more than the numbers.
+
+    Args:
+        seed, step, members, device: as for `philox_normal`.
+        sizes: parameter id -> how many.
+
+    Returns:
+        parameter id -> fp32 [M, numel].
+    """
+    apart = runs_triton(torch.empty(0, device=device))
+    normals: dict[int, Tensor] = {}
+    small: dict[int, int] = {}
+    for param_id, numel in sizes.items():
+        if apart or -(-numel // 4) * len(members) > CPU_BLOCKS // 2:
+            normals[param_id] = philox_normal(seed, step, members, param_id, numel, device)
+        else:
+            small[param_id] = numel
+    while small:
+        together: dict[int, int] = {}
+        blocks = 0
+        while small and blocks * len(members) <= CPU_BLOCKS:
+            param_id, numel = small.popitem()
+            together[param_id], blocks = numel, blocks + -(-numel // 4)
+        normals |= _in_one_sweep(seed, step, members, together, device)
+    return normals
+
+
+def _in_one_sweep(
+    seed: int, step: int, members: Sequence[int], sizes: Mapping[int, int], device: torch.device | None
+) -> dict[int, Tensor]:
+    counts = [-(-numel // 4) for numel in sizes.values()]
+    blocks = torch.cat([torch.arange(count, device=device) for count in counts])
+    ids = torch.tensor(list(sizes), device=device)
+    ids = ids.repeat_interleave(torch.tensor(counts, device=device), output_size=len(blocks))
+    drawn = reference.normal_blocks(blocks, seed & ((1 << 64) - 1), step, list(members), ids).flatten(-2)  # [M, 4 N]
+    parts = drawn.split([4 * count for count in counts], dim=-1)
+    return {param_id: part[:, :numel] for (param_id, numel), part in zip(sizes.items(), parts, strict=True)}

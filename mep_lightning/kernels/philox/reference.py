@@ -41,18 +41,19 @@ def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
     return c0, c1, c2, c3
 
 
-def philox_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int) -> Words:
+def philox_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int | Tensor) -> Words:
     """The random words of some blocks of four elements.
 
     Args:
         blocks: int64 [N].
-        seed, step, param_id: as in `mep_lightning.kernels.philox_normal`.
+        seed, step: as in `mep_lightning.kernels.philox_normal`.
         member: one number, or M.
+        param_id: one of all blocks, or int64 [N], one a block.
 
     Returns:
         Four int64 [N], or [M, N]; their low 32 bits are valid.
     """
-    c1, c3 = (torch.tensor([word], device=blocks.device) for word in (step, param_id))  # [1], broadcast
+    c1, c3 = (torch.as_tensor(word, device=blocks.device).view(-1) for word in (step, param_id))  # [1] or [N]
     c2 = torch.tensor(member, dtype=torch.int64, device=blocks.device)[..., None]  # [1] or [M, 1]
     return philox_4x32(blocks, c1, c2, c3, seed & WORD, (seed >> 32) & WORD)
 
@@ -70,7 +71,7 @@ def box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def normal_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int) -> Tensor:
+def normal_blocks(blocks: Tensor, seed: int, step: int, member: Member, param_id: int | Tensor) -> Tensor:
     """The normals of some blocks. blocks int64 [N] -> fp32 [N, 4], or [M, N, 4] for M members."""
     w0, w1, w2, w3 = philox_blocks(blocks, seed, step, member, param_id)
     return torch.stack((*box_muller(uniform(w0), uniform(w1)), *box_muller(uniform(w2), uniform(w3))), dim=-1)

@@ -1,0 +1,279 @@
+"""LoRA (arXiv 2106.09685): a low-rank term beside frozen weights of the U-Net, by peft's layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from diffusers.models.attention import FeedForward
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mep_lightning.adapters.adapter import Adapter, read_metadata
+from mep_lightning.bases import Base
+from mep_lightning.bases.transformer import BlockwiseFeedForward
+from mep_lightning.errors import UserError, refuse_unless
+from mep_lightning.estimators.perturbation import HERE, Members
+from mep_lightning.run_folder import replacing
+
+if TYPE_CHECKING:
+    from mep_lightning.adapters.lora_layers import LoRAConv2d, LoRALinear
+
+FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+
+
+class LoRA(Adapter):
+    """W x becomes W x + (alpha / rank) B A x in the layers that are targeted; W stays frozen, in whatever precision.
+
+    Args:
+        token: the word that names the subject in prompts, before the class word; one that the base hardly knows.
+        rank: r; "auto" is what a module takes from its defaults.
+        alpha: the term's strength times r; None is `rank`, a strength of 1.
+        targets: names of the U-Net's linear layers and convolutions, or their ends; q, k, v and out of every attention
+            by default.
+        freeze_down: leave A as it was drawn and train B alone (MobiZO, arXiv 2409.15520).
+        seed: A is drawn from.
+
+    Raises:
+        UserError: a rank or alpha out of range.
+    """
+
+    FILES = (FILE, KOHYA_FILE)
+    AUTO: ClassVar[dict[str, str]] = {"rank": "rank"}
+
+    def __init__(
+        self,
+        token: str = "sks",
+        rank: int | Literal["auto"] = "auto",
+        alpha: float | None = None,
+        targets: Sequence[str] = ATTENTION,
+        freeze_down: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        refuse_unless(bool(token.strip()), "LoRA.token", token, "a word, such as sks")
+        refuse_unless(rank == "auto" or (isinstance(rank, int) and rank >= 1), "LoRA.rank", rank, "1, 2, ..., or auto")
+        refuse_unless(alpha is None or 0 < alpha < math.inf, "LoRA.alpha", alpha, "a number above 0, or null")
+        refuse_unless(len(targets) > 0, "LoRA.targets", targets, "at least one layer's name, such as to_q")
+        self.token, self.rank, self.alpha, self.targets = token, rank, alpha, list(targets)
+        self.freeze_down, self.seed = freeze_down, seed
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self.scale = 1.0
+        self._layers: dict[str, LoRALinear | LoRAConv2d] = {}
+        self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
+        self._standing: Any = None
+
+    # -- in the base ---------------------------------------------------------------------------------------------------
+
+    def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
+        """Put a layer with factors A [r, I] (normal, by `seed`) and B [O, r] (zeros) in every target's place."""
+        from mep_lightning.adapters.lora_layers import Standing
+
+        self.detach()
+        _restore(base.unet)  # whatever another one left
+        if isinstance(self.rank, str):
+            raise UserError("LoRA.rank is 'auto' outside a module; set it, such as rank=16")
+        names = self._matching(base.unet, without)
+        self._standing = Standing(scale=self.scale)
+        self._layers = _inject(base.unet, names, self.rank, self.alpha or self.rank, self.seed)
+        self._within = [base.unet]
+        if not self.down:
+            for name, layer in self._layers.items():
+                down, up = (nn.Parameter(factor.detach().float().to(base.device)) for factor in layer.factors)
+                self.down[_key(name)], self.up[_key(name)] = down, up
+        self._refuse_another_shape(base)
+        for index, (name, layer) in enumerate(self._layers.items()):
+            down, up = self.down[_key(name)], self.up[_key(name)]
+            down.requires_grad_(not self.freeze_down)
+            down.data, up.data = down.data.to(base.device), up.data.to(base.device)
+            layer.stand(self._standing, (index, len(self._layers) + index), down, up)
+        for part in base.unet.modules():  # it splits its rows, and members would not lie where their layers look
+            if type(part) is BlockwiseFeedForward and any(layer in set(part.modules()) for layer in self.layers):
+                part.__class__ = FeedForward
+        self.remember_origin(base, class_word)
+
+    def _matching(self, unet: nn.Module, without: Collection[nn.Module]) -> list[str]:
+        left = {part for module in without for part in module.modules()}
+        layers = {
+            name: part
+            for name, part in unet.named_modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d)) and part not in left
+        }
+        names = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in self.targets)]
+        for target in self.targets:
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                ends = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdecimal()})
+                raise UserError(
+                    f"LoRA.targets: {target!r} is the name of no layer there, nor the end of one: there are "
+                    f"{', '.join(ends)}, and to_out.0"
+                )
+        return names
+
+    def _refuse_another_shape(self, base: Base) -> None:
+        """What was loaded must fit the layers that are there."""
+        mine = {name: tuple(factor.shape) for part in (self.down, self.up) for name, factor in part.items()}
+        there = {_key(name): tuple(layer.factors[1].shape) for name, layer in self._layers.items()}
+        if set(mine) != set(there) or any(mine[name][0] != shape[0] for name, shape in there.items()):
+            raise UserError(
+                f"the LoRA has {len(self.up)} layers, and {base.name} {len(there)} of its targets or of other widths: "
+                "use the base that it was trained on, and its targets"
+            )
+
+    def detach(self) -> None:
+        """Put the frozen layers back into their places."""
+        for unet in self._within:
+            _restore(unet, set(self._layers.values()))
+        self._layers, self._within = {}, []
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self._layers.values())
+
+    def numbered(self) -> dict[int, nn.Parameter]:
+        """Every A, then every B."""
+        both = enumerate([*self.down.values(), *self.up.values()])
+        return {param_id: theta for param_id, theta in both if theta.requires_grad}
+
+    @contextmanager
+    def at(self, members: Members) -> Iterator[None]:
+        self._standing.members = members
+        try:
+            yield
+        finally:
+            self._standing.members = HERE
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The base as it is without the LoRA, for the length of a `with`."""
+        scale, self._standing.scale = self._standing.scale, 0.0
+        try:
+            yield
+        finally:
+            self._standing.scale = scale
+
+    def merge_(self) -> None:
+        """Add the LoRA to the base's weights: no layer computes more than before; int8 weights are packed anew.
+
+        Raises:
+            UserError: the weights have 16 levels (int4), between which a LoRA is lost.
+        """
+        from mep_lightning.quantization import Int4Conv2d, Int4Linear
+
+        if any(isinstance(layer.base_layer, (Int4Linear, Int4Conv2d)) for layer in self._layers.values()):
+            raise UserError("a LoRA cannot be merged into int4 weights, whose rounding it drowns in: leave it apart")
+        for layer in self._layers.values():
+            layer.merge()
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def export(self, directory: Path) -> list[Path]:
+        """The LoRA for diffusers' `load_lora_weights`, and in kohya's keys for ComfyUI and A1111, both of alpha = rank:
+        alpha / rank is in B."""
+        self.refuse_infinite()
+        paths = [Path(directory) / name for name in self.FILES]
+        for path, tensors in zip(paths, (self._as_peft(), self._as_kohya()), strict=True):
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, self.metadata())
+        return paths
+
+    def _factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, A, and B with the term's strength in it, fp32 on the CPU."""
+        for name in self._layers:
+            down, up = (part[_key(name)].detach().float().cpu() for part in (self.down, self.up))
+            yield name, down.contiguous(), (up * ((self.alpha or len(down)) / len(down))).contiguous()
+
+    def _as_peft(self) -> dict[str, Tensor]:
+        return {
+            key: factor
+            for name, down, up in self._factors()
+            for key, factor in ((f"unet.{name}{DOWN}", down), (f"unet.{name}{UP}", up))
+        }
+
+    def _as_kohya(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, down, up in self._factors():
+            key = f"lora_unet_{_key(name)}"
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
+        return tensors
+
+    def load_export(self, directory: Path) -> None:
+        path = Path(directory) / FILE
+        if not path.exists():
+            raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                origin = read_metadata(file.metadata())
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}): export it again") from None
+        names = [key.removesuffix(DOWN) for key in tensors if key.endswith(DOWN)]
+        pairs = {name.removeprefix("unet."): (tensors.get(name + DOWN), tensors.get(name + UP)) for name in names}
+        if not pairs or len(tensors) != 2 * len(pairs) or any(up is None for _, up in pairs.values()):
+            raise UserError(f"{path} holds no LoRA of a U-Net in diffusers' keys (unet.….lora_A.weight, lora_B.weight)")
+        if not all(factor.isfinite().all() for factor in tensors.values()):
+            raise UserError(f"{path} holds values that are not finite: export it again")
+        ranks = {len(down) for down, _ in pairs.values()}  # type: ignore[arg-type]
+        if len(ranks) > 1:
+            raise UserError(f"{path} has layers of different ranks ({', '.join(map(str, sorted(ranks)))})")
+        (self.rank,), self.alpha, self.targets = ranks, None, list(pairs)
+        self.token = origin.pop("token", self.token)
+        self.origin = origin
+        for name, (down, up) in pairs.items():
+            self.down[_key(name)], self.up[_key(name)] = (nn.Parameter(f.float()) for f in (down, up))  # type: ignore
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """A checkpoint may come before `attach`: take the shapes it has."""
+        for part, name in ((self.down, "down"), (self.up, "up")):
+            own = f"{prefix}{name}."
+            saved = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}
+            if saved and not part:
+                for key, value in saved.items():
+                    part[key] = nn.Parameter(value.clone().float())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _key(name: str) -> str:
+    """A layer's name without dots, as kohya's keys and `nn.ParameterDict` want it."""
+    return name.replace(".", "_")
+
+
+def _restore(unet: nn.Module, layers: Collection[nn.Module] | None = None) -> None:
+    """Put the frozen layers back into the places of these (or of all) that stand there."""
+    from mep_lightning.adapters.lora_layers import KINDS
+
+    kinds = tuple(KINDS.values())
+    found = [name for name, part in unet.named_modules() if isinstance(part, kinds)]
+    for name in found:
+        layer = unet.get_submodule(name)
+        if layers is None or layer in layers:
+            path, _, last = name.rpartition(".")
+            setattr(unet.get_submodule(path), last, layer.base_layer)
+    unet.__dict__.pop("peft_config", None)
+
+
+def _inject(
+    unet: nn.Module, names: list[str], rank: int, alpha: float, seed: int
+) -> dict[str, LoRALinear | LoRAConv2d]:
+    """Let peft put its layers into the places named; the layers by name, in the U-Net's order."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from mep_lightning.adapters.lora_layers import KINDS
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
+    config._register_custom_module(KINDS)
+    training = unet.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet)
+    unet.train(training)
+    for parameter in unet.parameters():
+        parameter.requires_grad_(False)
+    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, tuple(KINDS.values()))}  # type: ignore

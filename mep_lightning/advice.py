@@ -1,0 +1,92 @@
+"""What a module refuses of its settings, and what it warns of."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mep_lightning.bases import Base
+from mep_lightning.bases.load import QUANTIZED
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import ZerothOrderEstimator
+
+if TYPE_CHECKING:
+    from mep_lightning.module import PersonalizationModule
+
+ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""The mu at which a finite difference is truest where activations are in half precision (docs/performance.md)."""
+
+
+def refuse_precision(module: PersonalizationModule) -> None:
+    """Raise UserError for a Trainer whose precision scales losses."""
+    trainer = module._trainer
+    if trainer is not None and trainer.precision not in ALLOWED_TRAINER_PRECISIONS:
+        raise UserError(
+            f"trainer.precision {trainer.precision} cannot train hand-made gradients in fp32: choose "
+            f"one of {', '.join(ALLOWED_TRAINER_PRECISIONS)}"
+        )
+
+
+def refuse_streaming_backwards(module: PersonalizationModule, device: torch.device) -> None:
+    """Raise UserError where weights would be gone before a backward pass reads them."""
+    if module.offload == "stream" and device.type == "cuda" and not module.forward_only:
+        raise UserError(
+            "model.offload stream is for methods without a backward pass, which would need the weights again: use "
+            "zoodip, or model.checkpointing true and model.precision int8"
+        )
+
+
+def warn_of_rounding(module: PersonalizationModule, dtype: torch.dtype) -> None:
+    """A finite step that drowns in what activations are computed in."""
+    least, estimator = ROUNDING.get(dtype, 0.0), module.estimator
+    exact = "activations" if module.precision in QUANTIZED else "precision"
+    if isinstance(estimator, ZerothOrderEstimator) and estimator.step_size < least:
+        rank_zero_warn(
+            f"mu {estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
+            f"measured on tiny: training may be slow or diverge; take mu {least:g}, or {exact} fp32"
+        )
+
+
+def warn_of_idle_switches(module: PersonalizationModule, base: Base) -> None:
+    """Switches that change nothing as the others stand."""
+    streams = base.offload == "stream"
+    if module.cuda_graph and not module.takes_graph(base):
+        why = "model.offload is stream" if streams else "it is for a GPU, a token and methods without a backward pass"
+        rank_zero_warn(f"model.cuda_graph does nothing here: {why}")
+    if module.compiled and streams:
+        rank_zero_warn("model.compile does nothing here: model.offload is stream")
+    if module.checkpointing and module.forward_only:
+        rank_zero_warn("model.checkpointing does nothing here: there is no backward pass to keep activations for")
+
+
+def horizon(steps: float) -> int:
+    """How many steps a selector reckons with.
+
+    Raises:
+        UserError: the run has no end.
+    """
+    if not 0 < steps < math.inf:
+        raise UserError("model.selector needs an end to reckon with: set trainer.max_steps")
+    return int(steps)
+
+
+def adam8bit(module: PersonalizationModule) -> Any:
+    """bitsandbytes' Adam with 8-bit moments.
+
+    Raises:
+        UserError: it is not there, or not for this run.
+    """
+    base = module.base
+    if base is not None and base.device.type != "cuda":
+        raise UserError(f"model.optimizer adam8bit needs a GPU, and this run is on {base.device}: use adam")
+    if any(isinstance(one, ZerothOrderEstimator) for one in module.estimators):
+        raise UserError("model.optimizer adam8bit is for backpropagation alone: use adam")
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as error:
+        raise UserError(f"model.optimizer adam8bit needs bitsandbytes ({error}): use adam, or install it") from error
+    return Adam8bit
