@@ -80,6 +80,7 @@ FRACTIONS = (0.202, 0.375, 0.447, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
 LORAS: dict[str, Settings] = {
     "untrained": LORA | {"max_steps": 0},
+    "dreambooth": LORA | {"method": "dreambooth", "adapter": "FullUNet"},
     "lora": LORA,
     "lora_r1": LORA | {"method": "lora_r1"},
     **{f"hollowed {share:.0%}": LORA | {"method": "hollowed_net", "fraction": share} for share in FRACTIONS},

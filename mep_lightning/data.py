@@ -31,6 +31,7 @@ class Batch(TypedDict):
     std: Tensor  # [B, C, h, w] fp32, unscaled
     prompts: list[str]  # B templates with "{}" where the subject's phrase goes
     rows: list[int]  # B rows of `SubjectData.latents`, for the same views at another resolution
+    priors: int  # how many of them, the last ones, are of the class and not of the subject
     step: int
 
 
@@ -96,6 +97,8 @@ class SubjectData(LightningDataModule):
         """
         self._class_word = (class_word or "").strip() or None
         self._photos: list[Photo] = []
+        self._priors: range | None = None
+        self._prior_prompt = ""
 
     def setup(self, stage: str | None = None) -> None:
         """Find the photos and decode each once, so that a damaged one is named before a model is loaded."""
@@ -187,11 +190,33 @@ class SubjectData(LightningDataModule):
         for resolution in resolutions:
             check_resolution(resolution, base.vae_factor)
 
+        self.latents, self._priors = self._encoded(base, self._photos, resolutions), None
+
+    def add_prior(self, base: Any, photos: Sequence[Photo], prompt: str) -> None:
+        """Put a picture of the class beside every photo of a batch (prior preservation, DreamBooth).
+
+        Args:
+            base: as for `encode`, which has run.
+            photos: of the class, without the subject.
+            prompt: what they show.
+        """
+        first = len(next(iter(self.latents.values()))[0])
+        added = self._encoded(base, photos, list(self.latents))
+        for resolution, (mean, std) in added.items():
+            old_mean, old_std = self.latents[resolution]
+            self.latents[resolution] = torch.cat([old_mean, mean]), torch.cat([old_std, std])
+        self._priors = range(first, first + len(next(iter(added.values()))[0]))
+        self._prior_prompt = prompt
+
+    def _encoded(
+        self, base: Any, photos: Sequence[Photo], resolutions: Sequence[int]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean and std of photos at every resolution, mirrored views last."""
         small = []
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {resolution: [] for resolution in resolutions}
         kept = getattr(base, "vae", None)
         with base.borrowed_vae() if kept is None else nullcontext(kept) as vae:
-            for photo in self._photos:
+            for photo in photos:
                 image = photo.read(at_least=2 * max(resolutions))
                 if (min if self.crop == "center" else max)(image.size) < max(resolutions):
                     small.append(photo.name)
@@ -203,15 +228,16 @@ class SubjectData(LightningDataModule):
                         strict=True,
                     )
                     parts[resolution].append((torch.stack(means), torch.stack(stds)))  # [views, C, h, w]
-        self.latents = {}
-        for resolution, moments in parts.items():
-            means, stds = zip(*moments, strict=True)
-            self.latents[resolution] = (_plain_then_mirrored(means), _plain_then_mirrored(stds))
         if small:
             rest = f" and {len(small) - 1} more" if len(small) > 1 else ""
             rank_zero_warn(
                 f"{small[0]}{rest}: smaller than {max(resolutions)} px, so enlarged and softer than the model can draw"
             )
+        columns = {resolution: zip(*moments, strict=True) for resolution, moments in parts.items()}
+        return {
+            resolution: (_plain_then_mirrored(means), _plain_then_mirrored(stds))
+            for resolution, (means, stds) in columns.items()
+        }
 
     def at(self, resolution: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and std [B, C, h, w] of the given rows (`batch["rows"]`) at one of the encoded resolutions, in fp32."""
@@ -222,9 +248,16 @@ class SubjectData(LightningDataModule):
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, step), the photos and the arguments."""
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
-        rows, prompts = zip(*(self._draw(n) for n in samples), strict=True)
+        drawn = [self._draw(n) for n in samples]
+        priors = [] if self._priors is None else [self._draw_prior(n, self._priors) for n in samples]
+        rows, prompts = (list(column) for column in zip(*drawn, *priors, strict=True))
         mean, std = self.at(max(self.latents), rows)
-        return {"mean": mean, "std": std, "prompts": list(prompts), "rows": list(rows), "step": step}
+        return {"mean": mean, "std": std, "prompts": prompts, "rows": rows, "priors": len(priors), "step": step}
+
+    def _draw_prior(self, n: int, priors: range) -> tuple[int, str]:
+        """Row and prompt of the picture of the class beside sample n."""
+        seed = self.default_seed if self.seed is None else self.seed
+        return priors[int(random.Random(f"mep prior {seed} {n}").random() * len(priors))], self._prior_prompt
 
     def _draw(self, n: int) -> tuple[int, str]:
         """Row and template of sample n. Python's generator is seeded through SHA-512: same draws on every machine."""

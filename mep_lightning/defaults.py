@@ -71,7 +71,7 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
 def method_of(adapter: Any, estimator: Any, selector: Any) -> str:
     """The method that a module's parts amount to."""
     kind = type(adapter).__name__
-    if kind == "LoRA":
+    if kind in ("LoRA", "TokenAndLoRA"):
         return "lora" if selector is None else "selective"
     if kind == "FullUNet":
         return "dreambooth"

@@ -25,6 +25,7 @@ class Draw:
         target: what the U-Net should predict, the noise or v, fp32 [B, C, H, W].
         prompts: B texts that name the subject.
         high: whether the step takes the branch of high resolution.
+        priors: how many of the B, the last ones, are of the class and not of the subject.
         activation: what a hollow of the U-Net would answer, [B, C', H', W'], where there is one.
     """
 
@@ -33,6 +34,7 @@ class Draw:
     target: Tensor
     prompts: list[str]
     high: bool = True
+    priors: int = 0
     activation: Tensor | None = None
 
 

@@ -156,12 +156,16 @@ class PersonalizationModule(LightningModule):
         self.base: Base | None = None
         self.horizon: int | None = None
         """How many steps the selector reckons with; a resumed run keeps its first."""
+        self.prior_weight = 1.0
+        """Of the loss of what the class looks like (`PriorPreservation`)."""
         self._texts: list[str] = []
         for one in self.estimators:
             if one.seed is None:
                 one.seed = seed
         if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
             raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
+        if not self.adapter.is_perturbed and any(one.forward_only for one in self.estimators):
+            raise UserError(f"{type(self.adapter).__name__} is trained by backpropagation alone: set Backprop")
         self.save_hyperparameters({"base": self.base_name, "precision": precision, "method": self.method, "seed": seed})
 
     # -- before the first step -----------------------------------------------------------------------------------------
@@ -360,7 +364,8 @@ class PersonalizationModule(LightningModule):
         """The draw of a branch; timesteps int64 [B], drawn after the noise where there are none."""
         moments = self._moments(batch, None if high else self.low_resolution)
         noisy, timestep, target = noised(self._loaded(), moments, generator, timestep, self.timesteps)
-        return Draw(noisy, timestep, target, [self.named(text) for text in batch["prompts"]], high)
+        texts = [self.named(text) for text in batch["prompts"]]
+        return Draw(noisy, timestep, target, texts, high, batch.get("priors", 0))
 
     def named(self, text: str) -> str:
         """A template with the subject in its place."""
@@ -418,8 +423,11 @@ class PersonalizationModule(LightningModule):
             cut=hollow.cut if hollow else None,
             activation=draw.activation,
         )
-        error = predicted.float().unflatten(0, (members, -1)) - draw.target  # [V, B, C, H, W]
-        return error.pow(2).flatten(1).mean(1)
+        error = (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)  # [V, B, C, H, W]
+        own = error[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
+        if not draw.priors:
+            return own
+        return own + self.prior_weight * error[:, -draw.priors :].flatten(1).mean(1)
 
     def _log_step(self, draw: Draw, losses: Tensor) -> None:
         count, trained = len(draw.prompts), self.adapter.numbered().values()

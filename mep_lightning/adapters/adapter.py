@@ -34,6 +34,8 @@ class Adapter(nn.Module, ABC):
     AUTO: ClassVar[dict[str, str]] = {}
     trains_text: ClassVar[bool] = False
     """Whether text encoders are needed in every step; others see each prompt once, and leave memory."""
+    is_perturbed: ClassVar[bool] = True
+    """Whether zeroth-order estimators can move it."""
     token: str
 
     def __init__(self) -> None:

@@ -65,7 +65,7 @@ class LoRA(Adapter):
         self.token, self.rank, self.alpha, self.targets = token, rank, alpha, list(targets)
         self.freeze_down, self.seed = freeze_down, seed
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        self.scale = 1.0
+        self.scale, self.first_id = 1.0, 0
         self._layers: dict[str, LoRALinear | LoRAConv2d] = {}
         self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
         self._standing: Any = None
@@ -93,7 +93,8 @@ class LoRA(Adapter):
             down, up = self.down[_key(name)], self.up[_key(name)]
             down.requires_grad_(not self.freeze_down)
             down.data, up.data = down.data.to(base.device), up.data.to(base.device)
-            layer.stand(self._standing, (index, len(self._layers) + index), down, up)
+            ids = self.first_id + index, self.first_id + len(self._layers) + index
+            layer.stand(self._standing, ids, down, up)
         for part in base.unet.modules():  # it splits its rows, and members would not lie where their layers look
             if type(part) is BlockwiseFeedForward and any(layer in set(part.modules()) for layer in self.layers):
                 part.__class__ = FeedForward
@@ -138,7 +139,7 @@ class LoRA(Adapter):
 
     def numbered(self) -> dict[int, nn.Parameter]:
         """Every A, then every B."""
-        both = enumerate([*self.down.values(), *self.up.values()])
+        both = enumerate([*self.down.values(), *self.up.values()], self.first_id)
         return {param_id: theta for param_id, theta in both if theta.requires_grad}
 
     @contextmanager

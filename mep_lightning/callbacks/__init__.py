@@ -5,7 +5,8 @@ from __future__ import annotations
 from mep_lightning.callbacks.export import Export
 from mep_lightning.callbacks.hollowed import HollowedActivations
 from mep_lightning.callbacks.memory import MemoryProfiler
+from mep_lightning.callbacks.prior import PriorPreservation
 from mep_lightning.callbacks.puts import PUTS
 from mep_lightning.callbacks.samples import Samples
 
-__all__ = ["PUTS", "Export", "HollowedActivations", "MemoryProfiler", "Samples"]
+__all__ = ["PUTS", "Export", "HollowedActivations", "MemoryProfiler", "PriorPreservation", "Samples"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mep_lightning import PersonalizationModule, defaults
-from mep_lightning.adapters import Adapter, TokenEmbedding
+from mep_lightning.adapters import Adapter, FullUNet, LoRA, TokenAndLoRA, TokenEmbedding
 from mep_lightning.bases import Base, identify
 from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
@@ -18,8 +18,9 @@ from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
-EXPORTS = {"learned_embeds.safetensors": TokenEmbedding}
-"""Exported file -> the adapter that reads it."""
+EXPORTS: dict[str, type[Adapter]] = {kind.FILES[0]: kind for kind in (LoRA, TokenEmbedding, FullUNet)}
+"""Exported file -> the adapter that reads it; a token and a LoRA side by side belong together."""
+KINDS: dict[str, type[Adapter]] = {kind.__name__: kind for kind in EXPORTS.values()} | {"TokenAndLoRA": TokenAndLoRA}
 TEXTS = ("model.base", "model.precision", "model.method", "data.path", "data.class_word")
 """Settings that are read here, and that must be text if they are there."""
 
@@ -104,7 +105,7 @@ def open_learned(
     weights = _newest_weights(opened)
     adapter = _adapter(run, weights, said)
     if weights.suffix == ".safetensors":
-        adapter.load_export(weights.parent)
+        adapter.load_export(weights.parents[len(Path(adapter.FILES[0]).parts) - 1])
     origin = {} if settings else adapter.origin
     base = base or said.get("base") or origin.get("base")
     if base is None:
@@ -182,14 +183,28 @@ def _exports(run: RunFolder) -> list[Path]:
 def _adapter(run: RunFolder, weights: Path, said: dict[str, Any]) -> Adapter:
     """An empty adapter of the kind that was trained."""
     if part := said.get("adapter"):
-        kinds = {kind.__name__: kind for kind in EXPORTS.values()}  # nothing else that a settings file names is called
         try:
-            return kinds[str(part["class_path"]).rpartition(".")[2]](**(part.get("init_args") or {}))
+            adapter = _made(part)
         except (KeyError, TypeError, AttributeError):
+            adapter = None
+        if not isinstance(adapter, Adapter):
             raise UserError(
-                f"{run.config}: model.adapter is none of {', '.join(kinds)} with its settings; put the run's file back."
-            ) from None
-    return EXPORTS.get(weights.name, TokenEmbedding)()
+                f"{run.config}: model.adapter is none of {', '.join(KINDS)} with its settings; put the run's file back."
+            )
+        return adapter
+    beside = {path.name for path in weights.parent.iterdir()}
+    if {*TokenAndLoRA.FILES} <= beside:
+        return TokenAndLoRA()
+    name = next((name for name in EXPORTS if str(weights).endswith(name)), TokenEmbedding.FILES[0])
+    return EXPORTS[name]()
+
+
+def _made(part: Any) -> Any:
+    """An adapter from its settings, in which others may stand; nothing else that a settings file names is called."""
+    if not isinstance(part, dict) or "class_path" not in part:
+        return part
+    settings = {key: _made(value) for key, value in (part.get("init_args") or {}).items()}
+    return KINDS[str(part["class_path"]).rpartition(".")[2]](**settings)
 
 
 def _newest_weights(run: RunFolder) -> Path:

@@ -1,0 +1,104 @@
+"""Full fine-tuning: every weight of the U-Net is trained, as DreamBooth does (arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mep_lightning.adapters.adapter import Adapter, read_metadata
+from mep_lightning.bases import Base
+from mep_lightning.errors import UserError, refuse_unless
+from mep_lightning.run_folder import replacing
+
+FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+class FullUNet(Adapter):
+    """All of the U-Net. Its weights must be fp32: updates of lr 5e-6 are lost in half precision.
+
+    Args:
+        token: the word that names the subject in prompts, before the class word; one that the base hardly knows.
+    """
+
+    FILES = (FILE,)
+    is_perturbed = False
+
+    def __init__(self, token: str = "sks") -> None:
+        super().__init__()
+        refuse_unless(bool(token.strip()), "FullUNet.token", token, "a word, such as sks")
+        self.token = token
+        self.weights = nn.ParameterDict()
+        self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
+
+    def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
+        """Train the U-Net's own parameters in their places.
+
+        Raises:
+            UserError: they are in another precision, or what was loaded is of another U-Net.
+        """
+        if base.precision != "fp32" or base.offload != "none":
+            raise UserError(
+                f"FullUNet trains the weights themselves, and these are {base.precision} with offload {base.offload}: "
+                "set model.precision fp32 and model.offload none, or train a LoRA"
+            )
+        own = {name.replace(".", "/"): theta for name, theta in base.unet.named_parameters()}
+        if self.weights and {k: v.shape for k, v in self.weights.items()} != {k: v.shape for k, v in own.items()}:
+            raise UserError(
+                f"the weights that were trained are of another U-Net than {base.name}'s: use their own base"
+            )
+        for name, theta in own.items():
+            if name in self.weights and self.weights[name] is not theta:
+                theta.data.copy_(self.weights[name].data)
+            self.weights[name] = theta.requires_grad_()
+        self._within = [base.unet]
+        self.config = base.unet.config
+        self.remember_origin(base, class_word)
+
+    def detach(self) -> None:
+        """The U-Net stays as it was trained, and is frozen."""
+        for unet in self._within:
+            unet.requires_grad_(False)
+        self._within = []
+
+    def export(self, directory: Path) -> list[Path]:
+        """`unet/` in diffusers' layout, for `UNet2DConditionModel.from_pretrained`."""
+        self.refuse_infinite()
+        path = Path(directory) / FILE
+        tensors = {name.replace("/", "."): theta.detach().cpu().contiguous() for name, theta in self.weights.items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"format": "pt", **self.metadata()})
+        for unet in self._within:
+            unet.save_config(path.parent)  # type: ignore[operator]
+        return [path]
+
+    def load_export(self, directory: Path) -> None:
+        path = Path(directory) / FILE
+        if not path.exists():
+            raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                origin = read_metadata(file.metadata())
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}): export it again") from None
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise UserError(f"{path} holds values that are not finite: export it again")
+        self.token = origin.pop("token", self.token)
+        self.origin = origin
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(v.float()) for name, v in tensors.items()}
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """A checkpoint may come before `attach`."""
+        own = f"{prefix}weights."
+        if not self.weights:
+            saved = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}
+            for name, value in saved.items():
+                self.weights[name] = nn.Parameter(value.clone().to(torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *args)
