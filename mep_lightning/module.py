@@ -258,6 +258,8 @@ class PersonalizationModule(LightningModule):
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
         self.timesteps.follow(base.scheduler.alphas_cumprod)
         self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
+        if self.hollow is not None:
+            self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base
 
     def takes_graph(self, base: Base) -> bool:
@@ -273,12 +275,10 @@ class PersonalizationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
         assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        settings: dict[str, Any] = {
-            "lr": self.lr,
-            "betas": self.betas,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-        }
+        settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        settings |= {"weight_decay": self.weight_decay}
+        if self.optimizer == "adam" and next(self.adapter.parameters()).is_cuda:
+            settings["fused"] = True  # PyTorch's own choice there takes temporaries as large as all that is trained
         kind: type[Optimizer] = FusedZOAdam if any(map(_weighs, self.estimators)) else torch.optim.Adam
         if self.optimizer == "adam8bit":
             kind = advice.adam8bit(self)

@@ -34,6 +34,8 @@ class Adapter(nn.Module, ABC):
     AUTO: ClassVar[dict[str, str]] = {}
     trains_text: ClassVar[bool] = False
     """Whether text encoders are needed in every step; others see each prompt once, and leave memory."""
+    precisions: ClassVar[Sequence[str]] = ("fp32", "bf16", "fp16", "int8", "int4")
+    """Those of the base that it goes with."""
     is_perturbed: ClassVar[bool] = True
     """Whether zeroth-order estimators can move it."""
     token: str

@@ -26,6 +26,7 @@ class FullUNet(Adapter):
     """
 
     FILES = (FILE,)
+    precisions = ("fp32",)
     is_perturbed = False
 
     def __init__(self, token: str = "sks") -> None:
@@ -41,7 +42,7 @@ class FullUNet(Adapter):
         Raises:
             UserError: they are in another precision, or what was loaded is of another U-Net.
         """
-        if base.precision != "fp32" or base.offload != "none":
+        if base.precision not in self.precisions or base.offload != "none":
             raise UserError(
                 f"FullUNet trains the weights themselves, and these are {base.precision} with offload {base.offload}: "
                 "set model.precision fp32 and model.offload none, or train a LoRA"

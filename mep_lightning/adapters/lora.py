@@ -73,7 +73,7 @@ class LoRA(Adapter):
     # -- in the base ---------------------------------------------------------------------------------------------------
 
     def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
-        """Put a layer with factors A [r, I] (normal, by `seed`) and B [O, r] (zeros) in every target's place."""
+        """Put a layer in every target's place: factors A [r, I], uniform up to 1 / sqrt(I), and B [O, r], zeros."""
         from mep_lightning.adapters.lora_layers import Standing
 
         self.detach()
@@ -82,12 +82,14 @@ class LoRA(Adapter):
             raise UserError("LoRA.rank is 'auto' outside a module; set it, such as rank=16")
         names = self._matching(base.unet, without)
         self._standing = Standing(scale=self.scale)
-        self._layers = _inject(base.unet, names, self.rank, self.alpha or self.rank, self.seed)
+        self._layers = _inject(base.unet, names, self.rank, self.alpha or self.rank)
         self._within = [base.unet]
         if not self.down:
+            generator = torch.Generator().manual_seed(self.seed)
             for name, layer in self._layers.items():
-                down, up = (nn.Parameter(factor.detach().float().to(base.device)) for factor in layer.factors)
-                self.down[_key(name)], self.up[_key(name)] = down, up
+                down, up = (torch.zeros(factor.shape, dtype=torch.float32) for factor in layer.factors)
+                down.uniform_(-1, 1, generator=generator).div_(math.sqrt(down[0].numel()))
+                self.down[_key(name)], self.up[_key(name)] = nn.Parameter(down), nn.Parameter(up)
         self._refuse_another_shape(base)
         for index, (name, layer) in enumerate(self._layers.items()):
             down, up = self.down[_key(name)], self.up[_key(name)]
@@ -257,24 +259,24 @@ def _restore(unet: nn.Module, layers: Collection[nn.Module] | None = None) -> No
         if layers is None or layer in layers:
             path, _, last = name.rpartition(".")
             setattr(unet.get_submodule(path), last, layer.base_layer)
-    unet.__dict__.pop("peft_config", None)
 
 
-def _inject(
-    unet: nn.Module, names: list[str], rank: int, alpha: float, seed: int
-) -> dict[str, LoRALinear | LoRAConv2d]:
-    """Let peft put its layers into the places named; the layers by name, in the U-Net's order."""
-    from peft import LoraConfig, inject_adapter_in_model
+def _inject(unet: nn.Module, names: list[str], rank: int, alpha: float) -> dict[str, LoRALinear | LoRAConv2d]:
+    """Put peft's layers into the places named, factors on the meta device; by name, in the U-Net's order.
 
-    from mep_lightning.adapters.lora_layers import KINDS
+    (Its own injection moves and casts whatever it meets, which tensors of a rehearsal do not bear.)
+    """
+    from peft import LoraConfig
+
+    from mep_lightning.adapters.lora_layers import ADAPTER, KINDS
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
-    config._register_custom_module(KINDS)
-    training = unet.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, unet)
-    unet.train(training)
-    for parameter in unet.parameters():
-        parameter.requires_grad_(False)
-    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, tuple(KINDS.values()))}  # type: ignore
+    layers = {}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        target = unet.get_submodule(name)
+        kind = next(ours for theirs, ours in KINDS.items() if isinstance(target, theirs))
+        with torch.device("meta"):
+            layers[name] = kind(target, ADAPTER, config=config, r=rank, lora_alpha=alpha).train(target.training)
+        setattr(unet.get_submodule(path), last, layers[name])
+    return layers  # type: ignore[return-value]

@@ -48,6 +48,9 @@ class _LoRALayer:
         self.lora_A[ADAPTER].weight = down  # type: ignore[attr-defined]
         self.lora_B[ADAPTER].weight = up  # type: ignore[attr-defined]
 
+    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: peft would cast the factors as well, and `stand` brings others."""
+
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, ...] and B [O, r, ...]."""

@@ -14,7 +14,7 @@ from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that
 from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify
 from mep_lightning.bases.load import PRECISIONS
-from mep_lightning.callbacks import Samples
+from mep_lightning.callbacks import HollowedActivations, Samples
 from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
@@ -27,13 +27,18 @@ from mep_lightning.quantization import why_not_int4
 
 def recipe(name: str) -> Callable[[str, bool], PersonalizationModule]:
     """A maker of modules, by precision and checkpointing, as a packaged recipe describes them."""
-    settings = read_recipe(find_recipe(name))["model"]
+    recipe = read_recipe(find_recipe(name))
+    settings, callbacks = recipe["model"], recipe["trainer"].get("callbacks") or []
+    hollowing = [one["init_args"] for one in callbacks if one["class_path"] == HollowedActivations.__name__]
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PersonalizationModule, "model")
 
     def make(precision: str, checkpointing: bool) -> PersonalizationModule:
         model = settings | {"precision": precision, "checkpointing": checkpointing}
-        return parser.instantiate_classes(parser.parse_object({"model": model})).model
+        module = parser.instantiate_classes(parser.parse_object({"model": model})).model
+        for asked in hollowing:
+            module.hollow_out(HollowedActivations(**asked))
+        return module
 
     return make
 

@@ -30,6 +30,9 @@ def add_options(parser: Options) -> None:
     parser.add_argument("--base", metavar="ID_OR_DIR", help="default: as trained")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8", "int4"), help="default: as trained")
     parser.add_argument("--class-word", metavar="WORD", help="what the subject is (default: as trained)")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="W", help="a LoRA's strength (default 1)")
+    parser.add_argument("--merge", action="store_true", help="add a LoRA to the base's weights: no layer is slower")
+    parser.add_argument("--one-path", action="store_true", help="draw with a hollowed net's LoRA as other tools do")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (default)")
 
 
@@ -37,24 +40,25 @@ def check_options(options: Namespace) -> None:
     """Refuses numbers out of range before anything is loaded."""
     refuse_unless(options.steps is None or options.steps >= 1, "--steps", options.steps, "1 or more")
     refuse_unless(0 <= options.seed < SEEDS, "--seed", options.seed, f"0 to {SEEDS - 1}")
+    refuse_unless(math.isfinite(options.lora_scale), "--lora-scale", options.lora_scale, "a number")
     fine = options.guidance is None or math.isfinite(options.guidance)
     refuse_unless(fine, "--guidance", options.guidance, "a number")
 
 
 def open_run(options: Namespace) -> Learned:
-    """What was learned, as the options ask for it.
+    """What was learned, as the options ask for it; not loaded yet.
 
     Raises:
-        UserError: nothing learned is there, or more steps are asked for than the base's schedule has.
+        UserError: nothing learned is there.
     """
     from mep_lightning.commands.chatter import quiet_after_imports
     from mep_lightning.commands.learned import open_learned
 
     quiet_after_imports()
-    learned = open_learned(options.run, options.base, options.precision, options.class_word, options.device)
-    total = len(learned.base.scheduler.alphas_cumprod)
-    fine = options.steps is None or options.steps <= total
-    refuse_unless(fine, "--steps", options.steps, f"{total}, the base's timesteps, or less")
+    learned = open_learned(
+        options.run, options.base, options.precision, options.class_word, options.device, options.lora_scale
+    )
+    learned.merged, learned.two_paths = options.merge, not options.one_path
     return learned
 
 
@@ -93,9 +97,16 @@ class Drawn:
 
 
 def draw(learned: Learned, texts: Sequence[str], count: int, options: Namespace) -> Drawn:
-    """Generates `count` pictures of every prompt; the first of each starts from the same seed."""
+    """Generates `count` pictures of every prompt; the first of each starts from the same seed.
+
+    Raises:
+        UserError: more steps are asked for than the base's schedule has.
+    """
     from mep_lightning.evaluation import generate
 
+    total = len(learned.load(texts).scheduler.alphas_cumprod)
+    fine = options.steps is None or options.steps <= total
+    refuse_unless(fine, "--steps", options.steps, f"{total}, the base's timesteps, or less")
     prompts = [text for text in texts for _ in range(count)]
     seeds = [options.seed + i for _ in texts for i in range(count)]
     steps = options.steps or learned.values["sampling_steps"]

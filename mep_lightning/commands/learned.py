@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mep_lightning.bases import Base, identify
 from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
 from mep_lightning.errors import UserError
+from mep_lightning.hollow import Hollow
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
@@ -30,11 +32,14 @@ class Learned:
     """A module whose adapter is the learned one.
 
     Attributes:
-        module: loaded; `condition_on` and `evaluation.generate` work.
+        module: not loaded yet.
         folder: the run, or the folder that holds an export alone; results are written below it.
         settings: config.yaml, where there is one.
         class_word: what the subject is, where known.
         values: the defaults of its method and base, such as guidance and sampling_steps.
+        device: where it will be.
+        merged: whether a LoRA is added to the base's weights.
+        two_paths: whether a LoRA that was trained around a hollow draws along its two paths.
     """
 
     module: PersonalizationModule
@@ -42,6 +47,27 @@ class Learned:
     settings: dict[str, Any]
     class_word: str | None
     values: dict[str, Any]
+    device: torch.device
+    merged: bool = False
+    two_paths: bool = True
+
+    def load(self, prompts: Sequence[str] = ()) -> Base:
+        """Load the base with the adapter in it, ready to draw these prompts.
+
+        Raises:
+            UserError: the adapter cannot be merged.
+        """
+        self.module.will_draw(prompts)
+        base = self.module.load(self.device)
+        self.module.eval()
+        if not self.two_paths or self.merged:
+            self.module.hollow = None
+        if self.merged:
+            merge: Any = getattr(self.module.adapter, "merge_", None)
+            if merge is None:
+                raise UserError(f"--merge is for a LoRA, and {self.folder.root} has learned something else.")
+            merge()
+        return base
 
     @property
     def token(self) -> str:
@@ -82,8 +108,9 @@ def open_learned(
     precision: str | None = None,
     class_word: str | None = None,
     device: str = "auto",
+    scale: float = 1.0,
 ) -> Learned:
-    """Loads the base of a run and puts the learned adapter in.
+    """Finds what a run has learned, and the base that it belongs to.
 
     Args:
         folder: a run's folder, its `adapter/`, or another one that holds an export; the run's config.yaml says the
@@ -92,6 +119,7 @@ def open_learned(
         precision: instead of what they say.
         class_word: instead of what they say.
         device: "auto" takes a GPU where there is one.
+        scale: of a LoRA's strength.
 
     Raises:
         UserError: nothing learned is there, or the base is not known.
@@ -124,9 +152,23 @@ def open_learned(
     class_word = class_word or _class_word(settings) or origin.get("class_word")
     module.class_word = class_word
     values = defaults.lookup(module.method, identify(base).family, module.precision)
-    module.load(pick_device(device))
-    module.eval()
-    return Learned(module, run, settings, class_word, values)
+    if isinstance(adapter, LoRA):
+        adapter.scale = scale
+        fraction = _hollowed(settings) or adapter.origin.get("hollowed")
+        module.hollow = None if fraction is None else Hollow(float(fraction), samples=1)
+    elif scale != 1:
+        raise UserError(f"--lora-scale is for a LoRA, and {run.root} has learned something else.")
+    return Learned(module, run, settings, class_word, values, pick_device(device))
+
+
+def _hollowed(settings: dict[str, Any]) -> float | None:
+    """The share of the U-Net that was cut out in training."""
+    callbacks = (settings.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, dict) and str(callback.get("class_path")).endswith(".HollowedActivations"):
+            fraction = (callback.get("init_args") or {}).get("fraction")
+            return fraction if isinstance(fraction, float) and 0 < fraction < 1 else None
+    return None
 
 
 def pick_device(name: str) -> torch.device:

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     data = _data(learned, options.data)
     learned.class_word = data.class_word  # the sample photos bring their own
     texts = _texts(learned, templates)
-    checkpoints = default_encoders(learned.base.family)
+    checkpoints = default_encoders(learned.module.family)
     clip, dino = options.clip or checkpoints[0], options.dino or checkpoints[1]
     clip_encoder, dino_encoder = ClipEncoder(clip), DinoEncoder(dino)  # a wrong name is told before hours of drawing
     run, folder = learned.folder, learned.folder.root / "evaluation"
@@ -88,7 +88,7 @@ def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
     from mep_lightning.evaluation import prompts_for
 
     texts = []
-    for template in templates or prompts_for(learned.class_word or "", learned.base.family):
+    for template in templates or prompts_for(learned.class_word or "", learned.module.family):
         texts.append(learned.prompt(template))
         if not learned.is_in(texts[-1]):
             raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} or {learned.token} where it goes.")

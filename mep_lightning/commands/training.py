@@ -313,7 +313,7 @@ def _summary(run: RunFolder, steps: int, seconds: float) -> list[str]:
     lines = [f"Learned in {steps} steps ({minutes} min {rest} s). In {run.root}:"]
     made = [
         (run.samples / "before_after.png", "photos, and the subject before and after"),
-        *((path, "for diffusers, ComfyUI and A1111") for path in sorted(run.adapter.glob("*.safetensors"))),
+        *((path, "for diffusers, ComfyUI and A1111") for path in sorted(run.adapter.rglob("*.safetensors"))),
         (run.memory_png, "peak memory of every phase"),
         (run.report, "all of it on one page"),
     ]

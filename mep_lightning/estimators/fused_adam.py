@@ -39,7 +39,7 @@ class FusedZOAdam(Adam):
 
     Args:
         params: what is trained, in fp32.
-        lr, betas, eps, weight_decay: Adam's.
+        lr, betas, eps, weight_decay, fused: Adam's; `fused` is for gradients that autograd made.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class FusedZOAdam(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         self._told: dict[Tensor, _Told] = {}
         self._left: dict[Tensor, Tensor | None] = {}
         self._clocks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # step and pace, on each parameter's device

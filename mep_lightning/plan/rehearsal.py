@@ -179,7 +179,6 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
     module.adapter.detach()
     del kept, module.adapter  # what it trains is gone before the next one comes
     module.base = None
-    base.remembered.clear()
     if streamed is not None:
         waiting = resident - streamed
         peaks = {name: replace(peak, weights=peak.weights - waiting) for name, peak in peaks.items()}

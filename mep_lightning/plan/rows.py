@@ -138,7 +138,7 @@ def plan(
             name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where, offload=offload
         )
         side = resolution or found.resolution
-        ways = [way for way in _ways(recipes, precision) if offload == "none" or way[2].estimator.forward_only]
+        ways = [way for way in _ways(recipes, precision) if offload == "none" or way[2].forward_only]
         widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
         kind = (precision if precision in QUANTIZED else "", *widths, offload)
         if kind not in known:
@@ -157,6 +157,8 @@ def plan(
 def _ways(recipes: Mapping[str, Recipe], precision: str) -> Iterator[tuple[str, bool, PersonalizationModule]]:
     for name, make in recipes.items():
         module = make(precision, False)
+        if precision not in module.adapter.precisions:
+            continue
         yield name, False, module
-        if not module.estimator.forward_only:
+        if not module.forward_only:
             yield name, True, make(precision, True)
