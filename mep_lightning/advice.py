@@ -33,10 +33,11 @@ def refuse_precision(module: PersonalizationModule) -> None:
 
 def refuse_streaming_backwards(module: PersonalizationModule, device: torch.device) -> None:
     """Raise UserError where weights would be gone before a backward pass reads them."""
-    if module.offload == "stream" and device.type == "cuda" and not module.forward_only:
+    frugal = module.forward_only or (module.checkpointing and module.precision in QUANTIZED)
+    if module.offload == "stream" and device.type == "cuda" and not frugal:
         raise UserError(
-            "model.offload stream is for methods without a backward pass, which would need the weights again: use "
-            "zoodip, or model.checkpointing true and model.precision int8"
+            "model.offload stream with a backward pass is for quantised weights and recomputed activations, or nothing "
+            "would be saved: set model.checkpointing true and model.precision int8, or use zoodip"
         )
 
 

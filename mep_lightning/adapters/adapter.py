@@ -36,6 +36,8 @@ class Adapter(nn.Module, ABC):
     """Whether text encoders are needed in every step; others see each prompt once, and leave memory."""
     precisions: ClassVar[Sequence[str]] = ("fp32", "bf16", "fp16", "int8", "int4")
     """Those of the base that it goes with."""
+    offloads: ClassVar[Sequence[str]] = ("none", "stream")
+    """Where the base's weights may be."""
     is_perturbed: ClassVar[bool] = True
     """Whether zeroth-order estimators can move it."""
     token: str

@@ -27,6 +27,7 @@ class FullUNet(Adapter):
 
     FILES = (FILE,)
     precisions = ("fp32",)
+    offloads = ("none",)
     is_perturbed = False
 
     def __init__(self, token: str = "sks") -> None:
@@ -42,7 +43,7 @@ class FullUNet(Adapter):
         Raises:
             UserError: they are in another precision, or what was loaded is of another U-Net.
         """
-        if base.precision not in self.precisions or base.offload != "none":
+        if base.precision not in self.precisions or base.offload not in self.offloads:
             raise UserError(
                 f"FullUNet trains the weights themselves, and these are {base.precision} with offload {base.offload}: "
                 "set model.precision fp32 and model.offload none, or train a LoRA"

@@ -2,8 +2,8 @@
 
 Layers are those modules that own tensors. Which is called after which is remembered: from the second pass on the coming
 ones are copied while the present one computes, through an arena a few layers large. All members of a zeroth-order step
-share one pass, so the weights cross over once a step. Forward passes only: an arena has long been overwritten when a
-backward pass would read it.
+share one pass, so the weights cross over once a step. A backward pass calls for them again: with every unit of the U-Net
+checkpointed they cross over three times.
 """
 
 from __future__ import annotations
@@ -60,19 +60,23 @@ class Layer:
                 owner._buffers[name] = value
 
 
+Key = tuple[Layer, object]
+"""A layer and what calls it: "forward", "again" (a checkpoint's recomputation) or the module whose derivative it is."""
+
+
 @dataclass(eq=False)
 class Visit:
     """A layer in the arena.
 
     Attributes:
-        layer: which.
+        key: which, and for what.
         start, stop: its stretch of the arena, in bytes.
         arrived: CUDA event, when its copy is complete; None on a CPU.
         done: whether its computation was begun, or will never be.
         used: CUDA event, when that computation ends.
     """
 
-    layer: Layer
+    key: Key
     start: int
     stop: int
     arrived: Any
@@ -84,14 +88,12 @@ class Stream:
     """The layers of a frozen module on the CPU, computing on a device through an arena there.
 
     Embeddings are not streamed: they stay on the host for good and look up there. What a module owns beside layers of
-    its own stays on the device.
+    its own, and layers without a matrix, stay on the device. A backward pass fetches each weight that it needs again,
+    so autograd keeps none; whether activations are kept is the caller's to decide.
 
     Args:
         module: on the CPU, frozen.
         device: where it computes.
-
-    Raises:
-        RuntimeError: where a gradient is asked for.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -108,18 +110,19 @@ class Stream:
         if self._copying is not None:  # the arena's memory may have been another's a moment ago, and will be again
             self._copying.wait_stream(torch.cuda.current_stream(device))
             self.arena.record_stream(self._copying)
-        self._follows: dict[Layer, Layer] = {}  # which layer was called after which, the last time
-        self._now: Layer | None = None
+        self._follows: dict[Key, Key] = {}  # which layer was called after which, the last time
+        self._now: Key | None = None
         self._visits: deque[Visit] = deque()
+        self._open: Visit | None = None  # that of a backward pass, until the next layer is called for
         self._head = 0
-        self._hooks = [
-            handle
-            for layer in self.layers
-            for handle in (
-                layer.module.register_forward_pre_hook(partial(self._before, layer)),
-                layer.module.register_forward_hook(partial(self._after, layer)),
-            )
-        ]
+        self._keeping: list[Any] = []
+        self._hooks: list[Any] = []
+        for layer in self.layers:
+            self._hooks.append(layer.module.register_forward_pre_hook(partial(self._before, layer)))
+            for owner in {owner: None for owner, *_ in layer.places}:  # each asks for its own weights again
+                self._hooks.append(owner.register_forward_pre_hook(partial(self._keep_references, layer)))
+                self._hooks.append(owner.register_forward_hook(self._keep_as_before, always_call=True))
+            self._hooks.append(layer.module.register_forward_hook(partial(self._after, layer)))
         self._tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
         for table in self._tables:
             table.forward = partial(_look_up, table, device)  # type: ignore[method-assign]
@@ -133,47 +136,91 @@ class Stream:
         self._hooks, self._tables, self.layers = [], [], []
         self._visits.clear()
         self._follows.clear()
-        self._now = None
+        self._now = self._open = None
         self.arena = self.arena.new_empty(0)
 
     def _before(self, layer: Layer, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The layer is about to compute: have it there."""
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            raise RuntimeError("streamed weights are gone before a backward pass could read them: use torch.no_grad()")
-        if self._now is not None:
-            self._follows[self._now] = layer
-        self._now = layer
-        coming = self._coming()
-        visit = coming if coming is not None and coming.layer is layer else self._surprise(layer)
-        if visit.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(visit.arrived)
+        visit = self._arrive((layer, "forward" if torch._C._current_graph_task_id() == -1 else "again"))
         layer.put(self.arena[visit.start : visit.stop])
 
     def _after(self, layer: Layer, *_: Any) -> None:
         """The layer computes: its stretch may be overwritten once that ends, and the next ones may come."""
         visit = self._coming()
-        assert visit is not None and visit.layer is layer
+        assert visit is not None and visit.key[0] is layer
+        layer.put(layer.host)
+        self._leave(visit)
+
+    # -- autograd ------------------------------------------------------------------------------------------------------
+
+    def _keep_references(self, layer: Layer, owner: nn.Module, _: Any) -> None:
+        """What autograd is to keep of the arena is kept as a place in the layer, which will be overwritten."""
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.untyped_storage().data_ptr() != self.arena.untyped_storage().data_ptr():
+                return tensor
+            visit = self._coming()
+            assert visit is not None
+            offset = tensor.storage_offset() * tensor.element_size() - visit.start
+            return layer, owner, offset, tensor.dtype, tensor.shape, tensor.stride()
+
+        keeping = torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+        keeping.__enter__()
+        self._keeping.append(keeping)
+
+    def _keep_as_before(self, *_: Any) -> None:
+        if self._keeping:
+            self._keeping.pop().__exit__(None, None, None)
+
+    def _unpack(self, kept: Any) -> Tensor:
+        """A weight that a backward pass asks for: where it lies now."""
+        if isinstance(kept, Tensor):
+            return kept
+        layer, owner, offset, dtype, shape, stride = kept
+        if self._open is None or self._open.key[0] is not layer:
+            self._open = self._arrive((layer, owner))
+        memory = self.arena[self._open.start : self._open.stop]
+        return memory[offset:][: _span(shape, stride) * dtype.itemsize].view(dtype).as_strided(shape, stride)
+
+    # -- the arena -----------------------------------------------------------------------------------------------------
+
+    def _arrive(self, key: Key) -> Visit:
+        """The layer in the arena, its copy complete as far as the device's order of work goes."""
+        if self._open is not None:
+            visit, self._open = self._open, None
+            self._leave(visit)
+        if self._now is not None:
+            self._follows[self._now] = key
+        self._now = key
+        coming = self._coming()
+        visit = coming if coming is not None and coming.key == key else self._surprise(key)
+        if visit.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(visit.arrived)
+        return visit
+
+    def _leave(self, visit: Visit) -> None:
+        """What reads the layer is under way: the next ones may come."""
         visit.done = True
         if self._copying is not None:
             visit.used = torch.cuda.current_stream(self.device).record_event()
-        layer.put(layer.host)
-        while (following := self._follows.get(self._visits[-1].layer)) and self._fetch(following):
+        while (following := self._follows.get(self._visits[-1].key)) and self._fetch(following):
             pass
 
     def _coming(self) -> Visit | None:
         """What is in the arena for the next computation."""
         return next((visit for visit in self._visits if not visit.done), None)
 
-    def _surprise(self, layer: Layer) -> Visit:
+    def _surprise(self, key: Key) -> Visit:
         """Another layer than was expected, as in the first pass: forget what has come too early and fetch this one."""
         for early in self._visits:
             early.done, early.used = True, early.used or early.arrived
-        visit = self._fetch(layer)
+        visit = self._fetch(key)
         assert visit is not None  # the arena is larger than any layer, and nothing in it is waited for
         return visit
 
-    def _fetch(self, layer: Layer) -> Visit | None:
+    def _fetch(self, key: Key) -> Visit | None:
         """Begin to copy a layer; None where the arena has no room yet."""
+        layer, _ = key
         start = self._head if self._head + layer.size <= self.arena.numel() else 0
         stop = start + layer.size
         blocking = [visit for visit in self._visits if visit.start < stop and start < visit.stop]
@@ -189,7 +236,7 @@ class Stream:
                         self._copying.wait_event(visit.used)
                 target.copy_(layer.host, non_blocking=True)
                 arrived = self._copying.record_event()
-        visit = Visit(layer, start, stop, arrived)
+        visit = Visit(key, start, stop, arrived)
         self._visits = deque([*(other for other in self._visits if other not in blocking), visit])
         self._head = stop
         return visit
@@ -227,7 +274,9 @@ def _split(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     within -= {part for part in within if isinstance(part, BlockwiseFeedForward)}
     owners = [part for part in module.modules() if _own(part) and part not in within]
     owners = [part for part in owners if not isinstance(part, nn.Embedding)]
+    small = [part for part in owners if all(value.dim() < 2 for *_, value in _own(part))]
     staying = [part for part in owners if any(inner in owners for inner in part.modules() if inner is not part)]
+    staying += [part for part in small if part not in staying]
     return [part for part in owners if part not in staying], staying
 
 
@@ -276,6 +325,11 @@ def _stage(modules: Sequence[nn.Module], allocate: Callable[[int], Tensor]) -> l
             target.detach().copy_(value)
         layers.append(layer)
     return layers
+
+
+def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def _look_up(embedding: nn.Embedding, device: torch.device, ids: Tensor) -> Tensor:

@@ -167,8 +167,8 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
     if module.hollow is not None:
         peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
     hollowed = _hollowed_bytes(module, base)
-    gradients = _gradients(module, setting)
     for name, estimator, resolution in _branches(module, setting.resolution):
+        gradients = _gradients(module, estimator)
         batch = made_up_batch(base, resolution, setting.batch_size)
         peak = setting.peak(partial(step, module, estimator, batch), **held, gradients=gradients)
         peaks[name] = replace(peak, weights=peak.weights - hollowed)
@@ -185,10 +185,10 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
     return peaks
 
 
-def _gradients(module: PersonalizationModule, setting: _Setting) -> int:
-    """Bytes of gradients: a GPU makes those of many parameters from forward passes in registers."""
+def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
+    """Bytes of gradients beside activations: those from forward passes are made after them, many in registers."""
     trained = module.adapter.numbered().values()
-    if module.forward_only and len(trained) > 1 and setting.on_gpu:
+    if estimator.forward_only and len(trained) > 1:
         return 0
     return sum(theta.numel() * theta.element_size() for theta in trained)
 

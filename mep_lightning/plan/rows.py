@@ -138,7 +138,7 @@ def plan(
             name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where, offload=offload
         )
         side = resolution or found.resolution
-        ways = [way for way in _ways(recipes, precision) if offload == "none" or way[2].forward_only]
+        ways = [way for way in _ways(recipes, precision) if offload == "none" or _streams(way[2])]
         widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
         kind = (precision if precision in QUANTIZED else "", *widths, offload)
         if kind not in known:
@@ -152,6 +152,13 @@ def plan(
             for (name, checkpointing, _), phases in zip(ways, peaks, strict=True)
         ]
     return rows
+
+
+def _streams(module: PersonalizationModule) -> bool:
+    """Whether a module's weights may be streamed to a GPU (`advice.refuse_streaming_backwards`)."""
+    if "stream" not in module.adapter.offloads or module.hollow is not None:
+        return False
+    return module.forward_only or (module.checkpointing and module.precision in QUANTIZED)
 
 
 def _ways(recipes: Mapping[str, Recipe], precision: str) -> Iterator[tuple[str, bool, PersonalizationModule]]:

@@ -10,10 +10,13 @@ from lightning import Trainer
 from torch import nn
 
 from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.advice import refuse_streaming_backwards
 from mep_lightning.bases import load_base, streaming, transformer
 from mep_lightning.bases.streaming import Stream
+from mep_lightning.bases.walk import predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator
+from mep_lightning.quantization import why_not_int4
 
 CPU = torch.device("cpu")
 
@@ -28,9 +31,9 @@ class Poisoned(Stream):
         self.arena[visit.start : visit.stop] = 0xFF
         super()._after(layer, *args)
 
-    def _surprise(self, layer):
+    def _surprise(self, key):
         self.surprises += 1
-        return super()._surprise(layer)
+        return super()._surprise(key)
 
 
 def weights(module):
@@ -108,13 +111,35 @@ def test_a_closed_stream_leaves_the_module_as_it_was_and_nothing_behind():
         gc.enable()
 
 
-def test_a_backward_pass_is_refused():
-    module = nn.Sequential(nn.Linear(4, 4))
-    Stream(module, CPU)
-    with pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
-        module(torch.randn(2, 4, requires_grad=True))
-    with torch.no_grad():
-        module(torch.randn(2, 4, requires_grad=True))
+@pytest.mark.parametrize("precision", ["fp32", "int8", *([] if why_not_int4() else ["int4"])])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backward_pass_calls_for_the_weights_again_and_gives_the_same_bits(precision, checkpointing):
+    plain, base = load_base("tiny", precision, vae=False), load_base("tiny", precision, vae=False)
+    stream = Poisoned(base.unet, CPU)
+    for step in range(3):
+        x, t = torch.randn(1, 4, 16, 16), torch.tensor([step])
+        embeds = torch.randn(1, 32, 128, requires_grad=True)
+        grads = [
+            torch.autograd.grad(predict_noise(unet, x, t, embeds, checkpointing=checkpointing).square().sum(), embeds)[
+                0
+            ]
+            for unet in (plain.unet, base.unet)
+        ]
+        assert torch.equal(*grads)
+        if step == 1:
+            before = stream.surprises
+    assert stream.surprises == before  # the order is learned, backwards too
+    assert len(stream.arena) < 0.35 * weights(plain.unet)
+
+
+def test_autograd_keeps_none_of_the_arena():
+    base = load_base("tiny", "int8", vae=False)
+    stream, kept = Stream(base.unet, CPU), []
+    embeds = torch.randn(1, 32, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        predict_noise(base.unet, torch.randn(1, 4, 16, 16), torch.tensor([5]), embeds)
+    arena = stream.arena.untyped_storage().data_ptr()
+    assert kept and not any(x.untyped_storage().data_ptr() == arena for x in kept)
 
 
 def test_channels_last_weights_keep_their_format():
@@ -159,11 +184,15 @@ def test_a_pipeline_computes_where_its_base_does():
     assert base.pipeline(None)._execution_device == torch.device("meta")
 
 
-def test_methods_with_a_backward_pass_cannot_stream_to_a_gpu():
-    module = PersonalizationModule("tiny", offload="stream")
-    module._refuse_streaming_backwards(CPU)
-    with pytest.raises(UserError, match="model.offload stream is for methods without a backward pass"):
-        module._refuse_streaming_backwards(torch.device("cuda:0"))
+def test_a_backward_pass_that_would_save_nothing_cannot_stream_to_a_gpu():
+    gpu = torch.device("cuda:0")
+    for settings in ({}, {"checkpointing": True}, {"precision": "int8"}):
+        module = PersonalizationModule("tiny", offload="stream", **settings)
+        refuse_streaming_backwards(module, CPU)
+        with pytest.raises(UserError, match="set model.checkpointing true and model.precision int8, or use zoodip"):
+            refuse_streaming_backwards(module, gpu)
+    frugal = PersonalizationModule("tiny", "int8", offload="stream", checkpointing=True)
+    refuse_streaming_backwards(frugal, gpu)
     with pytest.raises(UserError, match="offload 'disk' is unknown: choose one of none, stream"):
         load_base("tiny", offload="disk")
 
@@ -181,6 +210,16 @@ def test_cuda_computes_the_same_bits_from_pinned_memory():
         embeds = torch.randn(9, 32, 128, device=device)
         with torch.no_grad():
             assert torch.equal(plain(*inputs, embeds).sample, waiting(*inputs, embeds).sample)
+    embeds = torch.randn(1, 32, 128, device=device, requires_grad=True)
+    for _ in range(20):
+        latents, times = torch.randn(1, 4, 16, 16, device=device), torch.tensor([7], device=device)
+        ours, theirs = (
+            torch.autograd.grad(predict_noise(unet, latents, times, embeds, checkpointing=True).square().sum(), embeds)[
+                0
+            ]
+            for unet in (waiting, plain)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -192,9 +231,9 @@ def test_a_feed_forward_layer_in_blocks_comes_once_a_pass(monkeypatch):
     fetched = []
     fetch = stream._fetch
 
-    def counting(layer):
-        visit = fetch(layer)
-        fetched.extend([] if visit is None else [layer.size])
+    def counting(key):
+        visit = fetch(key)
+        fetched.extend([] if visit is None else [key[0].size])
         return visit
 
     monkeypatch.setattr(stream, "_fetch", counting)
