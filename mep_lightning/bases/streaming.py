@@ -2,8 +2,8 @@
 
 Layers are those modules that own tensors. Which is called after which is remembered: from the second pass on the coming
 ones are copied while the present one computes, through an arena a few layers large. All members of a zeroth-order step
-share one pass, so the weights cross over once a step. A backward pass calls for them again: with every unit of the U-Net
-checkpointed they cross over three times.
+share one pass, so the weights cross over once a step. A backward pass calls for them again: with every unit
+checkpointed they cross over three times in all.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Stream:
             for owner in {owner: None for owner, *_ in layer.places}:  # each asks for its own weights again
                 self._hooks.append(owner.register_forward_pre_hook(partial(self._keep_references, layer)))
                 self._hooks.append(owner.register_forward_hook(self._keep_as_before, always_call=True))
-            self._hooks.append(layer.module.register_forward_hook(partial(self._after, layer)))
+            # A checkpoint stops its recomputation inside a layer, when it has all that it needs.
+            self._hooks.append(layer.module.register_forward_hook(partial(self._after, layer), always_call=True))
         self._tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
         for table in self._tables:
             table.forward = partial(_look_up, table, device)  # type: ignore[method-assign]
