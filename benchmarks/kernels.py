@@ -218,6 +218,16 @@ def updates(device: str) -> Iterator[Case]:
             None,
             bytes=4.0 * numel,
         )
+    sizes = dict.fromkeys(range(160), 2560)
+
+    def one_by_one() -> Tensor:
+        return torch.stack([kernels.philox_normal(0, 0, 0, i, 2560, torch.device(device)) for i in sizes])
+
+    def together() -> Tensor:
+        drawn = kernels.philox_normals(0, 0, [0], sizes, torch.device(device))
+        return torch.cat([drawn[i] for i in sizes])
+
+    yield Case("philox_normals 160 x 2560", together, one_by_one, 0.0, bytes=4.0 * 160 * 2560)
     weight = torch.randn(1280, 1280 * 9, device=device)
 
     def quantized() -> Tensor:

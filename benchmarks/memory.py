@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.rows import Row, row
+from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base, BaseFolder
 from mep_lightning.bases.families import describe
 from mep_lightning.bases.load import activation_dtype, assemble
@@ -19,20 +20,30 @@ from mep_lightning.defaults import METHODS
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan import Row as Planned
 from mep_lightning.plan import plan
-from mep_lightning.plan.rehearsal import PROMPT, WORD, denoise, step
+from mep_lightning.plan.rehearsal import PROMPT, WORD, branches, denoise, draw_of, gradient, made_up_batch, state
 
 MEASURED = (
     "zoodip in int8",
     "zoodip in int8 (streamed)",
     "zoodip in int4",
-    "textual_inversion in int8 (checkpointing)",
+    "textual_inversion_lite in int8 (checkpointing)",
+    "lora in int8",
+    "lora in int8 (checkpointing)",
+    "hollowed_net in int8",
+    "selective in int8",
 )
 """Which rows of the plan are run as well; on a CPU, where nothing waits outside, those that are not streamed."""
 
 
-def run(base: str, device: str = "cpu", resolution: int | None = None, measured: bool = True) -> list[Row]:
+def run(
+    base: str,
+    device: str = "cpu",
+    resolution: int | None = None,
+    measured: bool = True,
+    methods: Sequence[str] = METHODS,
+) -> list[Row]:
     """The plan for a GPU; where it is `measured`, for this device plan and measurement of the rows in `MEASURED`."""
-    recipes = {name: recipe(name) for name in METHODS}
+    recipes = {name: recipe(name) for name in methods}
     rows = []
     for planned in plan(recipes, base, resolution=resolution, precisions=available_precisions()):
         case = f"{base} {planned.resolution} px {planned}"
@@ -66,22 +77,35 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
         device=where,
         offload=planned.offload,
     )
-    side = planned.resolution // info.vae_factor
+    module.class_word = WORD
+    for part in module.adapter.parts:
+        if isinstance(part, TokenEmbedding):
+            part.init = WORD
+    reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]
     peaks = _autoencoder(found, planned.resolution)
-    base: list[Base] = []
-    peaks["load"] = peak_of(lambda: base.append(_load(found)), found)
-    held = _held(base[0].unet, *base[0].text_encoders) if where.type == "cpu" else 0
-    if where.type == "cpu":
-        peaks["load"] = max(peaks["load"], held)
-        peaks["decode"] += held  # nothing is parked
-    module.class_word = module.adapter.init = WORD
+    loading = peak_of(lambda: base.append(_load(found, None if reads_text else [module.named(PROMPT)])), found)
+    on_cpu = where.type == "cpu"
+    held = _held(base[0].unet, *base[0].text_encoders) if on_cpu else 0
+    if reads_text:
+        peaks["load"] = max(loading, held)
+    peaks["decode"] += held  # nothing is parked on a CPU
     module.take(base[0])
-    latents = torch.randn(1, base[0].unet.config.in_channels, side, side)
-    batch = {"mean": latents, "std": torch.zeros_like(latents), "prompts": [PROMPT]}
-    peaks["step"] = held + peak_of(lambda: step(module, module.estimator, batch), found)
-    peaks["denoise"] = held + peak_of(lambda: denoise(module, side, 1), found)
+    kept = state(module)
+    held += (_held(module.adapter) + sum(moment.numel() * moment.element_size() for moment in kept)) if on_cpu else 0
+    peaks["denoise"] = held + peak_of(lambda: denoise(module, planned.resolution // info.vae_factor, 1), found)
+    if module.hollow is not None:
+        inside = module.hollow.inside(base[0])
+        held -= _held(*inside) if on_cpu else 0
+    for name, estimator, resolution in branches(module, planned.resolution):
+        batch = made_up_batch(base[0], resolution)
+        batch["mean"] = torch.randn(batch["mean"].shape)
+        draw = draw_of(module, estimator, batch)
+        if module.hollow is not None and not base[0].freed:
+            base[0].free(inside)
+        peaks[name] = held + peak_of(lambda e=estimator, d=draw: gradient(module, e, d), found)
+        module.adapter.zero_grad()
     base[0].close()
-    return {name: peaks[name] for name in planned.phases}
+    return {name: peaks[name] for name in planned.phases if name in peaks}
 
 
 def peak_of(run: Callable[[], object], found: BaseFolder) -> int:
@@ -122,8 +146,10 @@ def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
     return peaks
 
 
-def _load(found: BaseFolder) -> Base:
-    return assemble(found, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None)
+def _load(found: BaseFolder, prompts: Sequence[str] | None) -> Base:
+    return assemble(
+        found, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None, prompts=prompts
+    )
 
 
 def _held(*modules: nn.Module) -> int:

@@ -98,8 +98,8 @@ def weigh(module: PersonalizationModule, batch: dict[str, Any], now: int) -> Ten
     """What the members' losses say about the directions of a step."""
     draw, estimator, subspace = module.draw(batch), module.estimator, module.subspace
     assert isinstance(estimator, RandomGradientEstimator) and subspace is not None
-    theta = module.adapter.theta
-    return estimator.weigh(lambda members: module.losses(members, draw), theta, now, subspace.dims_left)[0]
+    dims = subspace.dims_left or module.adapter.theta.numel()
+    return estimator.weigh(lambda members: module.losses(members, draw), dims, now)[0]
 
 
 def _parts(name: str, base: Base, **switches: Any) -> tuple[PersonalizationModule, dict[str, Any]]:

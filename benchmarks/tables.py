@@ -14,7 +14,7 @@ from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENTS = (DOCS / "reproduction.md", DOCS / "performance.md")
+DOCUMENTS = (DOCS / "reproduction.md", DOCS / "performance.md", DOCS / "memory.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "clip_t": "CLIP-T",
@@ -134,6 +134,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/step-sd15": real_speeds,
     "memory-sd15:planned": planned,
     "memory-sd15:measured": measured,
+    "memory-sd21:planned": planned,
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
     "kernels": operations,

@@ -13,12 +13,21 @@ from mep_lightning.timesteps import PartialUniformTimesteps
 EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, PRECISIONS))
 
 
+OF_ITS_OWN = {
+    "zoodip": {"n", "mu", "tau", "nu", "standardize"},
+    "lora": {"rank"},
+    "lora_r1": {"rank"},
+    "hollowed_net": {"rank", "fraction", "samples"},
+    "selective": {"rank", "n", "mu", "standardize", "low_resolution"},
+}
+
+
 @pytest.mark.parametrize(("method", "family", "precision"), EVERYWHERE)
 def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision):
     values = defaults.lookup(method, family, precision)
     needed = {"lr", "lr_scheduler", "eps", "max_steps", "puts_low", "puts_high"}
     needed |= {"guidance", "sampling_steps", "sampling_batch"}
-    assert needed | ({"n", "mu", "tau", "nu", "standardize"} if method == "zoodip" else set()) == set(values)
+    assert needed | OF_ITS_OWN.get(method, set()) == set(values)
     assert all(value > 0 for key, value in values.items() if key not in ("puts_low", "lr_scheduler", "standardize"))
     assert isinstance(values["max_steps"], int) and isinstance(values["sampling_steps"], int)
     PartialUniformTimesteps(values["puts_low"], values["puts_high"])
@@ -37,6 +46,11 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
         (("zoodip", "sdxl", "int8"), {"lr": 5e-3, "mu": 1e-2, "max_steps": 20_000, "puts_low": 700}),
         (("zoodip", "sd1", "int4"), {"lr": 5e-3, "mu": 1e-2}),
         (("textual_inversion", "sd1", "fp32"), {"lr": 5e-3, "max_steps": 5_000}),
+        (("dreambooth", "sd1", "fp32"), {"lr": 5e-6, "max_steps": 400}),
+        (("lora", "sd2", "fp32"), {"rank": 128}),
+        (("lora_r1", "tiny", "fp32"), {"rank": 1}),
+        (("hollowed_net", "sd2", "fp32"), {"rank": 128, "fraction": 0.39}),
+        (("selective", "sd1", "int8"), {"low_resolution": 256, "mu": 1e-2}),
     ],
 )
 def test_the_papers_numbers(where, expected):

@@ -56,6 +56,8 @@ class HollowedActivations(Callback):
         if pl_module.selector is not None:
             raise UserError("HollowedActivations is for one branch: leave model.selector out.")
         pl_module.hollow_out(self)
+        if getattr(trainer, "fast_dev_run", False):
+            pl_module.hollow.samples = 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stage 1, then the middle is freed."""

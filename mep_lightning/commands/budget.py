@@ -25,7 +25,7 @@ from mep_lightning.plan.budget import overhead
 from mep_lightning.quantization import why_not_int4
 
 
-def recipe(name: str) -> Callable[[str, bool], PersonalizationModule]:
+def recipe(name: str) -> Callable[[str, bool | None], PersonalizationModule]:
     """A maker of modules, by precision and checkpointing, as a packaged recipe describes them."""
     recipe = read_recipe(find_recipe(name))
     settings, callbacks = recipe["model"], recipe["trainer"].get("callbacks") or []
@@ -33,8 +33,10 @@ def recipe(name: str) -> Callable[[str, bool], PersonalizationModule]:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PersonalizationModule, "model")
 
-    def make(precision: str, checkpointing: bool) -> PersonalizationModule:
-        model = settings | {"precision": precision, "checkpointing": checkpointing}
+    def make(precision: str, checkpointing: bool | None) -> PersonalizationModule:
+        model = settings | {"precision": precision}
+        if checkpointing is not None:
+            model["checkpointing"] = checkpointing
         module = parser.instantiate_classes(parser.parse_object({"model": model})).model
         for asked in hollowing:
             module.hollow_out(HollowedActivations(**asked))

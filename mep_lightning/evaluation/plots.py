@@ -21,6 +21,8 @@ COLORS = {
     "other": "#8b8b94",
 }
 CURVE = "#2a8fd6"
+BINS = 10
+"""Bars of a histogram."""
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words that a line may cross
 MARK = "#0b0c0d"  # becomes currentColor in an SVG
 
@@ -58,6 +60,26 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float], ink: str = INK) -
     if len(finite) > 20:
         low, high = finite[0], finite[int(0.995 * (len(finite) - 1))]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) or None)
+    return figure
+
+
+def branch_figure(steps: Sequence[int], timesteps: Sequence[float], high: Sequence[bool], ink: str = INK) -> Figure:
+    """The share of steps that took the branch of high resolution, over the timestep and over time."""
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    for axes, places, name in zip(figure.subplots(1, 2), (timesteps, steps), ("timestep", "step"), strict=True):
+        _strip(axes, ink)
+        low, width = min(places), max((max(places) - min(places)) / BINS, 1e-9)
+        for number in range(BINS):
+            taken = [
+                h for place, h in zip(places, high, strict=True) if min(int((place - low) / width), BINS - 1) == number
+            ]
+            if taken:
+                share, start = sum(taken) / len(taken), low + number * width
+                axes.bar(start, 1, width * 0.92, align="edge", color=COLORS["optimizer"], alpha=0.35)
+                axes.bar(start, share, width * 0.92, align="edge", color=CURVE)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel(name, color=ink)
+    figure.axes[0].set_ylabel("share of ZO-high", color=ink)
     return figure
 
 
@@ -137,9 +159,14 @@ def _own_font(style: str) -> str:
 def _plain(ink: str, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
+    _strip(axes, ink)
+    return figure, axes
+
+
+def _strip(axes: Any, ink: str) -> None:
+    """Leave an axis at the bottom, in the ink's colour."""
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(ink)
         spine.set_alpha(0.4)
     axes.tick_params(colors=ink)
-    return figure, axes

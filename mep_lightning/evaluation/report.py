@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mep_lightning.evaluation import grid
-from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, human, loss_figure, memory_figure, to_svg
+from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, human, loss_figure, memory_figure, to_svg
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 PICTURE = 384  # pixels a side that the page shows at most
@@ -67,6 +68,8 @@ class Page:
     tested_note: str = ""
     loss: Markup | None = None
     loss_note: str = ""
+    branches: Markup | None = None
+    branches_note: str = ""
     memory: Markup | None = None
     memory_rows: list[dict[str, Any]] = field(default_factory=list)
     memory_note: str = ""
@@ -207,29 +210,40 @@ def _spread(items: list[Path], most: int) -> list[Path]:
 
 
 def _read_loss(page: Page, run: RunFolder) -> None:
-    steps, losses = _losses(run)
-    if not steps:
+    rows = _logged(run, ("step", "train/loss"))
+    if not rows:
         page.missing.append("the loss (log.csv holds no train/loss)")
         return
+    steps, losses = [int(step) for step, _ in rows], [loss for _, loss in rows]
     page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
     page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
+    if taken := _logged(run, ("step", "train/timestep", "train/high")):
+        _read_branches(page, run, taken)
 
 
-def _losses(run: RunFolder) -> tuple[list[int], list[float]]:
-    """Steps and losses of the run's log; rows that hold none are passed over."""
-    steps, losses = [], []
+def _read_branches(page: Page, run: RunFolder, taken: list[tuple[float, ...]]) -> None:
+    """Which steps took which branch, where there are two."""
+    steps, timesteps, high = zip(*taken, strict=True)
+    figure = branch_figure([int(step) for step in steps], timesteps, [one > 0.5 for one in high], MARK)
+    page.branches = Markup(to_svg(figure, "branches"))
+    parts = [f"{sum(high):.0f} of {len(high)} logged steps were ZO-high, the others BP-low"]
+    for name, column in (("ZO-high", "train/loss_high"), ("BP-low", "train/loss_low")):
+        if losses := [loss for (loss,) in _logged(run, (column,))]:
+            parts.append(f"mean loss of {name} {sum(losses) / len(losses):.4f}")
+    page.branches_note = "; ".join(parts)
+
+
+def _logged(run: RunFolder, columns: Sequence[str]) -> list[tuple[float, ...]]:
+    """Columns of the run's log; rows that lack one of them are passed over."""
+    rows: list[tuple[float, ...]] = []
     try:
         with open(run.log, newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
-                try:
-                    step, loss = int(row["step"]), float(row["train/loss"])
-                except (KeyError, TypeError, ValueError):
-                    continue
-                steps.append(step)
-                losses.append(loss)
+                with suppress(KeyError, TypeError, ValueError):
+                    rows.append(tuple(float(row[column]) for column in columns))
     except (OSError, csv.Error):
         pass
-    return steps, losses
+    return rows
 
 
 def _read_memory(page: Page, run: RunFolder) -> None:

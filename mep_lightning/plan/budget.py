@@ -18,12 +18,20 @@ CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
 """Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
-PREFERENCE = ("textual_inversion", "zoodip")
-"""Methods from the one that needs the fewest steps."""
-PRECISION_PREFERENCE = {
-    "textual_inversion": ("fp32", "bf16", "fp16", "int8", "int4"),
-    "zoodip": ("fp32", "int8", "bf16", "fp16", "int4"),  # half precision drowns a small mu
-}
+PREFERENCE = (
+    "lora",
+    "hollowed_net",
+    "textual_inversion",
+    "textual_inversion_lite",
+    "lora_r1",
+    "selective",
+    "zoodip",
+    "dreambooth",
+)
+"""Methods from the one to take first: exact gradients before estimated ones, which need many times the steps; a LoRA
+before a token, as it holds more of the subject; last the one that takes most and, in the papers, gives no more."""
+BITS = ("fp32", "bf16", "fp16", "int8", "int4")
+PRECISION_PREFERENCE = {"zoodip": ("fp32", "int8", "bf16", "fp16", "int4")}  # half precision drowns a small mu
 SWITCHES = ("method", "precision", "offload", "checkpointing")
 
 
@@ -66,10 +74,10 @@ def parse_size(text: str) -> int:
 
 
 def best(rows: Iterable[Row], budget: Budget) -> Row | None:
-    """The recipe to take: of those that fit, the method with the fewest steps, then the most bits; None fits none."""
+    """The recipe to take: of those that fit, by method, then resident, then the most bits; None fits none."""
 
     def rank(row: Row) -> tuple[int, ...]:
-        precisions = PRECISION_PREFERENCE[row.method]
+        precisions = PRECISION_PREFERENCE.get(row.method, BITS)
         return PREFERENCE.index(row.method), row.offload != "none", precisions.index(row.precision), row.checkpointing
 
     return min(filter(budget.fits, rows), key=rank, default=None)

@@ -20,7 +20,7 @@ from mep_lightning.bases import Base, BaseFolder, predict_noise, remember
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
-from mep_lightning.draws import step_generator
+from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
@@ -97,7 +97,16 @@ def rehearse(
     # Fakes of a CUDA device would need a CUDA build of torch.
     host = replace(found, device=torch.device("cpu"), offload="none")
     setting = _Setting(live, found, resolution, batch_size, pictures)
-    modules = list(modules)
+    gc.collect()
+    gc.freeze()  # what was there before is not looked through again and again
+    try:
+        return _rehearse(setting, host, list(modules))
+    finally:
+        gc.unfreeze()
+
+
+def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Peak]]:
+    live = setting.live
     readers = {id(module): module.adapter.trains_text for module in modules}
     phases: dict[int, dict[str, Peak]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), live:
@@ -159,7 +168,7 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
     module.take(base)
     module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
     weights = live.now
-    kept = _state(module)
+    kept = state(module)
     held = {"weights": weights, "optimizer": live.now - weights}
     if not module.adapter.trains_text:
         remember_made_up(base, [module.named(PROMPT)])
@@ -167,10 +176,10 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
     if module.hollow is not None:
         peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
     hollowed = _hollowed_bytes(module, base)
-    for name, estimator, resolution in _branches(module, setting.resolution):
+    for name, estimator, resolution in branches(module, setting.resolution):
         gradients = _gradients(module, estimator)
-        batch = made_up_batch(base, resolution, setting.batch_size)
-        peak = setting.peak(partial(step, module, estimator, batch), **held, gradients=gradients)
+        draw = draw_of(module, estimator, made_up_batch(base, resolution, setting.batch_size))
+        peak = setting.peak(partial(gradient, module, estimator, draw), **held, gradients=gradients)
         peaks[name] = replace(peak, weights=peak.weights - hollowed)
         for theta in module.adapter.numbered().values():
             theta.grad = None
@@ -193,7 +202,7 @@ def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
     return sum(theta.numel() * theta.element_size() for theta in trained)
 
 
-def _state(module: PersonalizationModule) -> list[Tensor]:
+def state(module: PersonalizationModule) -> list[Tensor]:
     """What Adam and the subspace keep: two moments of every trained parameter, the path and its basis."""
     trained = module.adapter.numbered().values()
     kept = [torch.zeros_like(theta) for theta in trained for _ in range(2)]
@@ -202,7 +211,7 @@ def _state(module: PersonalizationModule) -> list[Tensor]:
     return kept
 
 
-def _branches(module: PersonalizationModule, resolution: int) -> list[tuple[str, Estimator, int]]:
+def branches(module: PersonalizationModule, resolution: int) -> list[tuple[str, Estimator, int]]:
     """The steps that there are, each with its estimator and its pictures' side in px."""
     high = ("step", module.estimator, resolution)
     return [high] if module.selector is None else [high, ("low step", module.low_estimator, module.low_resolution)]
@@ -237,11 +246,14 @@ def remember_made_up(base: Base, prompts: Iterable[str]) -> None:
         base.remembered[prompt] = known
 
 
-def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> None:
-    """What one training step computes, but for the optimizer's part."""
+def draw_of(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> Draw:
+    """What a step of the branch of an estimator trains on, with a made-up activation where there is a hollow."""
     draw = module.draw_for(batch, estimator is module.estimator, step_generator(module.seed, 0))
-    if module.hollow is not None:
-        draw = module.hollow.with_made_up(module, draw)
+    return draw if module.hollow is None else module.hollow.with_made_up(module, draw)
+
+
+def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) -> None:
+    """What one training step computes, but for the optimizer's part."""
     trained = module.adapter.numbered()
     if isinstance(estimator, Backprop):
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
@@ -249,6 +261,11 @@ def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, A
         estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
     else:
         estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
+
+
+def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> None:
+    """`gradient` of a batch."""
+    gradient(module, estimator, draw_of(module, estimator, batch))
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, rehearse
 
-Recipe = Callable[[str, bool], PersonalizationModule]
-"""(precision, checkpointing) -> a fresh module."""
+Recipe = Callable[[str, bool | None], PersonalizationModule]
+"""(precision, checkpointing) -> a fresh module; None leaves the latter to the recipe."""
 GENERATING = ("load", "denoise", "decode")
 
 
@@ -163,9 +163,9 @@ def _streams(module: PersonalizationModule) -> bool:
 
 def _ways(recipes: Mapping[str, Recipe], precision: str) -> Iterator[tuple[str, bool, PersonalizationModule]]:
     for name, make in recipes.items():
-        module = make(precision, False)
+        module = make(precision, None)
         if precision not in module.adapter.precisions:
             continue
-        yield name, False, module
-        if not module.forward_only:
+        yield name, module.checkpointing, module
+        if not (module.forward_only or module.checkpointing):
             yield name, True, make(precision, True)

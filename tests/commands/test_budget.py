@@ -21,8 +21,8 @@ SHORT = ("--samples.count", "1", "--samples.steps", "1", "--samples.every", "0",
 def test_the_plan_chooses_the_recipe_and_says_why(config_of, capsys):
     assert main(["fit", "--budget", "1GB", *INT8, *SHORT, "--trainer.accelerator", "cpu", "--run", "r"]) == 0
     model = config_of("r")["model"]
-    assert (model["method"], model["precision"], model["checkpointing"]) == ("textual_inversion", "int8", False)
-    assert "Into 1GB fits textual_inversion in int8: " in capsys.readouterr().out
+    assert (model["method"], model["precision"], model["checkpointing"]) == ("lora", "int8", False)
+    assert "Into 1GB fits lora in int8: " in capsys.readouterr().out
 
 
 def test_activations_that_are_named_leave_only_quantised_weights(config_of):
@@ -49,7 +49,7 @@ def test_a_method_named_on_the_command_line_gets_its_recipe(config_of):
 def test_a_printed_recipe_is_nothing_but_yaml(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--budget", "1GB", *INT8, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["method"] == "textual_inversion"
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["method"] == "lora"
 
 
 def test_settings_that_break_the_budget_are_refused(said):

@@ -18,7 +18,7 @@ def test_the_table_says_what_fits(capsys, tmp_path):
         ["zoodip", "fp32"],
         ["textual_inversion", "fp32"],
     ]
-    assert "fits: mep fit --config textual_inversion --model.base tiny --model.precision fp32" in said
+    assert "fits: mep fit --config lora --model.base tiny --model.precision fp32" in said
     assert "--trainer.accelerator cpu" in said
     assert Image.open(tmp_path / "plan.png").width > 500
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from mep_lightning.evaluation import grid, plots, write_report
-from mep_lightning.evaluation.report import _losses
+from mep_lightning.evaluation.report import _logged
 from mep_lightning.run_folder import RunFolder
 
 EVIL = "<script>alert('x')</script> & \"<sks>\""
@@ -222,11 +222,24 @@ def test_the_loss_is_that_of_the_log_and_of_no_other_file(run):
     (run.root / "lightning_logs").mkdir()
     (run.root / "lightning_logs" / "metrics.csv").write_text("step,train/loss\n7,70.0\n")
     run.log.write_text("step,train/grad_norm,train/loss\n0,1.0,0.5\n1,1.0,\n2,1.0,nan\n3,1.0,0.25\nx,1.0,9\n4,1.0\n")
-    steps, losses = _losses(run)
-    assert steps == [0, 2, 3]
+    steps, losses = zip(*_logged(run, ("step", "train/loss")), strict=True)
+    assert steps == (0, 2, 3)
     assert losses == pytest.approx([0.5, math.nan, 0.25], nan_ok=True)
     run.log.unlink()
-    assert _losses(run) == ([], [])
+    assert _logged(run, ("step", "train/loss")) == []
+
+
+def test_the_branches_of_a_selective_run_are_shown(run):
+    rows = [
+        f"{step},0.5,{step % 1000},{step % 2},{0.1 if step % 2 else ''},{'' if step % 2 else 0.3}" for step in range(40)
+    ]
+    header = "step,train/loss,train/timestep,train/high,train/loss_high,train/loss_low"
+    run.log.write_text("\n".join([header, *rows]) + "\n")
+    text = read(run).text
+    assert "20 of 40 logged steps were ZO-high, the others BP-low" in text
+    assert "mean loss of ZO-high 0.1000; mean loss of BP-low 0.3000" in text
+    run.log.write_text("step,train/loss\n0,0.5\n")
+    assert "ZO-high" not in read(run).text
 
 
 def test_large_pictures_do_not_make_a_heavy_page(run):

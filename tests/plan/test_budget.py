@@ -2,8 +2,10 @@
 
 import pytest
 
+from mep_lightning.defaults import METHODS
 from mep_lightning.errors import UserError
 from mep_lightning.plan import Budget, Peak, Row, best, parse_size, savings
+from mep_lightning.plan.budget import PREFERENCE
 
 GIB = 2**30
 
@@ -52,9 +54,13 @@ def test_the_overhead_is_part_of_the_budget():
         (1, ("zoodip", "int8", False)),
     ],
 )
-def test_the_method_with_the_fewest_steps_and_then_the_most_bits_is_taken(gib, taken):
+def test_the_method_to_take_first_and_then_the_most_bits_is_taken(gib, taken):
     found = best(ROWS, Budget(int(gib * GIB), "cuda"))
     assert (found.method, found.precision, found.checkpointing) == taken
+
+
+def test_every_method_has_its_place():
+    assert set(PREFERENCE) == set(METHODS)
 
 
 def test_nothing_may_fit():

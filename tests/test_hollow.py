@@ -1,0 +1,197 @@
+"""Hollowed Net: around a hollow everything is computed as if it were there, and it is not."""
+
+import json
+
+import pytest
+import torch
+from lightning import Trainer
+
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import LoRA, TokenEmbedding
+from mep_lightning.bases import load_base, predict_noise
+from mep_lightning.bases.units import cuts, line
+from mep_lightning.bases.walk import activation_at
+from mep_lightning.callbacks import HollowedActivations
+from mep_lightning.errors import UserError
+from mep_lightning.evaluation import generate
+from mep_lightning.hollow import Hollow, nearest_cut
+
+SAMPLES = 5
+QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+def fitted(folder, steps=3, precision="fp32", callback=None, module=None, **settings):
+    module = module or PersonalizationModule("tiny", precision, adapter=LoRA(rank=4), method="hollowed_net", **settings)
+    callback = callback or HollowedActivations(0.39, SAMPLES)
+    trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[callback], default_root_dir=folder, **QUIET)
+    trainer.fit(module, SubjectData())
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hollow")
+    return fitted(folder), folder
+
+
+def conditions(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 4, 16, 16, generator=g), torch.tensor([400]), torch.randn(1, 77, 128, generator=g)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_without_a_lora_the_hollowed_forward_is_the_full_one(precision):
+    base = load_base("tiny", precision, vae=False)
+    told = conditions()
+    with torch.no_grad():
+        whole = base.unet(*told).sample
+        for cut in cuts(base.unet):
+            activation = activation_at(base.unet, *told, cut)
+            base.free([unit.module for unit in line(base.unet)[cut.start : cut.stop]])
+            around = predict_noise(base.unet, *told, cut=cut, activation=activation)
+            torch.testing.assert_close(around, whole, rtol=1e-5, atol=1e-6)
+            with base.whole():
+                pass
+            base.read_unet(base.freed)
+            base.freed = []
+
+
+def test_gradients_are_those_of_a_full_unet_whose_middle_is_frozen_and_fed_the_stored_input():
+    base = load_base("tiny", vae=False)
+    cut = nearest_cut(cuts(base.unet), 0.39)
+    units = line(base.unet)
+    inside, after = units[cut.start : cut.stop], units[cut.stop].module
+    adapter = LoRA(rank=4)
+    adapter.attach(base, without=[unit.module for unit in inside])
+    with torch.no_grad():
+        for up in adapter.up.values():
+            up.normal_(std=0.1, generator=torch.Generator().manual_seed(up.numel()))
+    told = conditions()
+    with torch.no_grad(), adapter.away():
+        stored = activation_at(base.unet, *told, cut)
+    parameters = list(adapter.numbered().values())
+    ours = torch.autograd.grad(
+        predict_noise(base.unet, *told, cut=cut, activation=stored).square().sum(), parameters, allow_unused=True
+    )
+    # The whole U-Net runs, and what its middle hands on is the stored tensor.
+    handle = after.register_forward_pre_hook(
+        lambda _, given: (torch.cat([stored, given[0][:, stored.shape[1] :]], 1), *given[1:])
+    )
+    theirs = torch.autograd.grad(base.unet(*told).sample.square().sum(), parameters, allow_unused=True)
+    handle.remove()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_training_frees_the_hollow_and_goes_round_the_draws(trained):
+    module, folder = trained
+    inside = module.hollow.inside(module.base)
+    assert all(value.is_meta for part in inside for value in (*part.parameters(), *part.buffers()))
+    assert not any(value.is_meta for value in module.adapter.parameters())
+    assert module.hollow.stored.shape[0] == SAMPLES
+    for start in (0, SAMPLES):  # every draw once a round
+        assert sorted(module.hollow.index(0, start + k) for k in range(SAMPLES)) == list(range(SAMPLES))
+    names = {name for name, _ in module.adapter.named_parameters()}
+    assert names and not any("mid_block" in name for name in names)
+    assert (folder / "activations" / "activations.bin").stat().st_size == module.hollow.stored.nbytes
+
+
+def test_a_stored_activation_is_what_the_original_unet_answers(trained):
+    module, _ = trained
+    base = load_base("tiny", vae=False)
+    index = module.hollow.index(module.seed, 3)
+    data = SubjectData()
+    data.default_seed = module.seed
+    data.encode(load_base("tiny"))
+    draw = module.draw_at(data.batch(index), index)
+    told = module.condition_on(draw.prompts)
+    with torch.no_grad():
+        expected = activation_at(base.unet, draw.noisy, draw.timestep, told, module.hollow.cut)
+    torch.testing.assert_close(module.hollow.activation(index), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_take_two_paths_and_the_hollow_is_gone_again(trained):
+    module, _ = trained
+    with torch.no_grad():
+        for up in module.adapter.up.values():
+            up.normal_(std=0.3, generator=torch.Generator().manual_seed(up.numel()))
+    (two,) = generate(module, ["a photo of a sks ball"], [0], steps=2, guidance=1.0)
+    assert module.base.freed and next(module.base.freed[0].parameters()).is_meta
+    hollow, module.hollow = module.hollow, None
+    with module.base.whole():
+        (one,) = generate(module, ["a photo of a sks ball"], [0], steps=2, guidance=1.0)
+    module.hollow = hollow
+    assert list(two.getdata()) != list(one.getdata())
+    assert "forward" not in vars(module.base.unet)
+
+
+class Killed(Exception):
+    """As if the process had died."""
+
+
+def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    answer, asked = Hollow.answer, []
+
+    def counting(self, module, draw, dies_at=None):
+        asked.append(1)
+        if len(asked) == dies_at:
+            raise Killed
+        return answer(self, module, draw)
+
+    monkeypatch.setattr("mep_lightning.hollow.EVERY", 1)
+    monkeypatch.setattr(Hollow, "answer", lambda *given: counting(*given, dies_at=4))
+    with pytest.raises(Killed):
+        fitted(tmp_path)
+    assert json.loads((tmp_path / "activations" / "activations.json").read_text())["done"] == 2
+    asked.clear()
+    monkeypatch.setattr(Hollow, "answer", counting)
+    again = fitted(tmp_path)
+    assert len(asked) == 1 + SAMPLES - 2  # one to learn the shape
+    monkeypatch.setattr(Hollow, "answer", answer)
+    whole = fitted(tmp_path / "whole")
+    assert (again.hollow.stored == whole.hollow.stored).all()
+    for mine, other in zip(again.adapter.parameters(), whole.adapter.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_activations_of_another_run_are_refused(tmp_path):
+    fitted(tmp_path, steps=1)
+    fitted(tmp_path, steps=1)  # the same: read again
+    with pytest.raises(UserError, match="holds activations of another base, precision, cut, photos or seed"):
+        fitted(tmp_path, steps=1, seed=1)
+    with pytest.raises(UserError, match="holds activations of another base"):
+        fitted(tmp_path, steps=1, precision="int8")
+
+
+def test_too_small_a_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"stage 1 of Hollowed Net writes .* and 0.977 KiB are free there: make room"):
+        fitted(tmp_path)
+    assert not (tmp_path / "activations" / "activations.bin").exists()
+
+
+def test_a_fraction_without_a_cut_names_the_nearest():
+    found = cuts(load_base("tiny", vae=False).unet)
+    assert nearest_cut(found, 0.39).fraction == pytest.approx(0.375, abs=1e-3)
+    with pytest.raises(UserError, match=r"fraction is 0.3, and no cut is near: the nearest are 0.202 and 0.375"):
+        nearest_cut(found, 0.3)
+    with pytest.raises(UserError, match=r"fraction is 0.01, and no cut is near: the nearest are 0.202\."):
+        nearest_cut(found, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fraction": 1.5}, "HollowedActivations.fraction is 1.5; use a share between 0 and 1, or auto"),
+        ({"samples": 0}, "HollowedActivations.samples is 0; use 1 or more, or auto"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        HollowedActivations(**settings)
+
+
+def test_a_module_that_trains_no_lora_is_refused(tmp_path):
+    module = PersonalizationModule("tiny", adapter=TokenEmbedding())
+    with pytest.raises(UserError, match="HollowedActivations needs a module that trains a LoRA"):
+        fitted(tmp_path, module=module)
