@@ -20,7 +20,7 @@ from mep_lightning.hollow import Hollow
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
-EXPORTS: dict[str, type[Adapter]] = {kind.FILES[0]: kind for kind in (LoRA, TokenEmbedding, FullUNet)}
+EXPORTS: dict[str, type[Adapter]] = {kind.FILES[0]: kind for kind in (TokenEmbedding, LoRA, FullUNet)}
 """Exported file -> the adapter that reads it; a token and a LoRA side by side belong together."""
 KINDS: dict[str, type[Adapter]] = {kind.__name__: kind for kind in EXPORTS.values()} | {"TokenAndLoRA": TokenAndLoRA}
 TEXTS = ("model.base", "model.precision", "model.method", "data.path", "data.class_word")
@@ -253,9 +253,9 @@ def _newest_weights(run: RunFolder) -> Path:
     """The export, or the checkpoint of a run that was killed after its last export."""
     candidates = [*_exports(run), *([run.last_checkpoint] if run.last_checkpoint.is_file() else [])]
     if not candidates:
-        names = " or ".join(EXPORTS)
+        names = ", ".join(EXPORTS)
         raise UserError(
-            f"{run.root} holds neither {names} nor {run.last_checkpoint.relative_to(run.root)}; "
+            f"{run.root} holds none of {names} and {run.last_checkpoint.relative_to(run.root)}; "
             "give the folder of a run that has trained, or of an export."
         )
     return max(candidates, key=lambda path: path.stat().st_mtime)

@@ -15,7 +15,10 @@ class Absent(CSVLogger):
 
 
 FIT_MISTAKES = {
-    "no recipe": ([], "say what to do with --config RECIPE.*quickstart, textual_inversion, zoodip, models/sd15"),
+    "no recipe": (
+        [],
+        "say what to do with --config RECIPE.*quickstart, selective, textual_inversion, textual_inversion_lite, zoodip, models/sd15",
+    ),
     "unknown recipe": (
         ["--config", "zodip"],
         "--config zodip: neither a file nor a packaged recipe. Did you mean zoodip?",

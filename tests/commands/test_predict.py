@@ -46,12 +46,11 @@ def test_predict_draws_the_same_picture_for_the_same_seed(trained, capsys):
 def test_a_run_draws_with_the_activations_that_it_was_trained_with(fit, config_of, monkeypatch):
     words = ("--model.activations", "bf16", "--run", "r")
     noted = []
-    monkeypatch.setattr("mep_lightning.module.rank_zero_warn", noted.append)
+    monkeypatch.setattr("mep_lightning.advice.rank_zero_warn", noted.append)
     assert fit(*words, "--model.estimator.init_args.mu", "1e-3", steps=1) == 0
     assert any(re.search("mu 0.001 drowns .* take mu 0.03, or activations fp32", note) for note in noted)
-    opened = open_learned("r")
-    assert opened.module.base.dtype == torch.bfloat16
-    assert open_learned("r", precision="fp32").module.base.dtype == torch.float32
+    assert open_learned("r").load().dtype == torch.bfloat16
+    assert open_learned("r", precision="fp32").load().dtype == torch.float32
     assert fit(*words[:2], "--run", "s", steps=1) == 0
     assert config_of("s")["model"]["estimator"]["init_args"]["mu"] == 0.03
 
@@ -84,7 +83,7 @@ PREDICT_MISTAKES = {
     "no prompt": (["--run", "RUN"], "--prompts is missing"),
     "no run": (["--prompts", "x"], "--run is missing"),
     "no such run": (["--run", "none", "--prompts", "x"], "none does not exist"),
-    "nothing learned": (["--run", ".", "--base", "tiny", "--prompts", "x"], "holds neither learned_embeds.safetensors"),
+    "nothing learned": (["--run", ".", "--base", "tiny", "--prompts", "x"], "holds none of learned_embeds.safetensors"),
     "no base": (["--run", "foreign", "--prompts", "x"], "no config.yaml says its base; add --base tiny"),
     "unknown token": (["--run", "RUN", "--prompts", "a <sk> ball"], "names <sk>, which"),
     "empty prompt": (["--run", "RUN", "--prompts", "a {}", " "], '--prompts is ""; use a text each'),

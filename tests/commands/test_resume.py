@@ -217,9 +217,10 @@ def test_a_resumed_run_may_change_memory_and_speed(trained, config_of, checkpoin
     shutil.copytree(trained, "r")
     words = ["--model.cuda_graph", "true", "--model.checkpointing", "true", "--trainer.max_steps", "12"]
     noted = []
-    monkeypatch.setattr("mep_lightning.module.rank_zero_warn", noted.append)
+    monkeypatch.setattr("mep_lightning.advice.rank_zero_warn", noted.append)
     assert main(["fit", "--run", "r", "--resume", *words]) == 0
-    assert [note.partition(":")[0] for note in noted] == ["model.cuda_graph does nothing here"]
+    idle = [f"model.{switch} does nothing here" for switch in ("cuda_graph", "checkpointing")]
+    assert [note.partition(":")[0] for note in noted] == idle
     assert checkpoint("r")["global_step"] == 12
     assert config_of("r")["model"]["cuda_graph"] and config_of("r")["model"]["checkpointing"]
 
