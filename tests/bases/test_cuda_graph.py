@@ -9,6 +9,7 @@ from lightning import Trainer
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.advice import warn_of_idle_switches
 from mep_lightning.bases import predict_noise
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.errors import UserError
@@ -53,7 +54,7 @@ def token(tmp_path, graphed: bool, device: str = "cpu", steps: int = 6) -> torch
 def test_replaying_trains_the_same_token_bit_by_bit(tmp_path, monkeypatch):
     plain = token(tmp_path, graphed=False)
     monkeypatch.setattr("mep_lightning.module.CUDAGraphed", Replayed)
-    monkeypatch.setattr(PersonalizationModule, "_takes_graph", lambda self, base: self.cuda_graph)
+    monkeypatch.setattr(PersonalizationModule, "takes_graph", lambda self, base: self.cuda_graph)
     monkeypatch.setattr(Replayed, "captures", 0)
     assert torch.equal(token(tmp_path, graphed=True), plain)
     assert Replayed.captures == 1
@@ -103,7 +104,7 @@ def test_without_a_gpu_the_switch_changes_nothing(tiny_base):
 
 
 def test_two_modules_may_share_a_base(tiny_base, monkeypatch):
-    monkeypatch.setattr(PersonalizationModule, "_takes_graph", lambda self, base: True)
+    monkeypatch.setattr(PersonalizationModule, "takes_graph", lambda self, base: True)
     modules = [PersonalizationModule(adapter=TokenEmbedding(init="ball"), cuda_graph=True) for _ in range(2)]
     try:
         for module in (*modules, modules[0]):
@@ -140,7 +141,7 @@ def test_a_switch_that_does_nothing_says_so(switches, why):
     )
     module.load()
     with pytest.warns(UserWarning, match=why):
-        module._warn_of_idle_switches(module.base)
+        warn_of_idle_switches(module, module.base)
     assert module.predict_noise is predict_noise
 
 

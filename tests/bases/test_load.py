@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from mep_lightning.bases import base as base_module
 from mep_lightning.bases import encode_prompts, identify, load_base, open_base, predict_noise
 from mep_lightning.bases.weights import in_tiles
 from mep_lightning.errors import UserError
@@ -44,13 +45,25 @@ def test_a_base_can_do_without_its_autoencoder():
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_parts_are_parked_only_where_the_device_has_memory_of_its_own(kind, monkeypatch):
     base, moves = load_base("tiny", vae=False), []
-    for name, part in (("unet", base.unet), ("text", base.text_encoders[0])):
-        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+    names = {base.unet: "unet", base.text_encoders[0]: "text"}
+    monkeypatch.setattr(base_module, "_move", lambda part, device: moves.append((names[part], str(device))))
     base.device = torch.device(kind)
     with base.parked():
         parked = list(moves)
     assert parked == ([("unet", "cpu"), ("text", "cpu")] if kind == "cuda" else [])
     assert moves[len(parked) :] == ([("unet", "cuda"), ("text", "cuda")] if kind == "cuda" else [])
+
+
+def test_what_is_freed_of_a_unet_stays_so_while_it_is_parked():
+    base = load_base("tiny", vae=False)
+    base.free([base.unet.mid_block])
+    base_module._move(base.unet, "cpu")
+    assert all(value.is_meta for value in base.unet.mid_block.parameters())
+    with base.whole():
+        whole = load_base("tiny", vae=False).unet.mid_block
+        for mine, other in zip(base.unet.mid_block.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(mine, other)
+    assert all(value.is_meta for value in base.unet.mid_block.parameters())
 
 
 @pytest.mark.parametrize(
