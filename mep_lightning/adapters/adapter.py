@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mep_lightning.bases import Base
@@ -124,6 +125,19 @@ class Adapter(nn.Module, ABC):
         return self
 
 
-def read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
-    """Our own keys of a file's metadata."""
-    return {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items() if key.startswith(PREFIX)}
+def read_export(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of an exported file, and our own keys of its metadata.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = directory / name
+    if not path.exists():
+        raise UserError(f"{directory} holds no {name}: give the folder of a finished run or of an export")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): export it again") from None
+    return tensors, {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}

@@ -6,11 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_metadata
+from mep_lightning.adapters.adapter import Adapter, read_export
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.run_folder import replacing
@@ -80,14 +79,7 @@ class FullUNet(Adapter):
 
     def load_export(self, directory: Path) -> None:
         path = Path(directory) / FILE
-        if not path.exists():
-            raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                origin = read_metadata(file.metadata())
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}): export it again") from None
+        tensors, origin = read_export(Path(directory), FILE)
         if not all(value.isfinite().all() for value in tensors.values()):
             raise UserError(f"{path} holds values that are not finite: export it again")
         self.token = origin.pop("token", self.token)

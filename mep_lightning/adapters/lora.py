@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from diffusers.models.attention import FeedForward
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_metadata
+from mep_lightning.adapters.adapter import Adapter, read_export
 from mep_lightning.bases import Base
 from mep_lightning.bases.transformer import BlockwiseFeedForward
 from mep_lightning.errors import UserError, refuse_unless
@@ -209,14 +208,7 @@ class LoRA(Adapter):
 
     def load_export(self, directory: Path) -> None:
         path = Path(directory) / FILE
-        if not path.exists():
-            raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                origin = read_metadata(file.metadata())
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}): export it again") from None
+        tensors, origin = read_export(Path(directory), FILE)
         names = [key.removesuffix(DOWN) for key in tensors if key.endswith(DOWN)]
         pairs = {name.removeprefix("unet."): (tensors.get(name + DOWN), tensors.get(name + UP)) for name in names}
         if not pairs or len(tensors) != 2 * len(pairs) or any(up is None for _, up in pairs.values()):

@@ -6,11 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_metadata
+from mep_lightning.adapters.adapter import Adapter, read_export
 from mep_lightning.bases import Base
 from mep_lightning.bases.tokens import token_rows, with_tokens
 from mep_lightning.errors import UserError
@@ -106,14 +105,7 @@ class TokenEmbedding(Adapter):
 
     def load_export(self, directory: Path) -> None:
         path = Path(directory) / FILE
-        if not path.exists():
-            raise UserError(f"{directory} holds no {FILE}: give the folder of a finished run or of an export")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                origin = read_metadata(file.metadata())
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}): export it again") from None
+        tensors, origin = read_export(Path(directory), FILE)
         names = XL_KEYS if set(tensors) == set(XL_KEYS) else tuple(tensors)
         parts = [tensors[name] for name in names]
         is_one_token = len(parts) == 1 or names == XL_KEYS
