@@ -116,7 +116,7 @@ class Hollow:
         kind = STORED[like.dtype]
         shape = (self.samples, *like.shape)
         path, progress = folder / FILE, folder / PROGRESS
-        key = _fingerprint(module, self, list(shape), [list(draw.noisy.shape), batch_of(0)["prompts"]])
+        key = _fingerprint(module, self, [list(shape), list(draw.noisy.shape), draw.prompts])
         done = _done(progress, path, key, int(np.prod(shape)) * np.dtype(kind).itemsize)
         folder.mkdir(parents=True, exist_ok=True)
         if done == 0:
@@ -165,8 +165,8 @@ class Hollow:
                 del unet.forward
 
 
-def _fingerprint(module: Any, hollow: Hollow, shape: list[int], first: list[Any]) -> str:
-    """What the activations hang on; another of any of these is another run's."""
+def _fingerprint(module: Any, hollow: Hollow, first: list[Any]) -> str:
+    """What the activations hang on, `first` of the first draw; another of any of these is another run's."""
     base, data = module.base, getattr(module._trainer, "datamodule", None)
     photos = hashlib.sha256()
     for mean, std in (data.latents if data is not None else {}).values():
@@ -178,8 +178,8 @@ def _fingerprint(module: Any, hollow: Hollow, shape: list[int], first: list[Any]
         str(base.dtype),
         module.seed,
         str(hollow.cut),
-        shape,
         first,
+        None if data is None else [data.seed, [module.named(text) for text in data.texts]],
         photos.hexdigest(),
     ]
     what += [type(module.timesteps).__name__, sorted(map(str, vars(module.timesteps).items()))]
@@ -201,8 +201,8 @@ def _done(progress: Path, path: Path, key: str, size: int) -> int:
         return 0  # damaged: they are made again
     if theirs != key:
         raise UserError(
-            f"{path} holds activations of another base, precision, cut, photos or seed: delete it, or name another "
-            "folder"
+            f"{path} holds activations of another base, precision, cut, photos, prompts or seed: delete it, or name "
+            "another folder"
         )
     return done if path.is_file() and path.stat().st_size == size else 0
 

@@ -157,10 +157,13 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 def test_activations_of_another_run_are_refused(tmp_path):
     fitted(tmp_path, steps=1)
     fitted(tmp_path, steps=1)  # the same: read again
-    with pytest.raises(UserError, match="holds activations of another base, precision, cut, photos or seed"):
+    with pytest.raises(UserError, match="holds activations of another base, precision, cut, photos, prompts or seed"):
         fitted(tmp_path, steps=1, seed=1)
     with pytest.raises(UserError, match="holds activations of another base"):
         fitted(tmp_path, steps=1, precision="int8")
+    word = PersonalizationModule("tiny", adapter=LoRA("zwx", rank=4), method="hollowed_net")
+    with pytest.raises(UserError, match="holds activations of another base"):  # its prompts name another subject
+        fitted(tmp_path, steps=1, module=word)
 
 
 def test_too_small_a_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):

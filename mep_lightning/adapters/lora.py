@@ -37,7 +37,7 @@ class LoRA(Adapter):
         alpha: the term's strength times r; None is `rank`, a strength of 1.
         targets: names of the U-Net's linear layers and convolutions, or their ends; q, k, v and out of every attention
             by default.
-        freeze_down: leave A as it was drawn and train B alone (MobiZO, arXiv 2409.15520).
+        freeze_down: leave A as it was drawn and train B alone (MobiZO).
         seed: A is drawn from.
 
     Raises:

@@ -48,7 +48,7 @@ class PriorPreservation(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).root / "prior"
-        have = len(list(root.glob("*.png"))) if not self.folder and root.is_dir() else _count(root)
+        have = _count(root)
         if have < self.images:
             self._draw(module, root, have)
         photos = find_photos(root)[: self.images]
