@@ -76,7 +76,7 @@ PRECISIONS: dict[str, Settings] = {
     precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
 }
 """ZOODiP on the base in every precision, with the mu that each wants."""
-FRACTIONS = (0.202, 0.375, 0.447, 0.502, 0.702, 0.901)
+FRACTIONS = (0.202, 0.375, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
 LORAS: dict[str, Settings] = {
     "untrained": LORA | {"max_steps": 0},
@@ -89,8 +89,13 @@ LORAS: dict[str, Settings] = {
     "ZO-high alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 1.0}]},
     "constant probability": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.25}]},
     "step-wise switch": SELECTIVE | {"selector": ["StepwiseSelector", {"switch": 0.75}]},
+    "selective, low at 32 px": SELECTIVE | {"low_resolution": 32},
+    "BP-low alone, at 32 px": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.0}], "low_resolution": 32},
 }
-"""LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another."""
+"""LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another.
+
+Half the side, as the paper has it, leaves tiny latents of 4 x 4; its default here is three quarters.
+"""
 SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "loras": LORAS}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""

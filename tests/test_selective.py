@@ -58,7 +58,7 @@ def values(mod):
 def test_each_branch_has_its_estimator_and_its_resolution(tmp_path):
     mod = module()
     watch = fitted(tmp_path, mod, 8)
-    assert mod.method == "selective" and mod.low_resolution == 32
+    assert mod.method == "selective" and mod.low_resolution == 48
     high = [entry["train/high"] == 1 for entry in watch.logged]
     assert watch.sides == [(16, 2) if here else (8, 1) for here in high]
     assert 0 < sum(high) < 8
