@@ -94,7 +94,7 @@ LORAS: dict[str, Settings] = {
 }
 """LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another.
 
-Half the side, as the paper has it, leaves tiny latents of 4 x 4; its default here is three quarters.
+Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
 """
 SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "loras": LORAS}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}

@@ -62,7 +62,7 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("selective", "*", "*", {"n": 1, "mu": 1e-3, "standardize": False, "low_resolution": 256}),
     ("selective", "sdxl", "*", {"low_resolution": 512}),
     *(("selective", "*", precision, {"mu": 1e-2}) for precision in ("fp16", "bf16", "int8", "int4")),
-    # Half of tiny's 64 px would leave latents of 4 x 4.
+    # Half of tiny's 64 px leaves 2 x 2 latents in the middle of its U-Net.
     ("selective", "tiny", "*", {"low_resolution": 48, "mu": 1e-3}),
     ("dreambooth", "*", "*", {"lr": 5e-6, "eps": 1e-8, "max_steps": 400}),
     ("dreambooth", "tiny", "*", {"lr": 1e-4}),

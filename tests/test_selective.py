@@ -60,7 +60,7 @@ def test_each_branch_has_its_estimator_and_its_resolution(tmp_path):
     watch = fitted(tmp_path, mod, 8)
     assert mod.method == "selective" and mod.low_resolution == 48
     high = [entry["train/high"] == 1 for entry in watch.logged]
-    assert watch.sides == [(16, 2) if here else (8, 1) for here in high]
+    assert watch.sides == [(16, 2) if here else (12, 1) for here in high]
     assert 0 < sum(high) < 8
     assert {"train/loss_high", "train/loss_low", "train/timestep"} <= set(watch.logged[-1])
     optimizer = mod.optimizers().optimizer
@@ -72,7 +72,7 @@ def test_each_branch_has_its_estimator_and_its_resolution(tmp_path):
 def test_either_branch_alone_moves_every_factor(tmp_path, chance):
     mod = module(ConstantSelector(chance))
     watch = fitted(tmp_path, mod, 3)
-    assert {side for side, _ in watch.sides} == ({16} if chance else {8})
+    assert {side for side, _ in watch.sides} == ({16} if chance else {12})
     start = LoRA(rank=4)
     start.attach(mod.base)
     moved = [bool((a != b).any()) for a, b in zip(values(mod), start.parameters(), strict=True)]
