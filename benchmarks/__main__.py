@@ -13,7 +13,7 @@ from benchmarks import rows, tables
 from benchmarks.quality import SUITES
 
 RESULTS = Path(__file__).parent / "results"
-PERFORMANCE = ("step", "memory", "kernels", "fidelity")
+PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
@@ -51,15 +51,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = top.add_subparsers(dest="suite", required=True)
     step = suites.add_parser("step", help="a zeroth-order step: members together beside one after the other")
+    methods = suites.add_parser("methods", help="a training and a denoising step of every method at a base's real size")
     memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
     kernels = suites.add_parser("kernels", help="every operation at SD1.5's layer sizes beside a library's")
     fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
     everything = suites.add_parser("all", help=f"{', '.join(PERFORMANCE)}; --out is a folder")
-    for suite in (step, memory, everything):
+    for suite in (step, methods, memory, everything):
         suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15, sd21 or sdxl")
-    for suite in (step, memory, kernels, fidelity, everything):
+    for suite in (step, methods, memory, kernels, fidelity, everything):
         suite.add_argument("--device", default="cpu", help="cpu or cuda")
-    for suite in (step, kernels, everything):
+    for suite in (step, methods, kernels, everything):
         suite.add_argument("--rounds", type=int, default=15)
     for suite in (step, everything):
         suite.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 def default_path(suite: str, args: argparse.Namespace) -> Path:
     """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
     folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
-    about = args.method if suite == "tune" else args.base if suite in ("step", "memory") else "tiny"
+    about = args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory") else "tiny"
     return folder / (f"{suite}.json" if about == "tiny" else f"{suite}-{about}.json")
 
 
@@ -113,6 +114,12 @@ def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     if args.base == "tiny":
         return step.run(args.rounds, args.device)
     return real_step.run(args.base, args.rounds, args.device, args.compile)
+
+
+def _methods(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import methods
+
+    return methods.run(args.base, args.rounds, args.device)
 
 
 def _memory(args: argparse.Namespace, _: Path) -> list[rows.Row]:
@@ -154,6 +161,7 @@ def _cells(args: argparse.Namespace, path: Path) -> list[rows.Row]:
 
 RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "step": _step,
+    "methods": _methods,
     "memory": _memory,
     "kernels": _kernels,
     "fidelity": _fidelity,

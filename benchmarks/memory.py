@@ -6,21 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import made_up
 from benchmarks.rows import Row, row
-from mep_lightning.adapters import TokenEmbedding
-from mep_lightning.bases import Base, BaseFolder
-from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import activation_dtype, assemble
-from mep_lightning.bases.skeleton import architecture, made_up, skeleton_vae, tokenizer
+from mep_lightning.bases import BaseFolder
+from mep_lightning.bases.skeleton import skeleton_vae
 from mep_lightning.commands.budget import available_precisions, recipe
 from mep_lightning.defaults import METHODS
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan import Row as Planned
 from mep_lightning.plan import plan
-from mep_lightning.plan.rehearsal import PROMPT, WORD, branches, denoise, draw_of, gradient, made_up_batch, state
+from mep_lightning.plan.rehearsal import branches, denoise, draw_of, gradient, state
 
 MEASURED = (
     "zoodip in int8",
@@ -66,25 +64,11 @@ def run(
 
 def measure(module: PersonalizationModule, planned: Planned, device: str) -> dict[str, int]:
     """Bytes at the peak of every phase of a run that does one of everything."""
-    folder, where = architecture(planned.base), torch.device(device)
-    info = describe(folder, planned.base)
-    found = BaseFolder(
-        name=planned.base,
-        folder=folder,
-        info=info,
-        precision=planned.precision,
-        dtype=activation_dtype(planned.precision, where, info.family),
-        device=where,
-        offload=planned.offload,
-    )
-    module.class_word = WORD
-    for part in module.adapter.parts:
-        if isinstance(part, TokenEmbedding):
-            part.init = WORD
+    found = made_up.found(planned.base, planned.precision, device, planned.offload)
     reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]
     peaks = _autoencoder(found, planned.resolution)
-    loading = peak_of(lambda: base.append(_load(found, None if reads_text else [module.named(PROMPT)])), found)
-    on_cpu = where.type == "cpu"
+    loading = peak_of(lambda: base.append(made_up.load(found, module)), found)
+    on_cpu = found.device.type == "cpu"
     held = _held(base[0].unet, *base[0].text_encoders) if on_cpu else 0
     if reads_text:
         peaks["load"] = max(loading, held)
@@ -92,14 +76,12 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     module.take(base[0])
     kept = state(module)
     held += (_held(module.adapter) + sum(moment.numel() * moment.element_size() for moment in kept)) if on_cpu else 0
-    peaks["denoise"] = held + peak_of(lambda: denoise(module, planned.resolution // info.vae_factor, 1), found)
+    peaks["denoise"] = held + peak_of(lambda: denoise(module, planned.resolution // found.vae_factor, 1), found)
     if module.hollow is not None:
         inside = module.hollow.inside(base[0])
         held -= _held(*inside) if on_cpu else 0
     for name, estimator, resolution in branches(module, planned.resolution):
-        batch = made_up_batch(base[0], resolution)
-        batch["mean"] = torch.randn(batch["mean"].shape)
-        draw = draw_of(module, estimator, batch)
+        draw = draw_of(module, estimator, made_up.batch(base[0], resolution))
         if module.hollow is not None and not base[0].freed:
             base[0].free(inside)
         peaks[name] = held + peak_of(lambda e=estimator, d=draw: gradient(module, e, d), found)
@@ -131,7 +113,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
-    vae = skeleton_vae(replace(found, device=found.weights_device), random_weights)
+    vae = skeleton_vae(replace(found, device=found.weights_device), made_up.random_weights)
     stream = found.placed(vae)
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor
@@ -146,16 +128,5 @@ def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
     return peaks
 
 
-def _load(found: BaseFolder, prompts: Sequence[str] | None) -> Base:
-    return assemble(
-        found, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None, prompts=prompts
-    )
-
-
 def _held(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-
-
-def random_weights(_: str, shape: tuple[int, ...]) -> Tensor:
-    """Small enough that activations stay finite through a hundred layers."""
-    return torch.randn(shape, dtype=torch.float32).mul_(0.02).half()

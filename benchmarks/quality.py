@@ -52,6 +52,8 @@ SELECTIVE: Settings = LORA | {
 METHODS: dict[str, Settings] = {
     "untrained": BACKPROP | {"max_steps": 0},
     "textual_inversion": BACKPROP,
+    "textual_inversion_lite": BACKPROP
+    | {"method": "textual_inversion_lite", "precision": "int8", "checkpointing": True},
     "zoodip": ZOODIP,
 }
 """Every method with its own values and budget."""
@@ -134,6 +136,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
         subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
         selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
         low_resolution=settings.get("low_resolution"),
+        checkpointing=settings.get("checkpointing", False),
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],
         eps=settings["eps"],
@@ -266,7 +269,7 @@ def fingerprint(settings: Settings, split: str, images: int) -> str:
 
 
 def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:
-    """Mean over subjects and seeds, and the spread over seeds of the mean over subjects."""
+    """Mean over subjects and seeds, and the spread over seeds of the mean over subjects; the median of seconds."""
     rows, cells = [], list(cells)
     for name in variants:
         mine = [c for c in cells if c["variant"] == name]
@@ -278,6 +281,7 @@ def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[st
             rows.append(row(suite, name, metric, round(statistics.mean(means), 5), ""))
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
+        rows.append(row(suite, name, "seconds", round(statistics.median(c["seconds"] for c in mine), 1), "s"))
     return rows
 
 

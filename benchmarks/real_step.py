@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.kernels import matmul_ceiling
-from benchmarks.memory import random_weights
+from benchmarks.made_up import random_weights
 from benchmarks.ordinary import OrdinaryStep
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule

@@ -32,13 +32,15 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def scores(rows: list[Row]) -> str:
-    """A variant a line: mean ± spread over seeds of every score."""
-    lines = []
+    """A variant a line: mean ± spread over seeds of every score, and what its training took, where that was kept."""
+    lines, timed = [], any(row["metric"] == "seconds" for row in rows)
     for case in dict.fromkeys(row["case"] for row in rows):
         by = {row["metric"]: row for row in rows if row["case"] == case}
         size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
-        lines.append([case, size, *(f"{by[name]['value']:.3f} ± {by[name]['spread']:.3f}" for name in SCORES)])
-    return markdown(["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)], lines)
+        line = [case, size, *(f"{by[name]['value']:.3f} ± {by[name]['spread']:.3f}" for name in SCORES)]
+        lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
+    header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
+    return markdown([*header, "training, s"] if timed else header, lines)
 
 
 def objectives(rows: list[Row]) -> str:
@@ -68,6 +70,15 @@ def _timed(rows: list[Row], header: list[str]) -> str:
 
 def _times(row: Row) -> list[str]:
     return [row["case"], f"{1e3 * row['value']:.0f}", f"{1e3 * row['baseline']:.0f}", f"{row['ratio']:.2f}"]
+
+
+def methods(rows: list[Row]) -> str:
+    """A method a line: seconds of a step, and how fast that is beside the first of its kind."""
+    lines = [
+        [row["case"], row["metric"].removeprefix("seconds a "), f"{row['value']:.2f}", f"{row['ratio']:.2f}"]
+        for row in rows
+    ]
+    return markdown(["method", "step", "s", "times as fast as the first"], lines)
 
 
 def operations(rows: list[Row]) -> str:
@@ -132,6 +143,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "step": speeds,
     "step-sd15": real_speeds,
     "cuda/step-sd15": real_speeds,
+    "methods-sd15": methods,
+    "cuda/methods-sd15": methods,
     "memory-sd15:planned": planned,
     "memory-sd15:measured": measured,
     "memory-sd21:planned": planned,

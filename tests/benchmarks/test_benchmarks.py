@@ -29,10 +29,13 @@ def test_both_sides_run_in_turn():
 
 def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
     cells = [
-        dict.fromkeys(quality.SCORES, value) | {"variant": "zo", "subject": subject, "seed": seed}
+        dict.fromkeys(quality.SCORES, value) | {"variant": "zo", "subject": subject, "seed": seed, "seconds": 9 * value}
         for seed, subject, value in [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 4.0)]
     ]
-    (dino,) = [r for r in quality.summarise("quality", cells, ["zo", "absent"]) if r["metric"] == "dino"]
+    rows = quality.summarise("quality", cells, ["zo", "absent"])
+    (dino,) = [r for r in rows if r["metric"] == "dino"]
+    (seconds,) = [r for r in rows if r["metric"] == "seconds"]
+    assert seconds["value"] == 22.5  # the median
     assert dino["value"] == 2.5 and dino["spread"] == pytest.approx(0.70711, abs=1e-5)
     assert (dino["subjects"], dino["seeds"]) == (2, 2)
 
@@ -136,8 +139,10 @@ def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "device_name", lambda *_: "a GPU")
     main()
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
-    assert written == {f"cuda/{name}.json" for name in ("step-sd21", "memory-sd21", "kernels", "fidelity")}
-    assert asked == ["sd21"] * 4
+    assert written == {
+        f"cuda/{name}.json" for name in ("step-sd21", "methods-sd21", "memory-sd21", "kernels", "fidelity")
+    }
+    assert asked == ["sd21"] * 5
 
 
 @pytest.mark.parametrize("method", tune.AXES)

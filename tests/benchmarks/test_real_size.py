@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks import memory, real_step
+from benchmarks import memory, methods, real_step
 from benchmarks.ordinary import (
     DequantizingConv2d,
     DequantizingLinear,
@@ -69,6 +69,16 @@ def test_both_sides_are_timed_in_one_run():
     shares = {row["case"]: row["value"] for row in rows if row["metric"] == "share of the ceiling"}
     assert list(shares) == [f"tiny int8 RGE n=2, {activations} activations" for activations in ("fp32", "bf16")]
     assert all(share > 0 for share in shares.values())
+
+
+def test_every_method_is_timed_in_training_and_drawing(monkeypatch):
+    kept = ("zoodip", "lora", methods.MERGED, "hollowed_net", "selective")
+    monkeypatch.setattr(methods, "RECIPES", {name: methods.RECIPES[name] for name in kept})
+    rows = methods.run("tiny", rounds=1)
+    timed = {metric: [row["case"] for row in rows if metric in row["metric"]] for metric in ("training", "denoising")}
+    branches = ["selective, high resolution", "selective, low resolution"]
+    assert timed["training"] == [f"tiny int8 {name}" for name in (*kept[:-1], *branches)]
+    assert len(timed["denoising"]) == 5 and all(row["value"] > 0 and row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""Bases of a real size whose weights are made up: memory and speed do not ask what they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mep_lightning import PersonalizationModule
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import Base, BaseFolder
+from mep_lightning.bases.families import describe
+from mep_lightning.bases.load import activation_dtype, assemble
+from mep_lightning.bases.skeleton import architecture, made_up, tokenizer
+from mep_lightning.plan.rehearsal import PROMPT, WORD, made_up_batch
+
+
+def found(name: str, precision: str, device: str, offload: str = "none") -> BaseFolder:
+    """A base as `open_base` finds one."""
+    folder, where = architecture(name), torch.device(device)
+    info = describe(folder, name)
+    return BaseFolder(
+        name=name,
+        folder=folder,
+        info=info,
+        precision=precision,
+        dtype=activation_dtype(precision, where, info.family),
+        device=where,
+        offload=offload,
+    )
+
+
+def load(base: BaseFolder, module: PersonalizationModule) -> Base:
+    """The base that a module will train on, its text encoders gone where it trains no text."""
+    module.class_word = WORD
+    for part in module.adapter.parts:
+        if isinstance(part, TokenEmbedding):
+            part.init = WORD
+    prompts = None if module.adapter.trains_text else [module.named(PROMPT)]
+    return assemble(
+        base, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None, prompts=prompts
+    )
+
+
+def batch(base: Base, resolution: int) -> dict[str, object]:
+    """A photo's latents, random."""
+    made = made_up_batch(base, resolution)
+    return made | {"mean": torch.randn(made["mean"].shape)}
+
+
+def random_weights(_: str, shape: tuple[int, ...]) -> Tensor:
+    """Small enough that activations stay finite through a hundred layers."""
+    return torch.randn(shape, dtype=torch.float32).mul_(0.02).half()
