@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import QUANTIZED
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import ZerothOrderEstimator
+from mep_lightning.estimators import FiniteDifferenceEstimator, ZerothOrderEstimator
 
 if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
@@ -45,7 +45,7 @@ def warn_of_rounding(module: PersonalizationModule, dtype: torch.dtype) -> None:
     """A finite step that drowns in what activations are computed in."""
     least, estimator = ROUNDING.get(dtype, 0.0), module.estimator
     exact = "activations" if module.precision in QUANTIZED else "precision"
-    if isinstance(estimator, ZerothOrderEstimator) and estimator.step_size < least:
+    if isinstance(estimator, FiniteDifferenceEstimator) and estimator.step_size < least:
         rank_zero_warn(
             f"mu {estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
             f"measured on tiny: training may be slow or diverge; take mu {least:g}, or {exact} fp32"

@@ -269,6 +269,15 @@ def _inject(unet: nn.Module, names: list[str], rank: int, alpha: float) -> dict[
         target = unet.get_submodule(name)
         kind = next(ours for theirs, ours in KINDS.items() if isinstance(target, theirs))
         with torch.device("meta"):
-            layers[name] = kind(target, ADAPTER, config=config, r=rank, lora_alpha=alpha).train(target.training)
+            layers[name] = kind(_plain(target), ADAPTER, config=config, r=rank, lora_alpha=alpha).train(target.training)
+        layers[name].base_layer = target
         setattr(unet.get_submodule(path), last, layers[name])
     return layers  # type: ignore[return-value]
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """A layer of the same sizes: peft makes the factors of a convolution like it, which packed ones do not know."""
+    if not isinstance(layer, nn.Conv2d):
+        return layer
+    sizes: Any = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return nn.Conv2d(*sizes, groups=layer.groups, bias=layer.bias is not None, padding_mode=layer.padding_mode)

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep_lightning.estimators.perturbation import HERE, Members
+from mep_lightning.estimators.perturbation import HERE, Members, Tangents
 from mep_lightning.kernels import perturbed_lora_linear
 from mep_lightning.kernels.dispatch import runs_triton
 from mep_lightning.quantization import Int8Linear, QuantizedWeight
@@ -72,6 +72,9 @@ class _LoRALayer:
             return torch.add(y, self.term(x, *(factor.to(y.dtype) for factor in self.factors)), alpha=self.strength)
         down, up = (members.of(factor, param_id) for factor, param_id in zip(self.factors, self.ids, strict=True))
         y = self.base_layer(x)
+        if isinstance(members, Tangents):
+            term = self.term(x.to(y.dtype), down[0].to(y.dtype), up[0].to(y.dtype))
+            return torch.add(y, term, alpha=self.strength)
         with torch.autocast(x.device.type, enabled=False):  # it would round mu away
             term = self.many_terms(x.float(), down.float(), up.float())
         return term.mul_(self.strength).add_(y).to(y.dtype)
@@ -107,7 +110,8 @@ class LoRALinear(_LoRALayer, PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [V * N, ..., I] -> [..., O]."""
         members, layer = self.standing.members, self.base_layer
-        if members.is_here or not self.strength or not (isinstance(layer, Int8Linear) and runs_triton(x)):
+        alone = members.is_here or isinstance(members, Tangents)
+        if alone or not self.strength or not (isinstance(layer, Int8Linear) and runs_triton(x)):
             return super().forward(x)
         return perturbed_lora_linear(
             x,

@@ -3,10 +3,12 @@
 from mep_lightning.estimators import perturbation
 from mep_lightning.estimators.backprop import Backprop
 from mep_lightning.estimators.estimator import Estimator, LossFn
+from mep_lightning.estimators.forward_gradient import ForwardGradientEstimator
 from mep_lightning.estimators.fused_adam import FusedZOAdam
 from mep_lightning.estimators.mixin import ZerothOrderMixin
 from mep_lightning.estimators.subspace import SubspaceGradient
 from mep_lightning.estimators.zeroth_order import (
+    FiniteDifferenceEstimator,
     OnePointEstimator,
     RandomGradientEstimator,
     SPSAEstimator,
@@ -16,6 +18,8 @@ from mep_lightning.estimators.zeroth_order import (
 __all__ = [
     "Backprop",
     "Estimator",
+    "FiniteDifferenceEstimator",
+    "ForwardGradientEstimator",
     "FusedZOAdam",
     "LossFn",
     "OnePointEstimator",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mep_lightning.errors import UserError
 from mep_lightning.estimators.perturbation import Probe, combine, displaced
-from mep_lightning.estimators.zeroth_order import SPSAEstimator, ZerothOrderEstimator
+from mep_lightning.estimators.zeroth_order import FiniteDifferenceEstimator, SPSAEstimator
 
 
 @contextmanager
@@ -62,7 +62,7 @@ class ZerothOrderMixin:
         self,
         loss_fn: Callable[[], Tensor],
         params: Iterable[Tensor],
-        estimator: ZerothOrderEstimator | None = None,
+        estimator: FiniteDifferenceEstimator | None = None,
     ) -> dict[str, Tensor]:
         """Estimate the gradient of a loss and add it to `.grad`, as `backward` would, with forward passes only.
 
@@ -76,15 +76,20 @@ class ZerothOrderMixin:
             loss_fn: () -> scalar.
             params: what to perturb; floating point, any dtype and shape; those that require no gradient are left
                 alone. A copy of all of them is held meanwhile.
-            estimator: a zeroth-order one; `SPSAEstimator(n=1, mu=1e-3)` by default.
+            estimator: one of finite differences; `SPSAEstimator(n=1, mu=1e-3)` by default.
 
         Returns:
             {"loss": their mean, scalar, "losses": one a member, [V]}.
 
         Raises:
-            UserError: no parameter requires a gradient, or the loss is no scalar.
+            UserError: no parameter requires a gradient, the loss is no scalar, or the estimator is of another kind.
         """
         estimator = SPSAEstimator() if estimator is None else estimator
+        if not isinstance(estimator, FiniteDifferenceEstimator):
+            raise UserError(
+                f"zo_backward moves parameters in place, which {type(estimator).__name__} does not ask for: take "
+                "SPSAEstimator, or its own estimate"
+            )
         trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
         if not trained:
             raise UserError("zo_backward got no parameter that requires a gradient: set requires_grad on what to train")

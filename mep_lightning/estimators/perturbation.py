@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from mep_lightning.kernels import philox_normal, philox_normals
+from mep_lightning.tangents import Dual
 
 Probe = tuple[int, float]
 """Where a member stands: (i, sign) is theta + sign * mu * e_i, and sign 0 is theta itself."""
 
+TANGENT = 2.0**-6
+"""What a direction is scaled by while it is carried: next to a token e_i is as much longer, and what it becomes in a
+network would leave fp16's range. A power of two changes no digit."""
 DRAWN_TOGETHER = 1 << 16
 """Normals of several directions that one call may draw: a token's cost a call each (1 ms), whatever their number."""
 DRAWN_AHEAD = 1 << 20
@@ -100,13 +104,18 @@ class Members:
         return len(self.probes)
 
     @property
+    def directions(self) -> list[int]:
+        """Along which there are members."""
+        return moving(self.probes)
+
+    @property
     def is_here(self) -> bool:
         """Whether all of them stand at theta itself."""
-        return not moving(self.probes)
+        return not self.directions
 
     def drawn_for(self, parameters: Mapping[int, Tensor]) -> Members:
         """These members with their noise drawn in one go, where that of all parameters is little; else as they are."""
-        wanted, sizes = moving(self.probes), {param_id: theta.numel() for param_id, theta in parameters.items()}
+        wanted, sizes = self.directions, {param_id: theta.numel() for param_id, theta in parameters.items()}
         if not (wanted and sizes) or len(wanted) * sum(sizes.values()) > DRAWN_AHEAD:
             return self
         device = next(iter(parameters.values())).device
@@ -116,13 +125,40 @@ class Members:
         """Their values of a parameter, [V, *theta.shape]; differentiable where all stand at theta."""
         if self.is_here:
             return theta.expand(len(self.probes), *theta.shape)
-        theta = theta.detach()
+        noises = self.noise_of(theta.detach(), param_id)
+        return _moved_along(theta.detach(), self.probes, self.mu, zip(self.directions, noises, strict=True))
+
+    def noise_of(self, theta: Tensor, param_id: int = 0) -> Iterable[Tensor]:
+        """Every direction's e_i of a parameter, in its shape, fp32 or wider."""
         if param_id not in self.noise:
-            return perturb(theta, self.probes, self.mu, self.seed, self.step, param_id)
+            return directions(theta, self.seed, self.step, self.directions, param_id)
         dtype = torch.promote_types(theta.dtype, torch.float32)
-        noises = (noise.view(theta.shape).to(dtype) for noise in self.noise[param_id])
-        return _moved_along(theta, self.probes, self.mu, zip(moving(self.probes), noises, strict=True))
+        return (noise.view(theta.shape).to(dtype) for noise in self.noise[param_id])
 
 
 HERE = Members()
 """One member, at theta itself."""
+
+
+@dataclass(frozen=True)
+class Tangents(Members):
+    """One point, theta itself, and the directions that its derivatives are asked along.
+
+    Attributes:
+        n: how many.
+    """
+
+    n: int = 1
+
+    @property
+    def directions(self) -> list[int]:
+        return list(range(self.n))
+
+    def of(self, theta: Tensor, param_id: int = 0) -> Dual:
+        """A parameter and its tangents, TANGENT * e_i; its shape is [1, *theta.shape], as of one member."""
+        theta = theta.detach()
+        stack = theta.new_empty(1 + self.n, 1, *theta.shape)
+        stack[0] = theta
+        for tangent, noise in zip(stack[1:, 0], self.noise_of(theta, param_id), strict=True):
+            torch.mul(noise, TANGENT, out=tangent)
+        return Dual(stack)

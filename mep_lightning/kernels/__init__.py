@@ -1,6 +1,7 @@
 """The operations that carry the weight: each with its definition in plain PyTorch beside it, as `.reference`."""
 
 from mep_lightning.kernels.attention import attention
+from mep_lightning.kernels.attention_tangents import attention_tangents
 from mep_lightning.kernels.int8_conv2d import int8_conv2d
 from mep_lightning.kernels.int8_linear import int8_linear, int8_linear_w8a8
 from mep_lightning.kernels.perturbed_lora_linear import perturbed_lora_linear
@@ -11,6 +12,7 @@ from mep_lightning.kernels.zo_step import zo_step_
 
 __all__ = [
     "attention",
+    "attention_tangents",
     "int8_conv2d",
     "int8_linear",
     "int8_linear_w8a8",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mep_lightning.errors import reason
 
@@ -32,14 +33,29 @@ class Kernel(Protocol[P, R]):
 
 
 def defined_by(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Kernel[P, R]]:
-    """Decorate a kernel's Python function with the reference that defines it."""
+    """Decorate a kernel's Python function with the reference that defines it.
+
+    Tensors with a `__torch_function__` of their own are asked first, as by torch's functions.
+    """
 
     def attach(function: Callable[P, R]) -> Kernel[P, R]:
-        kernel = cast(Kernel[P, R], function)
+        kernel = cast(Kernel[P, R], overridable(function))
         kernel.reference = reference
         return kernel
 
     return attach
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """Let tensors that override torch's functions override this one as well."""
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+        if has_torch_function(args):
+            return handle_torch_function(public, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public
 
 
 def needs_reference() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from mep_lightning.kernels.dispatch import asks_gradient, needs_reference
+from mep_lightning.kernels.dispatch import asks_gradient, needs_reference, overridable
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -41,6 +41,7 @@ def runs_onednn(*tensors: Tensor | None) -> bool:
     return plain and all(t is None or (t.device.type == "cpu" and not isinstance(t, FakeTensor)) for t in tensors)
 
 
+@overridable
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, as fast as this machine can. x [..., I], weight [O, I], bias [O], all of one dtype -> [..., O]."""
     if x.dtype == torch.float32 and runs_onednn(x, weight, bias) and prefers_onednn():

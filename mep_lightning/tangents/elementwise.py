@@ -1,0 +1,218 @@
+"""Sums, products, reductions and the derivatives of functions of one number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mep_lightning.tangents.dual import Dual, aligned, rule
+from mep_lightning.tangents.structure import _dim
+
+
+def _dims(x: Any) -> int:
+    return x.dim() if isinstance(x, Tensor) else 0
+
+
+def _parts(x: Any, dims: int) -> tuple[Any, Tensor | None]:
+    """Value and tangents (None where there are none), ready to broadcast with others of `dims` dimensions."""
+    if not isinstance(x, Dual):
+        return x, None
+    stack = aligned(x.stack, dims)
+    return stack[0], stack[1:]
+
+
+def joined(value: Tensor, tangents: Tensor) -> Dual:
+    """A value and tangents, computed apart, as one; tangents may have been left as small as broadcasting lets them."""
+    stack = value.new_empty(1 + len(tangents), *value.shape)
+    stack[0] = value
+    stack[1:] = tangents
+    return Dual(stack)
+
+
+def made(value: Tensor, tangents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a value like this one and for its tangents, channels last where it is: the stack, and the two parts."""
+    shape = (1 + tangents, *value.shape)
+    stack = torch.empty(shape, dtype=value.dtype, device=value.device)
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        batch, channels, height, width = value.shape
+        stack = stack.view(1 + tangents, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+    return stack, stack[0], stack[1:]
+
+
+def _sum(x: Any, y: Any, sign: float) -> Dual:
+    """x + sign * y."""
+    if isinstance(x, Dual) and isinstance(y, Dual):
+        dims = max(_dims(x), _dims(y))
+        return Dual(torch.add(aligned(x.stack, dims), aligned(y.stack, dims), alpha=sign))
+    dual, other = (x, y) if isinstance(x, Dual) else (y, x)
+    value, tangents = _parts(dual, _dims(other))
+    if dual is x:
+        value = value + other * sign if sign != 1 else value + other
+    else:
+        value, tangents = other + value * sign, tangents * sign if sign != 1 else tangents
+    if value.shape == dual.stack.shape[1:] and value.dtype == dual.stack.dtype:
+        stack = dual.stack.clone()
+        stack[0] = value
+        if dual is y and sign != 1:
+            stack[1:] = tangents
+        return Dual(stack)
+    return joined(value, tangents.to(value.dtype))  # type: ignore[union-attr]
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+def _add(x: Any, y: Any, *, alpha: float = 1) -> Dual:
+    return _sum(x, y, alpha)
+
+
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
+def _sub(x: Any, y: Any, *, alpha: float = 1) -> Dual:
+    return _sum(x, y, -alpha)
+
+
+@rule(torch.rsub, Tensor.__rsub__)
+def _rsub(x: Any, y: Any) -> Dual:
+    return _sum(y, x, -1)
+
+
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _mul(x: Any, y: Any) -> Dual:
+    dims = max(_dims(x), _dims(y))
+    (a, da), (b, db) = _parts(x, dims), _parts(y, dims)
+    if da is None or db is None:
+        dual, other = (x, y) if db is None else (y, x)
+        return Dual(aligned(dual.stack, dims) * other)
+    value = a * b
+    stack, first, rest = made(value, len(da))
+    first.copy_(value)
+    torch.mul(da, b, out=rest).addcmul_(db, a.expand_as(rest))
+    return Dual(stack)
+
+
+@rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
+def _div(x: Any, y: Any) -> Dual:
+    if not isinstance(y, Dual):
+        return Dual(aligned(x.stack, _dims(y)) / y)
+    return _mul(x, _reciprocal(y))
+
+
+@rule(Tensor.__rtruediv__)
+def _rdiv(x: Any, y: Any) -> Dual:
+    return _div(y, x)
+
+
+@rule(torch.neg, Tensor.neg, Tensor.__neg__)
+def _neg(x: Dual) -> Dual:
+    return Dual(-x.stack)
+
+
+@rule(torch.pow, Tensor.pow, Tensor.__pow__)
+def _pow(x: Any, exponent: Any) -> Dual:
+    if not isinstance(x, Dual) or isinstance(exponent, Tensor):
+        raise NotImplementedError("a power of a tensor with tangents has a number as its exponent")
+    return chained(x, x.value**exponent, exponent * x.value ** (exponent - 1))
+
+
+def chained(x: Dual, value: Tensor, slope: Tensor) -> Dual:
+    """f(x) by the chain rule: its value, and its slope times the tangents."""
+    stack, first, rest = made(value, len(x.stack) - 1)
+    first.copy_(value)
+    torch.mul(x.tangents, slope, out=rest)
+    return Dual(stack)
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    if approximate == "none":
+        share = torch.special.ndtr(x)
+        return x * share, share + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    bent = torch.tanh(inner)
+    bend = (1 - bent * bent) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + bent), 0.5 * (1 + bent) + 0.5 * x * bend
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(x)
+    return x * gate, gate * (1 + x * (1 - gate))
+
+
+def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.sigmoid(x)
+    return y, y * (1 - y)
+
+
+def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.tanh(x)
+    return y, 1 - y * y
+
+
+def _exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.exp(x)
+    return y, y
+
+
+def _sqrt(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.sqrt(x)
+    return y, 0.5 / y
+
+
+FUNCTIONS: list[tuple[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]]] = [
+    ((torch.exp, Tensor.exp), _exp),
+    ((torch.log, Tensor.log), lambda x: (torch.log(x), 1 / x)),
+    ((torch.sin, Tensor.sin), lambda x: (torch.sin(x), torch.cos(x))),
+    ((torch.cos, Tensor.cos), lambda x: (torch.cos(x), -torch.sin(x))),
+    ((torch.tanh, Tensor.tanh), _tanh),
+    ((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _sigmoid),
+    ((torch.sqrt, Tensor.sqrt), _sqrt),
+    ((torch.abs, Tensor.abs, Tensor.__abs__), lambda x: (x.abs(), x.sign())),
+    ((torch.square, Tensor.square), lambda x: (x * x, 2 * x)),
+    ((torch.relu, Tensor.relu, F.relu), lambda x: (x.relu(), (x > 0).to(x.dtype))),
+    ((F.gelu,), _gelu),
+    ((F.silu,), _silu),
+]
+"""Functions of one number: what computes their value and their slope."""
+
+
+def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Dual]:
+    def run(x: Dual, *, inplace: bool = False, **given: Any) -> Dual:
+        return chained(x, *function(x.value, **given))
+
+    return run
+
+
+for _replaced, _function in FUNCTIONS:
+    rule(*_replaced)(_through(_function))
+_reciprocal = rule(torch.reciprocal, Tensor.reciprocal)(_through(lambda x: (1 / x, -1 / (x * x))))
+
+
+@rule(F.dropout)
+def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+    if p and training:
+        raise NotImplementedError("dropout draws anew in every pass, and tangents need one: set the model to eval")
+    return x
+
+
+# -- reductions --------------------------------------------------------------------------------------------------------
+
+
+def _over(x: Dual, dim: Any) -> Any:
+    """Which dimensions of a stack: those that are given, or all of the value's."""
+    if dim is None:
+        return tuple(range(1, x.stack.dim()))
+    return _dim(dim) if isinstance(dim, int) else tuple(map(_dim, dim))
+
+
+@rule(torch.sum, Tensor.sum)
+def _total(x: Dual, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Dual:
+    over = _over(x, dim)
+    return Dual(x.stack.sum(over, keepdim, dtype=dtype) if over != () else x.stack)
+
+
+@rule(torch.mean, Tensor.mean)
+def _mean(x: Dual, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Dual:
+    over = _over(x, dim)
+    return Dual(x.stack.mean(over, keepdim, dtype=dtype) if over != () else x.stack)
