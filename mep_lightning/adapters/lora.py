@@ -279,5 +279,15 @@ def _plain(layer: nn.Module) -> nn.Module:
     """A layer of the same sizes: peft makes the factors of a convolution like it, which packed ones do not know."""
     if not isinstance(layer, nn.Conv2d):
         return layer
-    sizes: Any = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    return nn.Conv2d(*sizes, groups=layer.groups, bias=layer.bias is not None, padding_mode=layer.padding_mode)
+    plain: Any = nn.Conv2d  # whose padding may be a word as well
+    return plain(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.bias is not None,
+        layer.padding_mode,
+    )

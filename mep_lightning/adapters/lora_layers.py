@@ -70,7 +70,10 @@ class _LoRALayer:
             y = self.base_layer(x)
             x = x.to(y.dtype)  # autocast's, where it is on
             return torch.add(y, self.term(x, *(factor.to(y.dtype) for factor in self.factors)), alpha=self.strength)
-        down, up = (members.of(factor, param_id) for factor, param_id in zip(self.factors, self.ids, strict=True))
+        down, up = (
+            members.of(factor, param_id) if factor.requires_grad else factor.expand(len(members), *factor.shape)
+            for factor, param_id in zip(self.factors, self.ids, strict=True)
+        )
         y = self.base_layer(x)
         if isinstance(members, Tangents):
             term = self.term(x.to(y.dtype), down[0].to(y.dtype), up[0].to(y.dtype))
@@ -110,9 +113,11 @@ class LoRALinear(_LoRALayer, PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [V * N, ..., I] -> [..., O]."""
         members, layer = self.standing.members, self.base_layer
-        alone = members.is_here or isinstance(members, Tangents)
-        if alone or not self.strength or not (isinstance(layer, Int8Linear) and runs_triton(x)):
+        moves = not members.is_here and all(factor.requires_grad for factor in self.factors)
+        fused = moves and self.strength and isinstance(layer, Int8Linear) and runs_triton(x)
+        if not fused or isinstance(members, Tangents):
             return super().forward(x)
+        assert isinstance(layer, Int8Linear)
         return perturbed_lora_linear(
             x,
             layer.weight,

@@ -52,7 +52,9 @@ class ForwardGradientEstimator(ZerothOrderEstimator):
         """
         if not isinstance(losses, Dual):
             raise UserError("loss_fn answered without tangents: what it computes does not depend on what is trained")
-        stack = super().heard(losses).stack[:, 0]
+        heard = super().heard(losses)
+        assert isinstance(heard, Dual)
+        stack = heard.stack[:, 0]
         return torch.cat([stack[:1], stack[1:] / TANGENT])
 
     def coefficients(self, losses: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Dual(Tensor):
     @staticmethod
     def __new__(cls, stack: Tensor) -> Dual:
         value = stack[0]
-        dual = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        dual = Tensor._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), dtype=stack.dtype, device=stack.device
         )
         dual.stack = stack
@@ -65,7 +65,7 @@ class Dual(Tensor):
         raise NotImplementedError(f"{_named(func)} has no rule for tangents: {HOW_TO_MEND}")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Whatever came past the rules."""
         raise NotImplementedError(f"{func} has no rule for tangents: {HOW_TO_MEND}")
 

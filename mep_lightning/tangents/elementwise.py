@@ -46,22 +46,13 @@ def made(value: Tensor, tangents: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sum(x: Any, y: Any, sign: float) -> Dual:
     """x + sign * y."""
-    if isinstance(x, Dual) and isinstance(y, Dual):
-        dims = max(_dims(x), _dims(y))
+    dims = max(_dims(x), _dims(y))
+    (a, da), (b, db) = _parts(x, dims), _parts(y, dims)
+    if da is not None and db is not None:
         return Dual(torch.add(aligned(x.stack, dims), aligned(y.stack, dims), alpha=sign))
-    dual, other = (x, y) if isinstance(x, Dual) else (y, x)
-    value, tangents = _parts(dual, _dims(other))
-    if dual is x:
-        value = value + other * sign if sign != 1 else value + other
-    else:
-        value, tangents = other + value * sign, tangents * sign if sign != 1 else tangents
-    if value.shape == dual.stack.shape[1:] and value.dtype == dual.stack.dtype:
-        stack = dual.stack.clone()
-        stack[0] = value
-        if dual is y and sign != 1:
-            stack[1:] = tangents
-        return Dual(stack)
-    return joined(value, tangents.to(value.dtype))  # type: ignore[union-attr]
+    value = a + sign * b if sign != 1 else a + b
+    tangents: Any = db if da is None else da
+    return joined(value, tangents * sign if da is None and sign != 1 else tangents)
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)

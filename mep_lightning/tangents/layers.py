@@ -206,4 +206,4 @@ def _masked_attention(
         scores = torch.where(attn_mask, scores, torch.finfo(scores.dtype).min)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return (scores.softmax(-1) @ v).to(query.dtype)
+    return _matmul(scores.softmax(-1), v).to(query.dtype)

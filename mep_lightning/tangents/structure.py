@@ -189,11 +189,17 @@ def _where(condition: Tensor, x: Any, y: Any) -> Dual:
     if isinstance(condition, Dual):
         raise NotImplementedError("a tensor with tangents is no condition")
     like = x.stack if isinstance(x, Dual) else y.stack
-    stacks = stacked(x, like), stacked(y, like)
-    dims = max(condition.dim(), *(stack.dim() - 1 for stack in stacks))
-    return Dual(torch.where(condition, *(aligned(stack, dims) for stack in stacks)))
+    mine, other = stacked(x, like), stacked(y, like)
+    dims = max(condition.dim(), mine.dim() - 1, other.dim() - 1)
+    return Dual(torch.where(condition, aligned(mine, dims), aligned(other, dims)))
 
 
-@rule(torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like)
-def _like(x: Dual, **_: Any) -> Tensor:
-    raise NotImplementedError("what is made like a tensor with tangents would have none: make it from its shape")
+def _constant(function: Any) -> None:
+    """What is made in a tensor's dtype and place, or in its shape, does not depend on its values."""
+    rule(function)(lambda x, *how, **given: function(x.value, *how, **given))
+
+
+MADE: list[Any] = [Tensor.new_full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_tensor]
+MADE += [torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.randn_like]
+for _function in MADE:
+    _constant(_function)

@@ -11,7 +11,7 @@ from mep_lightning.bases import load_base, predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator
 from mep_lightning.estimators.perturbation import HERE, Members
-from mep_lightning.quantization import why_not_int4
+from mep_lightning.quantization import Int8Conv2d, why_not_int4
 
 PRECISIONS = ["fp32", "bf16", "int8", *([] if why_not_int4() else ["int4"])]
 
@@ -89,6 +89,13 @@ def test_members_computed_together_are_those_computed_alone(precision, estimator
     assert not torch.allclose(together[0], together[1])
 
 
+def test_packed_convolutions_can_be_targets():
+    packed = load_base("tiny", "int8", vae=False)
+    adapter = attached(packed, targets=["conv1", "downsamplers.0.conv"])
+    assert {type(layer.base_layer) for layer in adapter.layers} == {Int8Conv2d}
+    assert not torch.equal(predicted(packed), predicted(load_base("tiny", "int8", vae=False)))
+
+
 def test_convolutions_and_feed_forward_layers_can_be_targets(base):
     adapter = attached(base, targets=["proj_in", "ff.net.2", "to_v", "time_embedding.linear_1"])
     kinds = {type(layer.base_layer) for layer in adapter.layers}
@@ -142,6 +149,20 @@ def test_freezing_a_trains_b_alone_under_the_same_ids(base):
     half.attach(base)
     assert {id: tuple(theta.shape) for id, theta in half.numbered().items()} == {k: ids[k] for k in range(80, 160)}
     both.detach(), half.detach()
+
+
+def test_what_is_frozen_is_not_moved(base):
+    """Members then differ in B alone: noise in A would move losses that B's gradient is told from."""
+    adapter = LoRA(rank=4, freeze_down=True)
+    adapter.attach(base)
+    members = SPSAEstimator(1, mu=0.05).around(step=0)
+    with adapter.at(members):
+        together = predicted(base, members=2, apart=adapter.layers)
+    with torch.no_grad():
+        for param_id, theta in adapter.numbered().items():
+            theta.copy_(members.of(theta.clone(), param_id)[1])
+    torch.testing.assert_close(together[1:], predicted(base), rtol=1e-4, atol=1e-5)
+    adapter.detach()
 
 
 def test_a_seed_draws_the_same_factors(base):

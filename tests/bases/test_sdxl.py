@@ -16,8 +16,10 @@ from mep_lightning.bases import condition_on, identify, load_base, open_base, pr
 from mep_lightning.bases.families import TINY_FOLDER
 from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.estimators import ForwardGradientEstimator, RandomGradientEstimator, SubspaceGradient
+from mep_lightning.estimators.perturbation import HERE, direction
 from mep_lightning.evaluation import generate
+from mep_lightning.plan.rehearsal import made_up_batch
 
 WIDTHS = (24, 40)
 SIDE = 32  # px
@@ -238,3 +240,18 @@ def test_its_autoencoder_stays_in_fp32_where_fp16_overflows(folder, tmp_path):
     found = open_base(folder, "fp16")
     with found.borrowed_vae() as vae:
         assert vae.dtype == torch.float32 and vae.use_tiling and vae.tile_sample_min_size == 512
+
+
+def test_forward_gradients_reach_the_pooled_text(folder):
+    """There tangents enter with the timestep's embedding, ahead of every layer."""
+    module = PersonalizationModule(
+        str(folder), adapter=TokenEmbedding(init="ball"), estimator=ForwardGradientEstimator(n=3, seed=0)
+    )
+    module.class_word = "ball"
+    base = module.load()
+    batch = made_up_batch(base, 32) | {"mean": torch.randn(1, 4, 16, 16), "std": torch.zeros(1, 4, 16, 16)}
+    draw, theta = module.draw(batch), module.adapter.theta
+    weights, _ = module.estimator.weigh(lambda members: module.losses(members, draw), 1)
+    (gradient,) = torch.autograd.grad(module.losses(HERE, draw).sum(), theta)
+    exact = torch.stack([(direction(theta, 0, 0, i) * gradient).sum() for i in range(3)])
+    torch.testing.assert_close(3 * weights, exact, rtol=1e-3, atol=1e-6)

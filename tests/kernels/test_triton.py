@@ -207,3 +207,19 @@ def test_perturbed_lora_linear(rows, inputs, outputs, rank, dtype, device):
         ours = triton.perturbed_lora_linear(*on_device, *tail).cpu()
         assert ours.dtype == dtype and not ours.isnan().any()
         assert (ours.double() - exact).abs().max() <= 3 * ROUNDING[dtype] * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 16), (33, 40, 20), (70, 77, 40), (17, 130, 80)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_tangents(shape, dtype, device):
+    from mep_lightning.kernels.attention_tangents import triton
+
+    queries, keys, width = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 2, n, 3, width) for n in (queries, keys, keys)]
+    q, k, v = (torch.randn(size, generator=generator).to(device, dtype).transpose(2, 3) for size in sizes)
+    ours = triton.attention_tangents(q, k, v)
+    exact = kernels.attention_tangents.reference(q.double(), k.double(), v.double())
+    for one, true in zip(ours, exact, strict=True):
+        close(one, true, dtype)
+    assert ours.transpose(2, 3).is_contiguous()

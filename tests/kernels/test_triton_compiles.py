@@ -11,6 +11,7 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from mep_lightning.kernels.attention_tangents import triton as tangents
 from mep_lightning.kernels.int8_conv2d import triton as conv
 from mep_lightning.kernels.int8_linear import triton as linear
 from mep_lightning.kernels.perturbed_lora_linear import triton as lora
@@ -37,6 +38,11 @@ for dtype in ("fp32", "bf16", "fp16"):
     CASES += [
         (lora._down_kernel, LORA | {"x": f"*{dtype}"}, RANK | dict(ROWS=64, DEPTH=64, ALIGNED=True)),
         (lora._up_kernel.fn, LORA | {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | RANK | {"ALIGNED": False}),
+        (
+            tangents._attention_tangents_kernel,
+            {"q": f"*{dtype}", "k": f"*{dtype}", "v": f"*{dtype}", "out": f"*{dtype}", "root": "fp32"},
+            dict(WIDTH=128, BLOCK_S=32, BLOCK_T=32, WIDE=False),
+        ),
         (rows._quantize_rows_kernel, {"x": f"*{dtype}", "q": "*i8"}, {"BLOCK": 1024}),
         (linear._linear_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE),
         (linear._linear_kernel.fn, {"x": "*i8", "q": "*i8", "y": f"*{dtype}"}, TILE),
@@ -62,4 +68,4 @@ def test_every_kernel_compiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "compiled 23", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 26", done.stderr[-2000:]

@@ -1,0 +1,311 @@
+"""Every rule against forward-mode AD of the function that it stands in for, in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp
+from torch.nn import functional as F
+
+from mep_lightning import kernels
+from mep_lightning.tangents import Dual, rule
+from mep_lightning.tangents.dual import PLAIN, RULES
+
+N = 3
+
+
+def dual(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Dual(torch.randn(1 + N, *shape, generator=generator, dtype=torch.float64))
+
+
+def expected(function, *duals):
+    """Value and tangents by `torch.func.jvp`, one direction after the other."""
+    values = tuple(d.value.contiguous() for d in duals)  # group norm's own tangent does not bear channels last
+    along = [jvp(function, values, tuple(d.tangents[i].contiguous() for d in duals)) for i in range(N)]
+    return torch.stack([along[0][0], *(tangent for _, tangent in along)])
+
+
+def check(function, *duals, **tolerances):
+    with torch.no_grad():
+        found = function(*duals)
+    assert isinstance(found, Dual) and found.shape == found.stack.shape[1:]
+    torch.testing.assert_close(found.stack, expected(function, *duals), **tolerances)
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+
+
+MASK = torch.tensor([True, False, True])
+
+ONE = {  # name: function of a Dual [2, 3, 4]
+    "view": lambda x: x.view(6, -1),
+    "view of a size": lambda x: x.view(torch.Size((3, 8))),
+    "reshape": lambda x: x.transpose(0, 1).reshape(3, 8),
+    "torch.reshape": lambda x: torch.reshape(x, (24,)),
+    "view_as": lambda x: x.view_as(randn(4, 6)),
+    "flatten": lambda x: x.flatten(1),
+    "flatten, all": lambda x: torch.flatten(x),
+    "unflatten": lambda x: x.unflatten(-1, (2, 2)),
+    "unflatten, first": lambda x: x.unflatten(0, (1, -1)),
+    "transpose": lambda x: x.transpose(0, -1),
+    "mT": lambda x: x.mT,
+    "permute": lambda x: x.permute(2, 0, 1),
+    "torch.permute": lambda x: torch.permute(x, (-1, 0, 1)),
+    "unsqueeze": lambda x: x.unsqueeze(0),
+    "unsqueeze, last": lambda x: x.unsqueeze(-1),
+    "squeeze": lambda x: x[:1].squeeze(0),
+    "expand": lambda x: x[:1].expand(5, -1, -1),
+    "expand by a dimension": lambda x: x.expand(5, 2, 3, 4),
+    "repeat": lambda x: x.repeat(2, 1, 3),
+    "repeat by a dimension": lambda x: x.repeat(2, 1, 1, 3),
+    "contiguous": lambda x: x.transpose(0, 1).contiguous(),
+    "clone": lambda x: x.clone(),
+    "to": lambda x: x.to(torch.float32).double(),
+    "to as": lambda x: x.type_as(randn(1)),
+    "cpu": lambda x: x.cpu(),
+    "index": lambda x: x[1],
+    "ellipsis": lambda x: x[..., 1:3],
+    "none": lambda x: x[:, None, ..., 0],
+    "mask": lambda x: x[:, MASK],
+    "two indices": lambda x: x[torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])],
+    "chunk": lambda x: x.chunk(2, dim=-1)[1],
+    "split": lambda x: torch.cat(x.split(2, 1), 1),
+    "split, first": lambda x: torch.cat([part * 2 for part in x.split(1)]),
+    "unbind": lambda x: x.unbind(1)[2],
+    "iterate": lambda x: torch.stack([part * 2 for part in x]),
+    "cat with what has no tangents": lambda x: torch.cat([x, randn(2, 5, 4)], 1),
+    "stack": lambda x: torch.stack([x, randn(2, 3, 4)], -1),
+    "where": lambda x: torch.where(MASK[:, None], x, randn(4)),
+    "where, other": lambda x: torch.where(MASK[:, None], 1.5, x),
+    "add": lambda x: x + randn(2, 3, 4),
+    "add a number": lambda x: 2 + x,
+    "add what broadcasts": lambda x: x + randn(4),
+    "add what is larger": lambda x: x[0] + randn(5, 3, 4),
+    "alpha": lambda x: torch.add(x, randn(3, 4), alpha=0.3),
+    "alpha, other": lambda x: torch.add(randn(5, 2, 3, 4), x, alpha=0.3),
+    "subtract": lambda x: x - randn(2, 3, 4),
+    "subtract from": lambda x: randn(2, 3, 4) - x,
+    "subtract from a number": lambda x: 1 - x,
+    "multiply": lambda x: x * randn(3, 1),
+    "multiply what is larger": lambda x: randn(5, 2, 3, 4) * x,
+    "divide": lambda x: x / randn(2, 3, 4),
+    "divide by": lambda x: 3 / (x * x + 1),
+    "negative": lambda x: -x,
+    "power": lambda x: x**3,
+    "pow": lambda x: x.pow(2),
+    "exp": torch.exp,
+    "log": lambda x: (x * x + 1).log(),
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "sqrt": lambda x: (x * x + 1).sqrt(),
+    "abs": lambda x: x.abs(),
+    "square": torch.square,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": nn.SiLU(),
+    "dropout": nn.Dropout(0.5).eval(),
+    "sum": lambda x: x.sum(),
+    "sum over": lambda x: x.sum((0, -1), keepdim=True),
+    "mean": lambda x: x.mean(),
+    "mean over": lambda x: x.mean(1),
+    "softmax": lambda x: x.softmax(-1),
+    "softmax over the first": lambda x: F.softmax(x, dim=0),
+    "linear": lambda x: F.linear(x, randn(5, 4), randn(5)),
+    "matmul": lambda x: x @ randn(4, 5),
+    "matmul from the left": lambda x: randn(2, 6, 3) @ x,
+    "layer norm": lambda x: F.layer_norm(x, (4,), randn(4), randn(4)),
+    "layer norm, plain": lambda x: F.layer_norm(x, (3, 4)),
+    "group norm, 1d": lambda x: F.group_norm(x.transpose(1, 2), 2, randn(4), randn(4)),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_of_one(name):
+    check(ONE[name], dual(2, 3, 4))
+
+
+TWO = {  # name: function, shapes
+    "add": (lambda x, y: x + y, (2, 3, 4), (3, 1)),
+    "subtract": (lambda x, y: x - y, (3, 4), (2, 3, 4)),
+    "multiply": (lambda x, y: x * y, (2, 3, 4), (2, 3, 4)),
+    "multiply what broadcasts": (lambda x, y: x * y, (4,), (2, 3, 4)),
+    "divide": (lambda x, y: x / (y * y + 1), (2, 3, 4), (3, 4)),
+    "cat": (lambda x, y: torch.cat([x, y], -1), (2, 3), (2, 4)),
+    "where": (lambda x, y: torch.where(MASK, x, y), (2, 3), (3,)),
+    "matmul": (lambda x, y: x @ y, (2, 3, 4), (2, 4, 5)),
+    "linear": (lambda x, w: F.linear(x, w, randn(5)), (2, 3, 4), (5, 4)),
+    "convolution": (lambda x, w: F.conv2d(x, w, randn(5), 2, 1), (2, 3, 6, 6), (5, 3, 3, 3)),
+    "gate": (lambda x, y: x * F.gelu(y), (2, 3, 8), (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_of_two(name):
+    function, *shapes = TWO[name]
+    check(function, *(dual(*shape, seed=i) for i, shape in enumerate(shapes)))
+
+
+def test_weights_alone_may_have_tangents():
+    check(lambda w: F.linear(randn(2, 3, 4), w, randn(5)), dual(5, 4))
+    check(lambda w: F.conv2d(randn(2, 3, 6, 6), w, None, 1, 1), dual(5, 3, 3, 3))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_layers_of_pictures(last):
+    torch.manual_seed(0)
+    x = dual(2, 8, 5, 6)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    layers = [
+        nn.Conv2d(8, 4, 3, padding=1),
+        nn.Conv2d(8, 4, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(4, 8),
+        nn.Upsample(scale_factor=2),
+        nn.Sequential(nn.GroupNorm(2, 8, eps=1e-6), nn.SiLU(), nn.Conv2d(8, 8, 1)),
+    ]
+    for layer in layers:
+        layer.double()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        check(layer, x, rtol=1e-6, atol=1e-6)
+        if last:
+            with torch.no_grad():
+                assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def attend(q, k, v, **how):
+    return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+@pytest.mark.parametrize("how", ["plain", "causal", "mask", "bias", "scale"])
+def test_attention_with_a_mask(how):
+    given = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "mask": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()},
+        "bias": {"attn_mask": randn(5, 5)},
+        "scale": {"scale": 0.3},
+    }[how]
+    q, k, v = (dual(2, 3, 5, 4, seed=i) for i in range(3))
+    with torch.no_grad():
+        found = attend(q, k, v, **given).stack
+
+    def written_out(q, k, v):
+        scores = q @ k.mT * given.get("scale", 0.5)
+        if how in ("causal", "mask"):
+            scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+        return (scores + (given["attn_mask"] if how == "bias" else 0)).softmax(-1) @ v
+
+    torch.testing.assert_close(found, expected(written_out, q, k, v))
+
+
+def test_keys_and_values_alone_may_have_tangents():
+    """As in the first cross-attention of a token's members."""
+    q = randn(2, 3, 5, 4)
+    k, v = dual(2, 3, 7, 4), dual(2, 3, 7, 4, seed=1)
+    with torch.no_grad():
+        found = kernels.attention(q, k, v).stack
+    torch.testing.assert_close(found, expected(lambda k, v: kernels.attention.reference(q, k, v), k, v))
+
+
+def test_int8_layers_dequantise_once_for_all_rows():
+    q = torch.randint(-127, 128, (6, 4), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale, bias = torch.rand(6) / 50, torch.randn(6, dtype=torch.float64)
+    check(lambda x: kernels.int8_linear(x, q, scale, bias), dual(2, 3, 4))
+    q = torch.randint(-127, 128, (6, 3, 3, 3), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    check(lambda x: kernels.int8_conv2d(x, q, scale, bias, 1, 1), dual(2, 3, 5, 5))
+
+
+def test_value_and_tangents_round_apart_in_w8a8():
+    """Tangents a thousand times as long as the value would round it away, had they one scale."""
+    torch.manual_seed(0)
+    q = torch.randint(-127, 128, (16, 64), dtype=torch.int8)
+    scale = torch.rand(16) / 50
+    x = Dual(torch.randn(1 + N, 5, 64) * torch.tensor([1.0, 1e3, 1e-3, 1.0])[:, None, None])
+    found = kernels.int8_linear_w8a8(x, q, scale, torch.randn(16)).stack
+    exact = kernels.int8_linear(x.stack, q, scale)
+    error = (found[1:] - exact[1:]).flatten(1).norm(dim=1) / exact[1:].flatten(1).norm(dim=1)
+    assert (error < 0.02).all()
+
+
+# -- nothing is dropped ------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_function_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match="torch.*cumsum has no rule for tangents: use a finite difference"):
+        torch.cumsum(dual(3), 0)
+    with pytest.raises(NotImplementedError, match="fft_fft has no rule"):
+        torch.fft.fft(dual(3))
+    with pytest.raises(NotImplementedError, match="copy_"):
+        torch.zeros(3, dtype=torch.float64).copy_(dual(3))
+
+
+def test_a_custom_op_is_refused_where_functional_jvp_answers_zero():
+    @torch.library.custom_op("mep_test::triple", mutates_args=())
+    def triple(x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+    x = dual(4)
+    with pytest.raises(NotImplementedError, match="triple"):
+        triple(x)
+    rule(triple._opoverload)(lambda x: Dual(triple(x.stack)))
+    try:
+        check(triple_exact := lambda x: 3 * x, x)
+        torch.testing.assert_close(triple(x).stack, expected(triple_exact, x))
+    finally:
+        del RULES[triple._opoverload]
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x: x.to(torch.int64),
+        lambda x: x.item(),
+        lambda x: x.numpy(),
+        lambda x: x.tolist(),
+        lambda x: float(x.sum()),
+        lambda x: torch.zeros_like(x.value).copy_(x),
+        lambda x: torch.zeros_like(x).__setitem__(0, x[0]),
+        lambda x: F.dropout(x, 0.5),
+        lambda x: torch.randn(3)[x],
+        lambda x: torch.where(x, 1.0, 2.0),
+        lambda x: x.data,
+        lambda x: bool(x.sum() > 0),
+    ],
+)
+def test_ways_out_of_the_tangents_are_closed(drop):
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        drop(dual(3))
+
+
+def test_shapes_and_places_are_the_values():
+    x = dual(2, 3)
+    assert x.shape == (2, 3) and len(x) == 2 and x.dim() == 2 and x.numel() == 6 and x.size(-1) == 3
+    assert x.dtype == torch.float64 and x.device.type == "cpu" and not x.is_cuda and x.is_floating_point()
+    assert "3 tangents" in repr(x)
+    assert not RULES.keys() & PLAIN
+
+
+def test_constants_have_no_tangents():
+    x = dual(2, 3)
+    for made in (torch.zeros_like(x), torch.full_like(x, 2), x.new_full((2,), 3), x.new_zeros(4)):
+        assert type(made) is torch.Tensor and made.dtype == torch.float64
+
+
+def test_what_has_no_tangents_is_computed_once():
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(isinstance(x, Dual))
+            return super().forward(x)
+
+    with torch.no_grad():
+        layer = Counted(4, 4).double()
+        y = layer(randn(2, 4)) + layer(dual(2, 4))
+    assert calls == [False, True] and isinstance(y, Dual)
