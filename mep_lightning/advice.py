@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import QUANTIZED
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import FiniteDifferenceEstimator, ZerothOrderEstimator
+from mep_lightning.estimators import FiniteDifferenceEstimator, ForwardGradientEstimator
 
 if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
@@ -48,7 +48,17 @@ def warn_of_rounding(module: PersonalizationModule, dtype: torch.dtype) -> None:
     if isinstance(estimator, FiniteDifferenceEstimator) and estimator.step_size < least:
         rank_zero_warn(
             f"mu {estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
-            f"measured on tiny: training may be slow or diverge; take mu {least:g}, or {exact} fp32"
+            f"measured on tiny: training may be slow or diverge; take mu {least:g}, {exact} fp32, or "
+            "ForwardGradientEstimator, which has no mu"
+        )
+
+
+def refuse_compiled_tangents(module: PersonalizationModule) -> None:
+    """Raise UserError where `torch.compile` would have to trace tangents."""
+    if module.compiled and any(isinstance(one, ForwardGradientEstimator) for one in module.estimators):
+        raise UserError(
+            "model.compile does not go with ForwardGradientEstimator, whose tangents torch.compile cannot trace: leave "
+            "it out, or take RandomGradientEstimator"
         )
 
 
@@ -73,21 +83,3 @@ def horizon(steps: float) -> int:
     if not 0 < steps < math.inf:
         raise UserError("model.selector needs an end to reckon with: set trainer.max_steps")
     return int(steps)
-
-
-def adam8bit(module: PersonalizationModule) -> Any:
-    """bitsandbytes' Adam with 8-bit moments.
-
-    Raises:
-        UserError: it is not there, or not for this run.
-    """
-    base = module.base
-    if base is not None and base.device.type != "cuda":
-        raise UserError(f"model.optimizer adam8bit needs a GPU, and this run is on {base.device}: use adam")
-    if any(isinstance(one, ZerothOrderEstimator) for one in module.estimators):
-        raise UserError("model.optimizer adam8bit is for backpropagation alone: use adam")
-    try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise UserError(f"model.optimizer adam8bit needs bitsandbytes ({error}): use adam, or install it") from error
-    return Adam8bit

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.optimization import get_scheduler
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,7 +22,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mep_lightning import advice, defaults
+from mep_lightning import advice, defaults, optimization
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import (
     Base,
@@ -48,13 +47,15 @@ from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
+from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
 from mep_lightning.phases import phase
 from mep_lightning.selection import Selector
+from mep_lightning.tangents import Dual
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
-SCHEDULES = ("auto", "constant", "linear", "cosine")
-OPTIMIZERS = ("adam", "adam8bit")
+CARRIED = 4
+"""Dimensions of a token's value with its tangents, [1 + n, 1, vectors, D]; members alone have one less."""
 
 
 class PersonalizationModule(LightningModule):
@@ -188,6 +189,7 @@ class PersonalizationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Encode the photos, load the base, attach the adapter: the autoencoder is gone before the U-Net comes."""
         advice.refuse_precision(self)
+        advice.refuse_compiled_tangents(self)
         attached = self._trainer is not None
         data = getattr(self.trainer, "datamodule", None) if attached else None
         device = self.trainer.strategy.root_device if attached else torch.device("cpu")
@@ -273,33 +275,12 @@ class PersonalizationModule(LightningModule):
             defaults.fill_in(part, values, self.method)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant)."""
-        assert not isinstance(self.lr, str) and not isinstance(self.eps, str)  # filled in by `load`
-        settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
-        settings |= {"weight_decay": self.weight_decay}
-        if self.optimizer == "adam" and next(self.adapter.parameters()).is_cuda:
-            settings["fused"] = True  # PyTorch's own choice there takes temporaries as large as all that is trained
-        kind: type[Optimizer] = FusedZOAdam if any(map(_weighs, self.estimators)) else torch.optim.Adam
-        if self.optimizer == "adam8bit":
-            kind = advice.adam8bit(self)
-        optimizer = kind(self.adapter.parameter_groups, **settings)
-        if self.lr_scheduler == "constant" or self._trainer is None:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < math.inf:
-            raise UserError(
-                f"model.lr_scheduler {self.lr_scheduler} needs an end to run to: set trainer.max_steps, or "
-                "model.lr_scheduler constant"
-            )
-        schedule = get_scheduler(self.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """Adam over the adapter (`optimization.configure`)."""
+        return optimization.configure(self)
 
     def on_train_start(self) -> None:
-        """A resumed schedule runs to this run's end, which may be another than when its checkpoint was written."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        if isinstance(schedule, LambdaLR) and isinstance(optimizer, LightningOptimizer):
-            for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group["lr"] = lr * factor(schedule.last_epoch)
+        """What hangs on the run's end."""
+        optimization.resume_schedule(self)
         if self.selector is not None and self.horizon is None:
             self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
 
@@ -325,7 +306,7 @@ class PersonalizationModule(LightningModule):
         subspace, step, trained = self.subspace, self.global_step, self.adapter.numbered()
         size = sum(theta.numel() for theta in trained.values())
         dims = (subspace.dims_left if subspace else None) or size
-        if isinstance(estimator, ZerothOrderEstimator) and _weighs(estimator):
+        if isinstance(estimator, ZerothOrderEstimator) and weighs(estimator):
             assert isinstance(optimizer, FusedZOAdam)
             weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained)
             for param_id, theta in trained.items():
@@ -400,15 +381,21 @@ class PersonalizationModule(LightningModule):
         ids = prompt_ids(base, draw.prompts, adapter.tokens())
         if self._graphed is not None and not torch.is_grad_enabled():
             (values,) = adapter.tokens(members).values()
-            return self._graphed(values, ids, draw.noisy, draw.timestep, draw.target)
+            rest = ids, draw.noisy, draw.timestep, draw.target
+            return (
+                Dual(self._graphed(values.stack, *rest)) if isinstance(values, Dual) else self._graphed(values, *rest)
+            )
         told = condition_on_ids(base, ids, adapter.tokens(members))
         with adapter.at(members) if isinstance(members, Members) else adapter.at(Members()):
             return self._denoise_as(told, len(members), draw)
 
     def _denoise(self, values: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """`losses` of a token as a function of tensors; ids [encoders, B, T]."""
-        told = condition_on_ids(self._loaded(), ids, self.adapter.tokens(values))  # of V * B prompts
-        return self._denoise_as(told, len(values), Draw(noisy, timestep, target, []))
+        """`losses` of a token as a function of tensors, ids [encoders, B, T]; stacks in and out for tangents."""
+        carried = values.dim() == CARRIED
+        members = Dual(values) if carried else values
+        told = condition_on_ids(self._loaded(), ids, self.adapter.tokens(members))  # of V * B prompts
+        losses = self._denoise_as(told, len(members), Draw(noisy, timestep, target, []))
+        return losses.stack if isinstance(losses, Dual) else losses
 
     def _denoise_as(self, told: Conditioning, members: int, draw: Draw) -> Tensor:
         hollow = self.hollow if draw.activation is not None else None
@@ -484,8 +471,3 @@ class PersonalizationModule(LightningModule):
         self.horizon = checkpoint["mep"].get("horizon")
         if self.subspace:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
-
-
-def _weighs(estimator: Estimator) -> bool:
-    """Whether an estimator's gradient is a sum of directions: one of the user's own may make it in another way."""
-    return getattr(type(estimator), "estimate", None) is ZerothOrderEstimator.estimate

@@ -4,11 +4,13 @@ import pytest
 import torch
 from lightning import Trainer
 
+from benchmarks.made_up import found
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenAndLoRA, TokenEmbedding
 from mep_lightning.bases.skeleton import packaged
 from mep_lightning.callbacks import PUTS, HollowedActivations
 from mep_lightning.commands.keeping import LastCheckpoint
+from mep_lightning.errors import UserError
 from mep_lightning.estimators import Backprop, ForwardGradientEstimator, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.estimators.perturbation import directions
 from mep_lightning.plan import rehearse
@@ -150,6 +152,11 @@ def test_streamed_weights_give_bitwise_the_same(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
 
 
+def test_compiling_them_is_refused(tmp_path):
+    with pytest.raises(UserError, match="model.compile does not go with ForwardGradientEstimator"):
+        fitted(tmp_path, module(compile=True))
+
+
 # -- other bases -------------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +164,5 @@ def test_streamed_weights_give_bitwise_the_same(tmp_path):
 def test_every_layer_of_the_public_bases_has_a_rule(name):
     """In tensors that hold nothing, at a small picture: what is refused is refused here."""
     made = PersonalizationModule(name, "int8", adapter=TokenEmbedding(), estimator=ForwardGradientEstimator(n=2))
-    (phases,) = rehearse([made], open_base_of(name), 64)
+    (phases,) = rehearse([made], found(name, "int8", "cpu"), 64)
     assert phases["step"].activations > 0
-
-
-def open_base_of(name):
-    from benchmarks.made_up import found
-
-    return found(name, "int8", "cpu")

@@ -34,14 +34,13 @@ def joined(value: Tensor, tangents: Tensor) -> Dual:
     return Dual(stack)
 
 
-def made(value: Tensor, tangents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a value like this one and for its tangents, channels last where it is: the stack, and the two parts."""
-    shape = (1 + tangents, *value.shape)
-    stack = torch.empty(shape, dtype=value.dtype, device=value.device)
+def made(value: Tensor, tangents: int) -> Tensor:
+    """Room for a value like this one and for its tangents, channels last where it is."""
+    stack = torch.empty(1 + tangents, *value.shape, dtype=value.dtype, device=value.device)
     if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
         batch, channels, height, width = value.shape
         stack = stack.view(1 + tangents, batch, height, width, channels).permute(0, 1, 4, 2, 3)
-    return stack, stack[0], stack[1:]
+    return stack
 
 
 def _sum(x: Any, y: Any, sign: float) -> Dual:
@@ -78,9 +77,9 @@ def _mul(x: Any, y: Any) -> Dual:
         dual, other = (x, y) if db is None else (y, x)
         return Dual(aligned(dual.stack, dims) * other)
     value = a * b
-    stack, first, rest = made(value, len(da))
-    first.copy_(value)
-    torch.mul(da, b, out=rest).addcmul_(db, a.expand_as(rest))
+    stack = made(value, len(da))
+    stack[0].copy_(value)
+    torch.mul(da, b, out=stack[1:]).addcmul_(db, a)
     return Dual(stack)
 
 
@@ -110,9 +109,9 @@ def _pow(x: Any, exponent: Any) -> Dual:
 
 def chained(x: Dual, value: Tensor, slope: Tensor) -> Dual:
     """f(x) by the chain rule: its value, and its slope times the tangents."""
-    stack, first, rest = made(value, len(x.stack) - 1)
-    first.copy_(value)
-    torch.mul(x.tangents, slope, out=rest)
+    stack = made(value, len(x.stack) - 1)
+    stack[0].copy_(value)
+    torch.mul(x.tangents, slope, out=stack[1:])
     return Dual(stack)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,28 +99,35 @@ def _interpolate(x: Dual, *how: Any, **given: Any) -> Dual:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
+AT_ONCE = 2**20
+"""Values of tangents that a norm works on together: fewer calls where they are small, little memory where not."""
+
+
+def _blocks(x: Dual, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few tangents of x [k, ...] after the other, each with where what becomes of them goes."""
+    together = max(AT_ONCE // max(stack[0].numel(), 1), 1)
+    return zip(x.tangents.split(together), stack[1:].split(together), strict=True)
+
+
 @rule(F.layer_norm)
 def _layer_norm(
     x: Dual, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
-    """y = w (x - m) / s + b; dy = w / s (dx - mean(dx) - z mean(z dx)), z = (x - m) / s."""
+    """y = w z + b, z = (x - m) / s; dy = w / s (dx - mean(dx) - z mean(z dx))."""
     dims = tuple(range(-len(shape), 0))
     wide = torch.promote_types(x.dtype, torch.float32)
     value = x.value.to(wide)
     variance, mean = torch.var_mean(value, dims, correction=0, keepdim=True)
     spread = (variance + eps).rsqrt_()
     normal = (value - mean).mul_(spread)
-    stack, first, rest = made(x.value, len(x.stack) - 1)
-    gain = None if weight is None else weight.to(wide)
-    for move, target in zip(x.tangents, rest, strict=True):
-        moved = move.to(wide, copy=True)
-        share = (moved * normal).mean(dims, keepdim=True)
-        moved.sub_(moved.mean(dims, keepdim=True)).addcmul_(normal, share, value=-1).mul_(spread)
-        target.copy_(moved if gain is None else moved.mul_(gain))
-    if gain is not None:
-        normal = normal.mul_(gain)
-    first.copy_(normal if bias is None else normal.add_(bias.to(wide)))
-    return Dual(stack)
+    gain = spread if weight is None else spread * weight.to(wide)
+    stack = made(x.value, len(x.stack) - 1)
+    for moves, targets in _blocks(x, stack):
+        moves = moves.to(wide)
+        share = (moves * normal).mean(dims, keepdim=True)
+        moves = torch.addcmul(moves, normal, share, value=-1).sub_(moves.mean(dims, keepdim=True))
+        torch.mul(moves, gain, out=targets)
+    return _scaled_(stack, normal, weight, bias, lambda parameter: parameter.to(wide))
 
 
 @rule(F.group_norm)
@@ -130,31 +137,37 @@ def _group_norm(
     """As a layer norm's, over the pixels of each group of channels."""
     wide = torch.promote_types(x.dtype, torch.float32)
     value = x.value.to(wide)  # [B, C, ...]
-    batch, channels = value.shape[:2]
+    channels, pixels = value.shape[1], tuple(range(2 - value.dim(), 0))
     count = value[0].numel() // groups
-    pixels = (*range(2, value.dim()),)
 
-    def grouped(sums: Tensor) -> Tensor:
-        """Sums over pixels [B, C] -> means over a group, at each of its channels [B, C, 1, ...]."""
-        means = sums.view(batch, groups, -1).sum(-1, keepdim=True).div_(count)
-        return means.expand(-1, -1, channels // groups).reshape(batch, channels, *(1 for _ in pixels))
+    def grouped(values: Tensor) -> Tensor:
+        """[..., B, C, pixels] -> means over a group, at each of its channels [..., B, C, 1, ...]."""
+        sums = values.sum(pixels).unflatten(-1, (groups, -1)).sum(-1, keepdim=True).div_(count)
+        sums = sums.expand(*sums.shape[:-1], channels // groups).flatten(-2)
+        return sums[(..., *(None for _ in pixels))]
 
-    mean = grouped(value.sum(pixels))
-    normal = value - mean
-    spread = (grouped((normal * normal).sum(pixels)) + eps).rsqrt_()
+    def by_channel(parameter: Tensor) -> Tensor:
+        return parameter.to(wide).view(-1, *(1 for _ in pixels))
+
+    normal = value - grouped(value)
+    spread = grouped(normal * normal).add_(eps).rsqrt_()
     normal.mul_(spread)
-    gain = spread if weight is None else spread * weight.to(wide).view(-1, *(1 for _ in pixels))
-    stack, first, rest = made(x.value, len(x.stack) - 1)
-    for move, target in zip(x.tangents, rest, strict=True):
-        moved = move.to(wide)
-        share = grouped((moved * normal).sum(pixels)).mul_(gain)
-        level = grouped(moved.sum(pixels)).mul_(gain)
-        target.copy_(torch.addcmul(moved * gain, normal, share, value=-1).sub_(level))
+    gain = spread if weight is None else spread * by_channel(weight)
+    stack = made(x.value, len(x.stack) - 1)
+    for moves, targets in _blocks(x, stack):
+        moves = moves.to(wide)
+        share, level = grouped(moves * normal), grouped(moves)
+        torch.mul(torch.addcmul(moves, normal, share, value=-1).sub_(level), gain, out=targets)
+    return _scaled_(stack, normal, weight, bias, by_channel)
+
+
+def _scaled_(
+    stack: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None, fit: Callable[[Tensor], Tensor]
+) -> Dual:
+    """Write a norm's value, w z + b, where it goes."""
     if weight is not None:
-        normal.mul_(weight.to(wide).view(-1, *(1 for _ in pixels)))
-    if bias is not None:
-        normal.add_(bias.to(wide).view(-1, *(1 for _ in pixels)))
-    first.copy_(normal)
+        normal = normal.mul_(fit(weight))
+    stack[0].copy_(normal if bias is None else normal.add_(fit(bias)))
     return Dual(stack)
 
 

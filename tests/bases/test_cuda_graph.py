@@ -13,7 +13,7 @@ from mep_lightning.advice import warn_of_idle_switches
 from mep_lightning.bases import predict_noise
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import RandomGradientEstimator, SubspaceGradient
+from mep_lightning.estimators import ForwardGradientEstimator, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.tiny.subjects import subject
 
 
@@ -29,13 +29,16 @@ class Replayed(CUDAGraphed):
         return inputs, lambda: output.copy_(self.function(*inputs)), output
 
 
-def token(tmp_path, graphed: bool, device: str = "cpu", steps: int = 6) -> torch.Tensor:
+ESTIMATORS = {"finite": RandomGradientEstimator(n=2, mu=1e-3), "tangents": ForwardGradientEstimator(n=2)}
+
+
+def token(tmp_path, graphed: bool, estimator: str, device: str = "cpu", steps: int = 6) -> torch.Tensor:
     for i, photo in enumerate(subject(0).photos()):
         photo.save(tmp_path / f"{i}.png")
     module = PersonalizationModule(
         precision="int8",
         adapter=TokenEmbedding(init="ball"),
-        estimator=RandomGradientEstimator(n=2, mu=1e-3),
+        estimator=ESTIMATORS[estimator],
         subspace=SubspaceGradient(tau=3, nu=0.1),
         cuda_graph=graphed,
     )
@@ -51,18 +54,20 @@ def token(tmp_path, graphed: bool, device: str = "cpu", steps: int = 6) -> torch
     return module.adapter.theta.detach().cpu()
 
 
-def test_replaying_trains_the_same_token_bit_by_bit(tmp_path, monkeypatch):
-    plain = token(tmp_path, graphed=False)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_replaying_trains_the_same_token_bit_by_bit(tmp_path, monkeypatch, estimator):
+    plain = token(tmp_path, False, estimator)
     monkeypatch.setattr("mep_lightning.module.CUDAGraphed", Replayed)
     monkeypatch.setattr(PersonalizationModule, "takes_graph", lambda self, base: self.cuda_graph)
     monkeypatch.setattr(Replayed, "captures", 0)
-    assert torch.equal(token(tmp_path, graphed=True), plain)
+    assert torch.equal(token(tmp_path, True, estimator), plain)
     assert Replayed.captures == 1
 
 
 @pytest.mark.gpu
-def test_a_graph_on_a_gpu_trains_the_same_token_bit_by_bit(tmp_path):
-    assert torch.equal(token(tmp_path, True, "cuda"), token(tmp_path, False, "cuda"))
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_graph_on_a_gpu_trains_the_same_token_bit_by_bit(tmp_path, estimator):
+    assert torch.equal(token(tmp_path, True, estimator, "cuda"), token(tmp_path, False, estimator, "cuda"))
 
 
 def test_other_shapes_are_captured_apart(monkeypatch):

@@ -20,9 +20,12 @@ def heads(queries=50, keys=40, width=8, dtype=torch.float32, tangents=2):
     return [torch.randn(shape, generator=generator).mul(2).to(dtype).transpose(2, 3) for shape in shapes]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(MODULE, "BLOCK", 7 * 40)
+@pytest.fixture(autouse=True, params=["block by block", "together"])
+def way(request, monkeypatch):
+    """Either of ours, the first in blocks of seven rows and a rest."""
+    if request.param == "block by block":
+        monkeypatch.setattr(MODULE, "BLOCK", 7 * 40)
+        monkeypatch.setattr(MODULE, "FEW", 0)
 
 
 def test_the_definition_is_the_derivative():

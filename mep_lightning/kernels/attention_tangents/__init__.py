@@ -18,6 +18,8 @@ __all__ = ["attention_tangents"]
 
 BLOCK = 2**19
 """Scores at a time, of each of the matrices that a block needs."""
+FEW = 2**22
+"""Scores of all heads and directions that are held whole: for short sequences calls cost more than memory."""
 
 
 @torch.library.custom_op("mep_lightning::attention_tangents", mutates_args=())
@@ -27,7 +29,8 @@ def _attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         if triton.takes(q):
             return triton.attention_tangents(q, k, v)
-    return _blockwise(q, k, v)
+    scores = (len(q) - 1) * q[0, ..., 0].numel() * k.shape[-2]
+    return _together(q, k, v) if scores <= FEW else _blockwise(q, k, v)
 
 
 @_attention_tangents.register_fake
@@ -40,11 +43,30 @@ def _room(q: Tensor) -> Tensor:
     return q.new_empty(count, batch, queries, heads, width).transpose(2, 3)
 
 
+def _computes_in(q: Tensor) -> torch.dtype:
+    """What products with values are taken in: a CPU's fp16 ones crawl."""
+    return torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All heads at once."""
+    out, dtype = _room(q), _computes_in(q)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = q.to(wide), k.to(wide) / math.sqrt(q.shape[-1]), v.to(dtype)
+    share = (queries[0] @ keys[0].mT).softmax(-1)  # [B, H, S, T]
+    moved = (queries[1:] @ keys[0].mT).add_(queries[0] @ keys[1:].mT).mul_(share)  # [n, B, H, S, T]
+    moved.addcmul_(share, moved.sum(-1, keepdim=True), value=-1)
+    share = share.to(dtype)
+    out[0] = share @ values[0]
+    out[1:] = (moved.to(dtype) @ values[0]).add_(share @ values[1:])
+    return out
+
+
 def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A block of queries of a head after the other; scores and their sums in fp32 at least."""
     count, batch, heads, _, width = q.shape
     out, wide = _room(q), torch.promote_types(q.dtype, torch.float32)
-    dtype = wide if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype  # its fp16 products crawl
+    dtype = _computes_in(q)
     rows, root = max(BLOCK // k.shape[-2], 1), math.sqrt(width)
     for b in range(batch):
         for h in range(heads):
