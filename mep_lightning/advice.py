@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mep_lightning.bases import Base
-from mep_lightning.bases.load import QUANTIZED
+from mep_lightning.bases.load import INTEGERS, QUANTIZED
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import FiniteDifferenceEstimator, ForwardGradientEstimator
 
@@ -50,6 +50,15 @@ def warn_of_rounding(module: PersonalizationModule, dtype: torch.dtype) -> None:
             f"mu {estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
             f"measured on tiny: training may be slow or diverge; take mu {least:g}, {exact} fp32, or "
             "ForwardGradientEstimator, which has no mu"
+        )
+
+
+def refuse_integers(module: PersonalizationModule) -> None:
+    """Raise UserError where integer products would drown or end a derivative."""
+    if module.activations == INTEGERS and not all(isinstance(e, ForwardGradientEstimator) for e in module.estimators):
+        raise UserError(
+            "model.activations int8 drown a finite difference and end a backward pass: take ForwardGradientEstimator, "
+            "or activations bf16"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +39,7 @@ from mep_lightning.bases import (
     remember,
 )
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.bases.load import PRECISIONS, activation_dtype
+from mep_lightning.bases.load import INTEGERS, PRECISIONS, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
 from mep_lightning.draws import Draw, Moments, noised, step_generator
@@ -49,6 +49,7 @@ from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
 from mep_lightning.phases import phase
+from mep_lightning.quantization import integer_products
 from mep_lightning.selection import Selector
 from mep_lightning.tangents import Dual
 from mep_lightning.templates import fill
@@ -86,7 +87,8 @@ class PersonalizationModule(LightningModule):
         compile: let `torch.compile` fuse the U-Net's operations; it compiles at the first step, and rounds otherwise in
             the last bits.
         activations: what int8 and int4 weights compute in: "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
-            on a GPU.
+            on a GPU. "int8" is for `ForwardGradientEstimator` and int8 weights: while training, linear layers of the
+            U-Net multiply integers, all else is in half precision.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
             without a backward pass.
@@ -117,7 +119,7 @@ class PersonalizationModule(LightningModule):
         checkpointing: bool = False,
         cuda_graph: bool = False,
         compile: bool = False,
-        activations: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        activations: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
         offload: Literal["none", "stream"] = "none",
         seed: int = 0,
         method: str | None = None,
@@ -165,6 +167,7 @@ class PersonalizationModule(LightningModule):
                 one.seed = seed
         if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
             raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
+        advice.refuse_integers(self)
         if not self.adapter.is_perturbed and any(one.forward_only for one in self.estimators):
             raise UserError(f"{type(self.adapter).__name__} is trained by backpropagation alone: set Backprop")
         self.save_hyperparameters({"base": self.base_name, "precision": precision, "method": self.method, "seed": seed})
@@ -399,17 +402,18 @@ class PersonalizationModule(LightningModule):
 
     def _denoise_as(self, told: Conditioning, members: int, draw: Draw) -> Tensor:
         hollow = self.hollow if draw.activation is not None else None
-        predicted = self.predict_noise(
-            self._loaded().unet,
-            draw.noisy,
-            draw.timestep,
-            told,
-            members=members,
-            apart=self.adapter.layers,
-            checkpointing=self.checkpointing,
-            cut=hollow.cut if hollow else None,
-            activation=draw.activation,
-        )
+        with integer_products() if self.activations == INTEGERS else nullcontext():
+            predicted = self.predict_noise(
+                self._loaded().unet,
+                draw.noisy,
+                draw.timestep,
+                told,
+                members=members,
+                apart=self.adapter.layers,
+                checkpointing=self.checkpointing,
+                cut=hollow.cut if hollow else None,
+                activation=draw.activation,
+            )
         error = (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)  # [V, B, C, H, W]
         own = error[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
         if not draw.priors:

@@ -14,7 +14,7 @@ from mep_lightning.errors import UserError
 from mep_lightning.estimators import Backprop, ForwardGradientEstimator, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.estimators.perturbation import directions
 from mep_lightning.plan import rehearse
-from mep_lightning.plan.rehearsal import made_up_batch
+from mep_lightning.plan.rehearsal import denoise, made_up_batch
 from mep_lightning.selection import ConstantSelector
 
 QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
@@ -166,3 +166,45 @@ def test_every_layer_of_the_public_bases_has_a_rule(name):
     made = PersonalizationModule(name, "int8", adapter=TokenEmbedding(), estimator=ForwardGradientEstimator(n=2))
     (phases,) = rehearse([made], found(name, "int8", "cpu"), 64)
     assert phases["step"].activations > 0
+
+
+# -- integer products --------------------------------------------------------------------------------------------------
+
+
+def test_integer_products_keep_the_slopes():
+    """Where they drown a finite difference: value and tangents round apart."""
+    plain, integers = module(precision="int8"), module(precision="int8", activations="int8")
+    slopes = []
+    for made in (plain, integers):
+        made.load()
+        draw = drawn(made)
+        slopes.append(made.estimator.weigh(lambda members, m=made, d=draw: m.losses(members, d), 1)[0])
+    exact, found = slopes
+    assert integers.base.dtype == torch.bfloat16
+    assert 0 < (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_integer_products_are_for_training_alone(tmp_path):
+    seen = []
+    made = module(precision="int8", activations="int8")
+    made.load()
+    made.base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(
+        lambda layer, *_: seen.append(layer.multiplies_integers)
+    )
+    made.estimator.weigh(lambda members: made.losses(members, drawn(made)), 1)
+    denoise(made, 16, 1)
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"estimator": RandomGradientEstimator()}, "drown a finite difference"),
+        ({"estimator": Backprop()}, "end a backward pass: take ForwardGradientEstimator"),
+        ({"precision": "int4"}, "activations int8 are for quantised weights, and precision is int4"),
+        ({"precision": "fp32"}, "activations int8 are for quantised weights, and precision is fp32"),
+    ],
+)
+def test_integer_products_are_refused_elsewhere(settings, said):
+    with pytest.raises(UserError, match=said):
+        module(**({"precision": "int8", "activations": "int8"} | settings))

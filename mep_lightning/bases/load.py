@@ -25,6 +25,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 OFFLOADS = ("none", "stream")
 QUANTIZED = ("int8", "int4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INTEGERS = "int8"
+"""Activations of linear layers with int8 weights, for estimators that bear it; all else is then in half precision."""
 
 
 def activation_dtype(precision: str, device: torch.device, family: str, activations: str = "auto") -> torch.dtype:
@@ -37,17 +39,26 @@ def activation_dtype(precision: str, device: torch.device, family: str, activati
         UserError: `activations` is unknown, or asks weights in floats for another dtype than their own.
     """
     if activations != "auto":
-        if activations not in DTYPES:
-            raise UserError(f"activations {activations!r} are unknown: choose auto or one of {', '.join(DTYPES)}")
-        if precision not in (*QUANTIZED, activations):
+        if activations not in (*DTYPES, INTEGERS):
+            raise UserError(
+                f"activations {activations!r} are unknown: choose auto or one of {', '.join((*DTYPES, INTEGERS))}"
+            )
+        if precision not in goes_with(activations):
             raise UserError(
                 f"activations {activations} are for quantised weights, and precision is {precision}: leave them auto, "
-                f"or set precision {activations} or int8"
+                f"or set precision {' or '.join(dict.fromkeys((activations, 'int8')))}"
             )
+        if activations == INTEGERS:
+            return torch.float16 if device.type == "cuda" else torch.bfloat16
         return DTYPES[activations]
     if precision in QUANTIZED:
         return torch.float16 if device.type == "cuda" and family != "tiny" else torch.float32
     return DTYPES[precision]
+
+
+def goes_with(activations: str) -> tuple[str, ...]:
+    """The precisions whose weights compute in these activations."""
+    return (INTEGERS,) if activations == INTEGERS else (*QUANTIZED, activations)
 
 
 def exact_device(device: str | torch.device) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from mep_lightning import defaults
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype
+from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype, goes_with
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.module import PersonalizationModule
@@ -126,7 +126,7 @@ def plan(
     info = describe(folder, base)
     where = torch.device(device)
     if activations != "auto":
-        precisions = [name for name in precisions if name in (*QUANTIZED, activations)]
+        precisions = [name for name in precisions if name in goes_with(activations)]
         if not precisions:
             activation_dtype("fp32", where, info.family, activations)  # says what is wrong
     pictures = pictures or defaults.lookup(next(iter(recipes)), info.family, precisions[0])["sampling_batch"]

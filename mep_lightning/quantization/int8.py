@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels import int8_conv2d, int8_linear, quantize_rows
+from mep_lightning.kernels import int8_conv2d, int8_linear, int8_linear_w8a8, quantize_rows
 from mep_lightning.kernels.dequantize import dequantize_reference
 from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedWeight
 
@@ -44,10 +46,24 @@ class Int8Weight(QuantizedWeight):
 class Int8Linear(Int8Weight, QuantizedLinear):
     """`nn.Linear` with its weight in int8."""
 
+    multiplies_integers: ClassVar[bool] = False
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         self._refuse_integers(x)
-        return int8_linear(x, self.weight, self.scale, self.bias)
+        run = int8_linear_w8a8 if self.multiplies_integers else int8_linear
+        return run(x, self.weight, self.scale, self.bias)
+
+
+@contextmanager
+def integer_products() -> Iterator[None]:
+    """Let all int8 linear layers round their activations to int8 too, for the length of a `with`; no derivative goes
+    through them, but tangents do."""
+    Int8Linear.multiplies_integers = True
+    try:
+        yield
+    finally:
+        Int8Linear.multiplies_integers = False
 
 
 class Int8Conv2d(Int8Weight, QuantizedConv2d):
