@@ -71,15 +71,19 @@ def parser() -> argparse.ArgumentParser:
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
     precision = suites.add_parser("precision", help="ZOODiP on the base in every precision, likewise")
+    forward = suites.add_parser("forward", help="finite differences and tangents in half precision, likewise")
     loras = suites.add_parser("loras", help="LoRA whole, hollowed and selectively optimised, likewise")
-    for suite in (quality, ablation, precision, loras):
+    for suite in (quality, ablation, precision, forward, loras):
         suite.add_argument(
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
         suite.add_argument("--split", choices=["test", "tune"], default="test")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
-    sizes = ((quality, 8, 3, 2), (ablation, 3, 3, 2), (precision, 8, 3, 2), (loras, 8, 3, 2), (tune, 3, 1, 2))
+    sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
+        (ablation, 3, 3, 2),
+        (tune, 3, 1, 2),
+    ]
     for suite, subjects, seeds, images in sizes:
         suite.add_argument("--subjects", type=int, default=subjects)
         suite.add_argument("--seeds", type=int, default=seeds)
@@ -169,6 +173,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "quality": _cells,
     "ablation": _cells,
     "precision": _cells,
+    "forward": _cells,
     "loras": _cells,
     "tune": _cells,
 }

@@ -3,6 +3,7 @@
 A finite difference [L(theta + mu e) - L(theta)] / mu errs in two ways. Rounding: the two losses are nearly equal, and
 what the arithmetic drops is divided by mu; it is measured against the same difference over the same weights in float64.
 Truncation: the loss is no straight line; it is that float64 difference against the exact derivative <grad L, e>.
+A tangent that is carried through the network (`ForwardGradientEstimator`) errs by rounding alone, against <grad L, e>.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from benchmarks.rows import Row, row
 from mep_lightning.bases import Base, encode_prompts, load_base, predict_noise
 from mep_lightning.data import sample_latents
-from mep_lightning.estimators.perturbation import direction
+from mep_lightning.estimators.perturbation import TANGENT, Tangents
 from mep_lightning.kernels import int8_linear_w8a8
 from mep_lightning.quantization import Int8Linear, QuantizedWeight
+from mep_lightning.tangents import Dual
 from mep_lightning.tiny.subjects import other_photos, subject
 
 MUS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 TIMESTEPS = (100, 300, 500, 700, 900)
 TOKEN = "<sks>"
+CARRIED = "tangents"
+"""Stands where a finite difference has its mu."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ PATHS = (
     Path("fp16", torch.float16),
     Path("bf16", torch.bfloat16),
     *(Path("int8", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-    Path("int8", torch.float16, w8a8=True),
+    *(Path("int8", dtype, w8a8=True) for dtype in (torch.float16, torch.bfloat16)),
     *(Path("int4", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
 )
 
@@ -57,8 +61,8 @@ def run(directions: int = 16, device: str = "cpu") -> list[Row]:
     rows = []
     for path in PATHS:
         base = load(path, device)
-        for mu, (rounding, truncation, correlation) in errors(base, directions).items():
-            case = f"tiny {path} mu {mu:g}"
+        for way, (rounding, truncation, correlation) in errors(base, directions).items():
+            case = f"tiny {path} {way}"
             rows.append(row("fidelity", case, "rounding, median relative error", rounding, ""))
             rows.append(row("fidelity", case, "truncation, median relative error", truncation, ""))
             rows.append(row("fidelity", case, "correlation with the exact derivative", correlation, ""))
@@ -102,8 +106,9 @@ def _copy_weights(packed: nn.Module, plain: nn.Module) -> None:
             values.copy_(twin.dequantize(torch.float64) if is_packed else getattr(twin, key))
 
 
-def errors(base: Base, directions: int = 16) -> dict[float, tuple[float, float, float]]:
-    """For every mu: rounding, truncation (median relative errors) and correlation with the exact derivative.
+def errors(base: Base, directions: int = 16) -> dict[str, tuple[float, float, float]]:
+    """For every mu and for tangents: rounding, truncation (median relative errors) and correlation with the exact
+    derivative.
 
     Raises:
         AssertionError: the exact derivative is no derivative of the float64 loss.
@@ -111,9 +116,10 @@ def errors(base: Base, directions: int = 16) -> dict[float, tuple[float, float, 
     wide = in_float64(base)
     who = subject(0)
     init = encoder_row(wide, who.class_word).cpu()
-    noises = torch.stack([direction(init.float(), 0, 0, i) for i in range(directions)]).double()
-    members = {mu: torch.cat([init[None], init + mu * noises]) for mu in MUS}
-    found: dict[float, list[tuple[float, float, float]]] = {mu: [] for mu in MUS}
+    tangents = Tangents(seed=0, step=0, n=directions)
+    noises = torch.stack(list(tangents.noise_of(init.float()))).double()
+    members = {f"mu {mu:g}": (mu, torch.cat([init[None], init + mu * noises])) for mu in MUS}
+    found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in (*members, CARRIED)}
     for timestep in TIMESTEPS:
         theta = init.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(losses(wide, theta[None], timestep)[0], theta)
@@ -122,11 +128,15 @@ def errors(base: Base, directions: int = 16) -> dict[float, tuple[float, float, 
             central = losses(wide, torch.stack([init + 1e-5 * noises[0], init - 1e-5 * noises[0]]), timestep)
             slope = (central[0] - central[1]) / 2e-5
             torch.testing.assert_close(slope, exact[0], rtol=1e-4, atol=1e-9)
-            for mu, thetas in members.items():
+            for way, (mu, thetas) in members.items():
                 at = [losses(side, thetas, timestep) for side in (base, wide)]
                 ours, true = ((loss[1:] - loss[0]) / mu for loss in at)
-                found[mu] += zip(ours.tolist(), true.tolist(), exact.tolist(), strict=True)
-    return {mu: _summary(triples) for mu, triples in found.items()}
+                found[way] += zip(ours.tolist(), true.tolist(), exact.tolist(), strict=True)
+            carried = losses(base, tangents.of(init.float()), timestep)
+            assert isinstance(carried, Dual)
+            slopes = (carried.tangents[:, 0] / TANGENT).tolist()
+            found[CARRIED] += zip(slopes, exact.tolist(), exact.tolist(), strict=True)
+    return {way: _summary(triples) for way, triples in found.items()}
 
 
 def _summary(triples: list[tuple[float, float, float]]) -> tuple[float, float, float]:

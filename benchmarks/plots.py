@@ -16,6 +16,13 @@ PATHS = {
     "int8, W8A8 linears, float16 activations": ("#b03a48", "--"),
 }
 """Which precisions are drawn; a dtype of activations has a colour, int8 weights a dashed line."""
+CARRIED = {
+    "fp32": "#1b6ca8",
+    "fp16": "#2a9d5c",
+    "bf16": "#d9822b",
+    "int8, W8A8 linears, bfloat16 activations": "#b03a48",
+}
+"""Whose tangents are drawn beside their finite differences."""
 
 
 def fidelity(figures: Path, picture: Path) -> None:
@@ -34,6 +41,33 @@ def fidelity(figures: Path, picture: Path) -> None:
     axes.text(axes.get_xlim()[0] * 1.1, 0.055, "5 %", color="grey")
     axes.set(xscale="log", yscale="log", xlabel="mu", ylabel="median relative error")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.grid(alpha=0.25)
+    figure.savefig(picture, dpi=130)
+    pyplot.close(figure)
+
+
+def tangents(figures: Path, picture: Path) -> None:
+    """How far finite differences are from the derivative over mu, and tangents, which have none, as flat lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[Row] = json.loads(figures.read_text())["rows"]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, colour in CARRIED.items():
+        mus, rounding = _curve(rows, f"tiny {name} mu ", "rounding")
+        _, truncation = _curve(rows, f"tiny {name} mu ", "truncation")
+        axes.plot(mus, [a + b for a, b in zip(rounding, truncation, strict=True)], color=colour, marker="o", label=name)
+        (own,) = (
+            row["value"] for row in rows if row["case"] == f"tiny {name} tangents" and "rounding" in row["metric"]
+        )
+        axes.axhline(own, color=colour, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name}, tangents", (mus[0], own), xytext=(0, 2), textcoords="offset points", color=colour, size=8
+        )
+    axes.set(xscale="log", yscale="log", xlabel="mu", ylabel="median relative error: rounding + truncation")
+    axes.legend(title="finite difference", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.grid(alpha=0.25)
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""`quality`, `ablation` and `precision`: train and score methods on subjects of the tiny world; resumable cell by cell.
+"""`quality`, `ablation`, `precision`, `forward`, `loras`: train and score methods on subjects of the tiny world.
 
 A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is
 scored by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
@@ -78,6 +78,17 @@ PRECISIONS: dict[str, Settings] = {
     precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
 }
 """ZOODiP on the base in every precision, with the mu that each wants."""
+CARRIED: Settings = SHORT | {"estimator": "ForwardGradientEstimator"}
+FORWARD: dict[str, Settings] = {
+    "fp32, finite difference": SHORT | {"precision": "fp32"},
+    "fp32, tangents": CARRIED | {"precision": "fp32"},
+    "bf16, finite difference, μ 1e-3": SHORT | {"precision": "bf16", "mu": 1e-3},
+    "bf16, finite difference, its best μ": SHORT | {"precision": "bf16"},
+    "bf16, tangents": CARRIED | {"precision": "bf16"},
+    "int8, bf16 activations, tangents": CARRIED | {"activations": "bf16"},
+    "int8, int8 activations, tangents": CARRIED | {"activations": "int8"},
+}
+"""What half precision does to a training by finite differences and by tangents; otherwise as `PRECISIONS`."""
 FRACTIONS = (0.202, 0.375, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
 LORAS: dict[str, Settings] = {
@@ -98,7 +109,7 @@ LORAS: dict[str, Settings] = {
 
 Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
 """
-SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "loras": LORAS}
+SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "forward": FORWARD, "loras": LORAS}
 SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
 
@@ -137,6 +148,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
         selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
         low_resolution=settings.get("low_resolution"),
         checkpointing=settings.get("checkpointing", False),
+        activations=settings.get("activations", "auto"),
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],
         eps=settings["eps"],

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.fidelity import CARRIED
 from benchmarks.quality import SCORES
 from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENTS = (DOCS / "reproduction.md", DOCS / "performance.md", DOCS / "memory.md")
+DOCUMENTS = tuple(DOCS / f"{name}.md" for name in ("reproduction", "performance", "memory", "forward-gradients"))
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "clip_t": "CLIP-T",
@@ -124,19 +125,53 @@ def _gib(count: float) -> str:
 
 
 def fidelities(rows: list[Row]) -> str:
-    """A path and a mu a line: both errors and the correlation with the exact derivative."""
+    """A path and a mu, or its tangents, a line: both errors and the correlation with the exact derivative."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         rounding, truncation, correlation = (row["value"] for row in rows if row["case"] == case)
-        path, _, mu = case.removeprefix("tiny ").rpartition(" mu ")
-        lines.append([path, mu, f"{rounding:.2%}", f"{truncation:.1%}", f"{correlation:.3f}"])
+        path, way = _path_and_way(case)
+        lines.append([path, way, f"{rounding:.2%}", f"{truncation:.1%}", f"{correlation:.3f}"])
     return markdown(["precision", "μ", "rounding", "truncation", "correlation"], lines)
+
+
+def tangents(rows: list[Row]) -> str:
+    """A path a line: a finite difference at the mu where it is nearest to the derivative, and the tangents."""
+    values = {(row["case"], row["metric"].partition(",")[0]): row["value"] for row in rows}
+    lines = []
+    for path in dict.fromkeys(_path_and_way(row["case"])[0] for row in rows):
+        ways = {way: case for case, _ in values for found, way in [_path_and_way(case)] if found == path}
+        carried = ways.pop(CARRIED)
+        best = max(ways, key=lambda way: values[ways[way], CORRELATION])
+        finite = [values[ways[best], part] for part in ("rounding", "truncation")]
+        error = values[carried, "rounding"]
+        lines.append(
+            [
+                path,
+                best,
+                *(f"{value:.2%}" for value in finite),
+                f"{values[ways[best], CORRELATION]:.3f}",
+                f"{error:.2%}" if error > 1e-4 else f"{error:.1e}",
+                f"{values[carried, CORRELATION]:.5f}",
+            ]
+        )
+    header = ["precision", "best μ", "rounding", "truncation", "correlation", "tangents: error", "correlation"]
+    return markdown(header, lines)
+
+
+CORRELATION = "correlation with the exact derivative"
+
+
+def _path_and_way(case: str) -> tuple[str, str]:
+    """A row's precision, and its mu or that it is of tangents."""
+    path, _, mu = case.removeprefix("tiny ").rpartition(" mu ")
+    return (path, mu) if path else (case.removeprefix("tiny ").removesuffix(f" {CARRIED}"), CARRIED)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": scores,
     "ablation": scores,
     "precision": scores,
+    "forward": scores,
     "loras": scores,
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
@@ -153,7 +188,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,
+    "fidelity:tangents": tangents,
     "cuda/fidelity": fidelities,
+    "cuda/fidelity:tangents": tangents,
 }
 """FILE or FILE:PART -> what writes its table."""
 
@@ -185,4 +222,5 @@ def write() -> None:
     """All documents and their plots."""
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
-    plots.fidelity(results("fidelity"), DOCS / "images" / "fidelity.png")
+    for name in ("fidelity", "tangents"):
+        getattr(plots, name)(results("fidelity"), DOCS / "images" / f"{name}.png")

@@ -20,12 +20,26 @@ def test_half_precision_drowns_what_fp32_keeps(short):
         fidelity.errors(fidelity.load(Path("int8", dtype), "cpu"), directions=4)
         for dtype in (torch.float32, torch.half)
     )
-    for mu in fidelity.MUS:
+    for mu in ("mu 0.001", "mu 0.01"):
         rounding, truncation, correlation = exact[mu]
         assert rounding < 0.01 and correlation > 0.98 and truncation < 0.3
         assert half[mu][0] > 10 * rounding
         assert half[mu][1] == pytest.approx(truncation, rel=0.05)  # it is the weights', not the arithmetic's
-    assert exact[1e-2][1] > exact[1e-3][1] and exact[1e-2][0] < exact[1e-3][0]
+    assert exact["mu 0.01"][1] > exact["mu 0.001"][1] and exact["mu 0.01"][0] < exact["mu 0.001"][0]
+    carried, wide = half[fidelity.CARRIED], exact[fidelity.CARRIED]
+    assert wide[0] < 1e-4 and carried[0] < 0.005 and carried[2] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [(Path("bf16", torch.bfloat16), 0.03), (Path("int8", torch.bfloat16, w8a8=True), 0.1)],
+    ids=str,
+)
+def test_tangents_stay_true_where_a_difference_drowns(short, path, most):
+    found = fidelity.errors(fidelity.load(path, "cpu"), directions=4)
+    rounding, truncation, correlation = found[fidelity.CARRIED]
+    assert rounding < most and truncation == 0 and correlation > 0.99
+    assert found["mu 0.01"][0] > 10 * rounding
 
 
 def test_the_wide_base_has_the_weights_that_the_path_computes_with():
