@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,14 +100,8 @@ def _interpolate(x: Dual, *how: Any, **given: Any) -> Dual:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-AT_ONCE = 2**20
-"""Values of tangents that a norm works on together: fewer calls where they are small, little memory where not."""
-
-
-def _blocks(x: Dual, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few tangents of x [k, ...] after the other, each with where what becomes of them goes."""
-    together = max(AT_ONCE // max(stack[0].numel(), 1), 1)
-    return zip(x.tangents.split(together), stack[1:].split(together), strict=True)
+AT_ONCE = 2**19
+"""Values of a norm that are worked on together, in fp32: 2 MiB stay in the caches and are little memory."""
 
 
 @rule(F.layer_norm)
@@ -115,19 +110,12 @@ def _layer_norm(
 ) -> Dual:
     """y = w z + b, z = (x - m) / s; dy = w / s (dx - mean(dx) - z mean(z dx))."""
     dims = tuple(range(-len(shape), 0))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    value = x.value.to(wide)
-    variance, mean = torch.var_mean(value, dims, correction=0, keepdim=True)
-    spread = (variance + eps).rsqrt_()
-    normal = (value - mean).mul_(spread)
-    gain = spread if weight is None else spread * weight.to(wide)
-    stack = made(x.value, len(x.stack) - 1)
-    for moves, targets in _blocks(x, stack):
-        moves = moves.to(wide)
-        share = (moves * normal).mean(dims, keepdim=True)
-        moves = torch.addcmul(moves, normal, share, value=-1).sub_(moves.mean(dims, keepdim=True))
-        torch.mul(moves, gain, out=targets)
-    return _scaled_(stack, normal, weight, bias, lambda parameter: parameter.to(wide))
+    size = math.prod(shape)
+    rows = x.stack.reshape(len(x.stack), -1, *shape)
+    out = torch.empty_like(rows)
+    for source, target in _blocks(rows, out, max(AT_ONCE // max(size, 1), 1)):
+        _normed_(source, target, lambda values: values.mean(dims, keepdim=True), weight, bias, eps)
+    return Dual(out.view(x.stack.shape))
 
 
 @rule(F.group_norm)
@@ -135,40 +123,52 @@ def _group_norm(
     x: Dual, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
     """As a layer norm's, over the pixels of each group of channels."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    value = x.value.to(wide)  # [B, C, ...]
-    channels, pixels = value.shape[1], tuple(range(2 - value.dim(), 0))
-    count = value[0].numel() // groups
+    channels, pixels = x.shape[1], tuple(range(2 - x.dim(), 0))
+    width = channels // groups
 
-    def grouped(values: Tensor) -> Tensor:
-        """[..., B, C, pixels] -> means over a group, at each of its channels [..., B, C, 1, ...]."""
-        sums = values.sum(pixels).unflatten(-1, (groups, -1)).sum(-1, keepdim=True).div_(count)
-        sums = sums.expand(*sums.shape[:-1], channels // groups).flatten(-2)
-        return sums[(..., *(None for _ in pixels))]
+    def mean(values: Tensor) -> Tensor:
+        """[..., B, C, pixels] -> of a group, at each of its channels [..., B, C, 1, ...]."""
+        sums = values.sum(pixels).unflatten(-1, (-1, width)).mean(-1, keepdim=True).div_(math.prod(x.shape[2:]))
+        return sums.expand(*sums.shape[:-1], width).flatten(-2)[(..., *(None for _ in pixels))]
 
-    def by_channel(parameter: Tensor) -> Tensor:
-        return parameter.to(wide).view(-1, *(1 for _ in pixels))
+    def by_channel(parameter: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * groups if parameter is None else parameter.view(-1, *(1 for _ in pixels)).split(together)
 
-    normal = value - grouped(value)
-    spread = grouped(normal * normal).add_(eps).rsqrt_()
-    normal.mul_(spread)
-    gain = spread if weight is None else spread * by_channel(weight)
     stack = made(x.value, len(x.stack) - 1)
-    for moves, targets in _blocks(x, stack):
-        moves = moves.to(wide)
-        share, level = grouped(moves * normal), grouped(moves)
-        torch.mul(torch.addcmul(moves, normal, share, value=-1).sub_(level), gain, out=targets)
-    return _scaled_(stack, normal, weight, bias, by_channel)
-
-
-def _scaled_(
-    stack: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None, fit: Callable[[Tensor], Tensor]
-) -> Dual:
-    """Write a norm's value, w z + b, where it goes."""
-    if weight is not None:
-        normal = normal.mul_(fit(weight))
-    stack[0].copy_(normal if bias is None else normal.add_(fit(bias)))
+    together = max(AT_ONCE // max(x.value.numel() // groups, 1), 1) * width
+    parts = zip(x.stack.split(together, 2), stack.split(together, 2), strict=True)
+    for (source, target), gain, shift in zip(parts, by_channel(weight), by_channel(bias), strict=False):
+        _normed_(source, target, mean, gain, shift, eps)
     return Dual(stack)
+
+
+def _blocks(source: Tensor, target: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(source.split(count, 1), target.split(count, 1), strict=True)
+
+
+def _normed_(
+    source: Tensor,
+    target: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    """Write what a norm makes of a stack of values and tangents, whose means are told, where it goes."""
+    wide = torch.promote_types(source.dtype, torch.float32)
+    gain = None if weight is None else weight.to(wide)
+    value = source[0].to(wide)
+    normal = value - mean(value)
+    spread = (mean(normal * normal) + eps).rsqrt_()
+    normal.mul_(spread)
+    spread = spread if gain is None else spread * gain
+    for move, place in zip(source[1:], target[1:], strict=True):
+        move = move.to(wide)
+        share = mean(move * normal)
+        place.copy_(torch.addcmul(move, normal, share, value=-1).sub_(mean(move)).mul_(spread))
+    if gain is not None:
+        normal.mul_(gain)
+    target[0].copy_(normal if bias is None else normal.add_(bias.to(wide)))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

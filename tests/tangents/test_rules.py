@@ -124,7 +124,8 @@ ONE = {  # name: function of a Dual [2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_of_one(name):
+def test_of_one(name, monkeypatch):
+    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", 9)
     check(ONE[name], dual(2, 3, 4))
 
 
@@ -154,8 +155,10 @@ def test_weights_alone_may_have_tangents():
     check(lambda w: F.conv2d(randn(2, 3, 6, 6), w, None, 1, 1), dual(5, 3, 3, 3))
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 2**19])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
-def test_layers_of_pictures(last):
+def test_layers_of_pictures(last, at_once, monkeypatch):
+    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", at_once)
     torch.manual_seed(0)
     x = dual(2, 8, 5, 6)
     if last:
