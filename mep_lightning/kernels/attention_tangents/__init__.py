@@ -16,10 +16,10 @@ from mep_lightning.kernels.products import linear
 
 __all__ = ["attention_tangents"]
 
-BLOCK = 2**19
+BLOCK = 2**20
 """Scores at a time, of each of the matrices that a block needs."""
-FEW = 2**22
-"""Scores of all heads and directions that are held whole: for short sequences calls cost more than memory."""
+FEW = 2**26
+"""Multiplications of all heads and directions that are so few that calls cost more: then all are done at once."""
 
 
 @torch.library.custom_op("mep_lightning::attention_tangents", mutates_args=())
@@ -29,8 +29,7 @@ def _attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         if triton.takes(q):
             return triton.attention_tangents(q, k, v)
-    scores = (len(q) - 1) * q[0, ..., 0].numel() * k.shape[-2]
-    return _together(q, k, v) if scores <= FEW else _blockwise(q, k, v)
+    return _together(q, k, v) if q.numel() * k.shape[-2] <= FEW else _blockwise(q, k, v)
 
 
 @_attention_tangents.register_fake
