@@ -22,7 +22,13 @@ from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import activation_dtype
 from mep_lightning.bases.skeleton import skeleton
-from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SubspaceGradient
+from mep_lightning.estimators import (
+    ForwardGradientEstimator,
+    FusedZOAdam,
+    RandomGradientEstimator,
+    SubspaceGradient,
+    ZerothOrderEstimator,
+)
 from mep_lightning.plan.rehearsal import WORD
 
 ORDINARY = {"cpu": ("fp32", "bf16"), "cuda": ("int8",)}
@@ -32,6 +38,10 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "cuda": {"fp16 activations": {}, "fp16 activations, graph": {"cuda_graph": True}},
 }
 """Ours by device: the default, and what is faster."""
+CARRIED = "tangents, "
+"""What the name of a way begins with whose derivatives are carried; the rest is the finite difference's beside it."""
+INTEGERS = {"int8 activations": {"activations": "int8"}}
+"""Ways of tangents alone."""
 
 
 def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False) -> list[Row]:
@@ -40,7 +50,10 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
     ways = WAYS[kind]
     if compiled:
         ways = ways | {f"{way}, compiled": switches | {"compile": True} for way, switches in ways.items()}
-    sides: dict[str, Callable[[], object]] = {way: ours(name, device, **switches) for way, switches in ways.items()}
+    ways = ways | {f"{CARRIED}{way}": switches for way, switches in (WAYS[kind] | INTEGERS).items()}
+    sides: dict[str, Callable[[], object]] = {
+        way: ours(name, device, carried=way.startswith(CARRIED), **switches) for way, switches in ways.items()
+    }
     for precision in ORDINARY[kind]:
         base = skeleton(name, precision, device, random_weights)
         assert base.vae is not None
@@ -52,14 +65,23 @@ def run(name: str, rounds: int = 5, device: str = "cpu", compiled: bool = False)
     for way, switches in ways.items():
         dtype = activation_dtype("int8", torch.device(device), "", switches.get("activations", "auto"))
         ceiling = matmul_ceiling(dtype, device)
-        case = f"{name} int8 RGE n=2, {way}"
+        case = f"{name} int8 n=2, {way}"
         share = work / statistics.median(seconds[way]) / ceiling
-        rows.append(row("step", case, "share of the ceiling", share, ""))
-        print(f"{case}: {share:.0%} of {ceiling / 1e12:.2f} TFLOP/s", flush=True)
-    for way, precision in product(ways, ORDINARY[kind]):
-        case = f"{name} int8 RGE n=2, {way}, beside ordinary {precision}{', compiled' if compiled else ''}"
-        value, baseline = statistics.median(seconds[way]), statistics.median(seconds[precision])
-        ratio = median_ratio(seconds[precision], seconds[way])
+        if not way.startswith(CARRIED):  # whose products are others
+            rows.append(row("step", case, "share of the ceiling", share, ""))
+            print(f"{case}: {share:.0%} of {ceiling / 1e12:.2f} TFLOP/s", flush=True)
+    beside = [
+        (way, precision, f"ordinary {precision}{', compiled' if compiled else ''}")
+        for way, precision in product(ways, ORDINARY[kind])
+    ]
+    default, *_ = WAYS[kind]
+    for way in filter(lambda way: way.startswith(CARRIED), ways):
+        finite = way.removeprefix(CARRIED)
+        beside += [(way, other, f"differences, {other}") for other in dict.fromkeys((finite, default)) if other in ways]
+    for way, other, said in beside:
+        case = f"{name} int8 n=2, {way}, beside {said}"
+        value, baseline = statistics.median(seconds[way]), statistics.median(seconds[other])
+        ratio = median_ratio(seconds[other], seconds[way])
         rows.append(row("step", case, "seconds a step", value, "s", baseline, ratio))
         print(f"{case}: {ratio:.2f}x ({value:.2f} s, {baseline:.2f} s)", flush=True)
     return rows
@@ -74,11 +96,14 @@ def flops(name: str) -> float:
     return float(counting.get_total_flops())
 
 
-def ours(name: str, device: str, **switches: Any) -> Callable[[], object]:
-    """Our step: draw, weigh, and update in one; switches are `PersonalizationModule`'s."""
+def ours(name: str, device: str, carried: bool = False, **switches: Any) -> Callable[[], object]:
+    """Our step: draw, weigh by finite differences or carried tangents, and update in one.
+
+    Switches are `PersonalizationModule`'s.
+    """
     dtype = activation_dtype("int8", torch.device(device), "", switches.get("activations", "auto"))
     base = skeleton(name, "int8", device, random_weights, dtype=dtype, vae=False)
-    module, batch = _parts(name, base, **switches)
+    module, batch = _parts(name, base, carried, **switches)
     optimizer = FusedZOAdam(module.adapter.parameters(), lr=5e-3, eps=1e-3)
     theta, subspace = module.adapter.theta, module.subspace
     assert subspace is not None
@@ -97,17 +122,20 @@ def ours(name: str, device: str, **switches: Any) -> Callable[[], object]:
 def weigh(module: PersonalizationModule, batch: dict[str, Any], now: int) -> Tensor:
     """What the members' losses say about the directions of a step."""
     draw, estimator, subspace = module.draw(batch), module.estimator, module.subspace
-    assert isinstance(estimator, RandomGradientEstimator) and subspace is not None
+    assert isinstance(estimator, ZerothOrderEstimator) and subspace is not None
     dims = subspace.dims_left or module.adapter.theta.numel()
     return estimator.weigh(lambda members: module.losses(members, draw), dims, now)[0]
 
 
-def _parts(name: str, base: Base, **switches: Any) -> tuple[PersonalizationModule, dict[str, Any]]:
+def _parts(
+    name: str, base: Base, carried: bool = False, **switches: Any
+) -> tuple[PersonalizationModule, dict[str, Any]]:
+    finite = RandomGradientEstimator(2, 1e-3, normalize=True)
     module = PersonalizationModule(
         name,
         "int8",
         adapter=TokenEmbedding(init=WORD),
-        estimator=RandomGradientEstimator(2, 1e-3, normalize=True),
+        estimator=ForwardGradientEstimator(2, normalize=True) if carried else finite,
         subspace=SubspaceGradient(),
         **switches,
     )

@@ -60,14 +60,16 @@ def test_planned_and_measured_peaks_stand_side_by_side(monkeypatch):
 def test_both_sides_are_timed_in_one_run():
     rows = real_step.run("tiny", rounds=1)
     timed = [row for row in rows if row["metric"] == "seconds a step"]
-    assert [row["case"] for row in timed] == [
-        f"tiny int8 RGE n=2, {activations} activations, beside ordinary {precision}"
-        for activations in ("fp32", "bf16")
-        for precision in ("fp32", "bf16")
-    ]
+    ways = [f"{activations} activations" for activations in ("fp32", "bf16")]
+    carried = [f"tangents, {way}" for way in (*ways, "int8 activations")]
+    ordinary = [f"{way}, beside ordinary {precision}" for way in (*ways, *carried) for precision in ("fp32", "bf16")]
+    finite = [f"{carried[0]}, beside differences, {ways[0]}"]
+    finite += [f"{carried[1]}, beside differences, {way}" for way in (ways[1], ways[0])]
+    finite += [f"{carried[2]}, beside differences, {ways[0]}"]
+    assert [row["case"] for row in timed] == [f"tiny int8 n=2, {case}" for case in (*ordinary, *finite)]
     assert all(row["ratio"] > 0 and row["value"] > 0 for row in timed)
     shares = {row["case"]: row["value"] for row in rows if row["metric"] == "share of the ceiling"}
-    assert list(shares) == [f"tiny int8 RGE n=2, {activations} activations" for activations in ("fp32", "bf16")]
+    assert list(shares) == [f"tiny int8 n=2, {way}" for way in ways]
     assert all(share > 0 for share in shares.values())
 
 
