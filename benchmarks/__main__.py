@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
         suite.add_argument("--split", choices=["test", "tune"], default="test")
+    suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
@@ -144,6 +145,12 @@ def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return fidelity.run(device=args.device)
 
 
+def _branches(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import branches
+
+    return branches.run()
+
+
 def _tiny(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import tiny
 
@@ -169,6 +176,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "memory": _memory,
     "kernels": _kernels,
     "fidelity": _fidelity,
+    "branches": _branches,
     "tiny": _tiny,
     "quality": _cells,
     "ablation": _cells,

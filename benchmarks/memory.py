@@ -15,13 +15,16 @@ from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.skeleton import skeleton_vae
 from mep_lightning.commands.budget import available_precisions, recipe
 from mep_lightning.defaults import METHODS
+from mep_lightning.estimators import ForwardGradientEstimator
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan import Row as Planned
 from mep_lightning.plan import plan
 from mep_lightning.plan.rehearsal import branches, denoise, draw_of, gradient, state
+from mep_lightning.plan.rows import Recipe
 
 MEASURED = (
     "zoodip in int8",
+    "zoodip, tangents in int8",
     "zoodip in int8 (streamed)",
     "zoodip in int4",
     "textual_inversion_lite in int8 (checkpointing)",
@@ -42,6 +45,8 @@ def run(
 ) -> list[Row]:
     """The plan for a GPU; where it is `measured`, for this device plan and measurement of the rows in `MEASURED`."""
     recipes = {name: recipe(name) for name in methods}
+    if "zoodip" in recipes:
+        recipes["zoodip, tangents"] = _carried(recipes["zoodip"])
     rows = []
     for planned in plan(recipes, base, resolution=resolution, precisions=available_precisions()):
         case = f"{base} {planned.resolution} px {planned}"
@@ -60,6 +65,17 @@ def run(
             rows.append(row("memory", case, f"peak on {device}, the plan as baseline", peak, "B", expected))
             print(f"{case}: {peak / 2**20:.0f} MiB, planned {expected / 2**20:.0f}", flush=True)
     return rows
+
+
+def _carried(make: Recipe) -> Recipe:
+    """A recipe whose zeroth-order gradients are carried as tangents."""
+
+    def carry(precision: str, checkpointing: bool | None) -> PersonalizationModule:
+        module = make(precision, checkpointing)
+        module.estimator = ForwardGradientEstimator(n=2, normalize=True, seed=module.seed)
+        return module
+
+    return carry
 
 
 def measure(module: PersonalizationModule, planned: Planned, device: str) -> dict[str, int]:

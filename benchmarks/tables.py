@@ -44,6 +44,17 @@ def scores(rows: list[Row]) -> str:
     return markdown([*header, "training, s"] if timed else header, lines)
 
 
+def branches(rows: list[Row]) -> str:
+    """A way to a gradient a line, a timestep a column."""
+    cosines = {tuple(row["case"].split(", ", 1)): row["value"] for row in rows if row["metric"].startswith("cosine")}
+    timesteps = dict.fromkeys(timestep for timestep, _ in cosines)
+    lines = [
+        [way, *(f"{cosines[timestep, way]:.3f}" for timestep in timesteps)]
+        for way in dict.fromkeys(w for _, w in cosines)
+    ]
+    return markdown(["gradient", *timesteps], lines)
+
+
 def objectives(rows: list[Row]) -> str:
     """A trial a line."""
     return markdown(
@@ -173,6 +184,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "precision": scores,
     "forward": scores,
     "loras": scores,
+    "branches": branches,
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
     "step": speeds,

@@ -97,7 +97,7 @@ def stacked(x: Any, like: Tensor) -> Tensor:
     """The stack of anything: of what has no tangents, with zeros as many as `like`, a stack, has."""
     if isinstance(x, Dual):
         return x.stack
-    value = torch.as_tensor(x, device=like.device)
+    value = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=like.dtype, device=like.device)
     stack = value.new_zeros(len(like), *value.shape)
     stack[0] = value
     return stack

@@ -54,9 +54,20 @@ def _sum(x: Any, y: Any, sign: float) -> Dual:
     return joined(value, tangents * sign if da is None and sign != 1 else tangents)
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 def _add(x: Any, y: Any, *, alpha: float = 1) -> Dual:
     return _sum(x, y, alpha)
+
+
+@rule(Tensor.add_, Tensor.__iadd__)
+def _add_(x: Any, y: Any, *, alpha: float = 1) -> Dual:
+    if not isinstance(x, Dual):
+        raise NotImplementedError("a tensor without tangents cannot take some in place: write x = x + y")
+    if isinstance(y, Dual):
+        x.stack.add_(aligned(y.stack, x.dim()), alpha=alpha)
+    else:
+        x.stack[0].add_(y, alpha=alpha)
+    return x
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
@@ -169,7 +180,11 @@ FUNCTIONS: list[tuple[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]]] = 
 
 def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Dual]:
     def run(x: Dual, *, inplace: bool = False, **given: Any) -> Dual:
-        return chained(x, *function(x.value, **given))
+        found = chained(x, *function(x.value, **given))
+        if not inplace:
+            return found
+        x.stack.copy_(found.stack)
+        return x
 
     return run
 

@@ -112,9 +112,9 @@ def _clone(x: Dual, **_: Any) -> Dual:
 
 
 @rule(Tensor.detach, torch.detach)
-def _detach(x: Dual) -> Dual:
-    """Tangents stay: it is reverse mode that ends here."""
-    return x
+def _detach(x: Dual) -> Tensor:
+    """The value alone: derivatives end here, as those of a backward pass do."""
+    return x.value
 
 
 @rule(Tensor.to)

@@ -84,6 +84,8 @@ ONE = {  # name: function of a Dual [2, 3, 4]
     "add what is larger": lambda x: x[0] + randn(5, 3, 4),
     "alpha": lambda x: torch.add(x, randn(3, 4), alpha=0.3),
     "alpha, other": lambda x: torch.add(randn(5, 2, 3, 4), x, alpha=0.3),
+    "add in place": lambda x: x.clone().add_(randn(3, 4), alpha=2),
+    "detach": lambda x: x * x.detach(),
     "subtract": lambda x: x - randn(2, 3, 4),
     "subtract from": lambda x: randn(2, 3, 4) - x,
     "subtract from a number": lambda x: 1 - x,
@@ -140,6 +142,7 @@ TWO = {  # name: function, shapes
     "matmul": (lambda x, y: x @ y, (2, 3, 4), (2, 4, 5)),
     "linear": (lambda x, w: F.linear(x, w, randn(5)), (2, 3, 4), (5, 4)),
     "convolution": (lambda x, w: F.conv2d(x, w, randn(5), 2, 1), (2, 3, 6, 6), (5, 3, 3, 3)),
+    "add in place": (lambda x, y: x.clone().add_(y), (2, 3, 4), (3, 1)),
     "gate": (lambda x, y: x * F.gelu(y), (2, 3, 8), (2, 3, 8)),
 }
 
@@ -148,6 +151,19 @@ TWO = {  # name: function, shapes
 def test_of_two(name):
     function, *shapes = TWO[name]
     check(function, *(dual(*shape, seed=i) for i, shape in enumerate(shapes)))
+
+
+def test_in_place_is_in_place():
+    """Whoever holds the tensor sees it, as of torch's own."""
+    x, y = dual(2, 3), dual(2, 3, seed=1)
+    before, held = x.stack.clone(), x
+    x += y
+    held.add_(1)
+    assert held is x and torch.equal(x.stack[1:], (before + y.stack)[1:])
+    positive = F.relu(x, inplace=True)
+    assert positive is x and (x.value >= 0).all()
+    with pytest.raises(NotImplementedError, match="write x = x \\+ y"):
+        torch.zeros(2, 3, dtype=torch.float64).add_(y)
 
 
 def test_weights_alone_may_have_tangents():
