@@ -91,6 +91,7 @@ FORWARD: dict[str, Settings] = {
 """What half precision does to a training by finite differences and by tangents; otherwise as `PRECISIONS`."""
 FRACTIONS = (0.202, 0.375, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
+FALLING = {"selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1, "falling": True}]}
 LORAS: dict[str, Settings] = {
     "untrained": LORA | {"max_steps": 0},
     "dreambooth": LORA | {"method": "dreambooth", "adapter": "FullUNet"},
@@ -102,8 +103,10 @@ LORAS: dict[str, Settings] = {
     "ZO-high alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 1.0}]},
     "constant probability": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.25}]},
     "step-wise switch": SELECTIVE | {"selector": ["StepwiseSelector", {"switch": 0.75}]},
+    "selective, falling with t": SELECTIVE | FALLING,
     "selective, low at 32 px": SELECTIVE | {"low_resolution": 32},
     "BP-low alone, at 32 px": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.0}], "low_resolution": 32},
+    "selective, falling with t, low at 32 px": SELECTIVE | FALLING | {"low_resolution": 32},
 }
 """LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another.
 

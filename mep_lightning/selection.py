@@ -44,18 +44,21 @@ class TimestepAwareSelector(Selector):
         alpha: how fast it rises with the timestep; 0 leaves the timestep out.
         beta: how fast it rises with progress; 0 leaves progress out.
         warmup: share of the steps that are BP-low alone, in [0, 1].
+        falling: whether it falls with the timestep instead, as (1 - t / T)^alpha: for bases whose gradient at low
+            resolution is off at low timesteps.
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float = 1.0, warmup: float = 0.1) -> None:
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0, warmup: float = 0.1, falling: bool = False) -> None:
         refuse_unless(alpha >= 0, "TimestepAwareSelector.alpha", alpha, "0 or more")
         refuse_unless(beta >= 0, "TimestepAwareSelector.beta", beta, "0 or more")
         _refuse_no_share("TimestepAwareSelector.warmup", warmup)
-        self.alpha, self.beta, self.warmup = alpha, beta, warmup
+        self.alpha, self.beta, self.warmup, self.falling = alpha, beta, warmup, falling
 
     def probability(self, t: float, step: int, total_steps: int) -> float:
         if step < self.warmup * total_steps:
             return 0.0
-        return min(1.0, (t / TIMESTEPS) ** self.alpha * (step / total_steps) ** self.beta)
+        share = 1 - t / TIMESTEPS if self.falling else t / TIMESTEPS
+        return min(1.0, share**self.alpha * (step / total_steps) ** self.beta)
 
 
 class ConstantSelector(Selector):

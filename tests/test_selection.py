@@ -20,6 +20,12 @@ def test_exponents_shape_it_and_0_leaves_out():
     assert TimestepAwareSelector(alpha=0.0, beta=2.0, warmup=0.0).probability(1, 500, 1000) == pytest.approx(0.25)
 
 
+def test_may_fall_with_the_timestep_instead():
+    falling = TimestepAwareSelector(alpha=2.0, beta=1.0, warmup=0.0, falling=True)
+    assert falling.probability(250, 800, 1000) == pytest.approx(0.75**2 * 0.8)
+    assert falling.probability(1000, 800, 1000) == 0
+
+
 def test_the_ablations_selectors():
     assert ConstantSelector(0.3).probability(999, 0, 10) == 0.3
     assert [StepwiseSelector(0.5).probability(0, step, 10) for step in (0, 4, 5, 9)] == [0, 0, 1, 1]
