@@ -33,6 +33,8 @@ def refuse_precision(module: PersonalizationModule) -> None:
 
 def refuse_streaming_backwards(module: PersonalizationModule, device: torch.device) -> None:
     """Raise UserError where weights would be gone before a backward pass reads them."""
+    if module.offload == "stream" and module.hollow is not None and device.type == "cuda":
+        raise UserError("model.offload stream saves nothing with HollowedActivations, which frees weights: set it none")
     frugal = module.forward_only or (module.checkpointing and module.precision in QUANTIZED)
     if module.offload == "stream" and device.type == "cuda" and not frugal:
         raise UserError(

@@ -61,17 +61,19 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("hollowed_net", "tiny", "*", {"samples": 400}),
     ("selective", "*", "*", {"n": 1, "mu": 1e-3, "standardize": False, "low_resolution": 256}),
     ("selective", "sdxl", "*", {"low_resolution": 512}),
-    *(("selective", "*", precision, {"mu": 1e-2}) for precision in ("fp16", "bf16", "int8", "int4")),
+    *(("selective", "*", precision, {"mu": 1e-2}) for precision in ("fp16", "int8", "int4")),
+    ("selective", "*", "bf16", {"mu": 3e-2}),
     # Half of tiny's 64 px leaves 2 x 2 latents in the middle of its U-Net.
-    ("selective", "tiny", "*", {"low_resolution": 48, "mu": 1e-3}),
+    ("selective", "tiny", "*", {"low_resolution": 48}),
+    *(("selective", "tiny", precision, {"mu": 1e-3}) for precision in ("int8", "int4")),
     ("dreambooth", "*", "*", {"lr": 5e-6, "eps": 1e-8, "max_steps": 400}),
     ("dreambooth", "tiny", "*", {"lr": 1e-4}),
 ]
 
 
 def method_of(adapter: Any, estimator: Any, selector: Any) -> str:
-    """The method that a module's parts amount to."""
-    kind = type(adapter).__name__
+    """The method that a module's parts, or their classes, amount to."""
+    kind = (adapter if isinstance(adapter, type) else type(adapter)).__name__
     if kind in ("LoRA", "TokenAndLoRA"):
         return "lora" if selector is None else "selective"
     if kind == "FullUNet":

@@ -23,3 +23,12 @@ def reason(error: BaseException) -> str:
     """What a library's exception says, in a line: its first, or its name where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def human(size: float) -> str:
+    """Bytes for people: 812 MiB, 2.37 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -7,9 +7,12 @@ Pictures take two paths: the whole U-Net without the adapter up to the cut's exi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +28,7 @@ from mep_lightning.bases import Base, Conditioning, condition_on, predict_noise
 from mep_lightning.bases.units import Cut, cuts, is_line, line
 from mep_lightning.bases.walk import activation_at
 from mep_lightning.draws import Draw
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, human
 from mep_lightning.phases import phase
 from mep_lightning.run_folder import write_atomically
 
@@ -77,7 +80,9 @@ class Hollow:
             UserError: the U-Net is of another build, or has no cut near the fraction.
         """
         if not is_line(base.unet):
-            raise UserError(f"{base.name}'s U-Net is of another build than those that can be hollowed")
+            raise UserError(
+                f"{base.name}'s U-Net is of another build than what can be hollowed: leave HollowedActivations out"
+            )
         self.cut = self.cut or nearest_cut(cuts(base.unet), self.fraction)
         return [unit.module for unit in line(base.unet)[self.cut.start : self.cut.stop]]
 
@@ -97,7 +102,12 @@ class Hollow:
     # -- stage 1 -------------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, module: Any, folder: Path, batch_of: Callable[[int], Any], told: Callable[[int, int], None]
+        self,
+        module: Any,
+        folder: Path,
+        batch_of: Callable[[int], Any],
+        announced: Callable[[int, int], None],
+        told: Callable[[int], None],
     ) -> None:
         """Make every draw's activation ready; what an earlier run of the same left in the folder is gone on from.
 
@@ -105,7 +115,8 @@ class Hollow:
             module: loaded, its adapter attached.
             folder: where the file goes.
             batch_of: the batch of a draw.
-            told: how many are done, of how many.
+            announced: before anything is written, how many bytes will be, and how many draws are there already.
+            told: how many are done.
 
         Raises:
             UserError: the folder holds activations of another run, or the disk is too small.
@@ -117,18 +128,21 @@ class Hollow:
         shape = (self.samples, *like.shape)
         path, progress = folder / FILE, folder / PROGRESS
         key = _fingerprint(module, self, [list(shape), list(draw.noisy.shape), draw.prompts])
-        done = _done(progress, path, key, int(np.prod(shape)) * np.dtype(kind).itemsize)
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        done = _done(progress, path, key, size)
+        if done < self.samples:
+            announced(size, done)
         folder.mkdir(parents=True, exist_ok=True)
         if done == 0:
-            _refuse_small_disk(folder, int(np.prod(shape)) * np.dtype(kind).itemsize)
-        self.stored = np.memmap(path, kind, "r+" if done else "w+", shape=shape)
+            _reserve(path, size)
+        self.stored = np.memmap(path, kind, "r+", shape=shape)
         with phase("precompute"):
             for index in range(done, self.samples):
                 self.stored[index] = self.answer(module, module.draw_at(batch_of(index), index)).float().cpu().numpy()
                 if (index + 1) % EVERY == 0 or index + 1 == self.samples:
                     self.stored.flush()
                     write_atomically(progress, json.dumps({"key": key, "done": index + 1}))
-                told(index + 1, self.samples)
+                told(index + 1)
         self.stored = np.memmap(path, kind, "r", shape=shape)
         self.is_ready = True
 
@@ -207,14 +221,26 @@ def _done(progress: Path, path: Path, key: str, size: int) -> int:
     return done if path.is_file() and path.stat().st_size == size else 0
 
 
-def _refuse_small_disk(folder: Path, size: int) -> None:
-    import shutil
+def _reserve(path: Path, size: int) -> None:
+    """A file of so many bytes, which the disk holds from now on.
 
-    from mep_lightning.evaluation.plots import human
-
-    free = shutil.disk_usage(folder).free
-    if size > free:
+    Raises:
+        UserError: it does not hold them.
+    """
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    try:
+        if size > free:
+            raise OSError(errno.ENOSPC, "full")
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not by a dead process
+            file.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
+            raise
         raise UserError(
-            f"stage 1 of Hollowed Net writes {human(size)} to {folder}, and {human(free)} are free there: make room, "
-            "or lower HollowedActivations.samples"
-        )
+            f"stage 1 of Hollowed Net writes {human(size)} to {path.parent}, and {human(free)} are free there: make "
+            "room, or lower HollowedActivations.samples"
+        ) from None

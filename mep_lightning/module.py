@@ -378,6 +378,7 @@ class PersonalizationModule(LightningModule):
         base, adapter = self._loaded(), self.adapter
         if not adapter.trains_text:
             assert isinstance(members, Members)
+            remember(base, draw.prompts)
             told = condition_on(base, draw.prompts)
             with adapter.at(members):
                 return self._denoise_as(told, len(members), draw)
@@ -424,12 +425,15 @@ class PersonalizationModule(LightningModule):
         count, trained = len(draw.prompts), self.adapter.numbered().values()
         grads = [theta.grad for theta in trained if theta.grad is not None]
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=count)
-        if grads:
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads), batch_size=count)
+        # What a step has not is told as such: a logger would repeat the last that it heard.
+        norm = torch.nn.utils.get_total_norm(grads) if grads else math.nan
+        if grads or self.selector is not None:
+            self.log("train/grad_norm", norm, batch_size=count)
         if self.selector is not None:
             self.log("train/high", float(draw.high), batch_size=count)
             self.log("train/timestep", draw.timestep.float().mean(), batch_size=count)
-            self.log(f"train/loss_{'high' if draw.high else 'low'}", losses.mean(), batch_size=count)
+            self.log("train/loss_high", losses.mean() if draw.high else math.nan, batch_size=count)
+            self.log("train/loss_low", math.nan if draw.high else losses.mean(), batch_size=count)
 
     def _autocast(self, estimator: Estimator) -> bool:
         """Autocast to bf16 where the Trainer asks for it, but never for finite differences: it would drown mu."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, reason
 from mep_lightning.estimators import Estimator, FusedZOAdam, ZerothOrderEstimator
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def adam8bit(module: PersonalizationModule) -> Any:
         raise UserError("model.optimizer adam8bit is for backpropagation alone: use adam")
     try:
         from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise UserError(f"model.optimizer adam8bit needs bitsandbytes ({error}): use adam, or install it") from error
+    except Exception as error:  # a build for another CUDA or system fails in many ways
+        raise UserError(
+            f"model.optimizer adam8bit needs bitsandbytes ({reason(error)}): use adam, or install it"
+        ) from error
     return Adam8bit

@@ -67,6 +67,11 @@ class RunFolder:
         return self.root / "activations"
 
     @property
+    def prior(self) -> Path:
+        """Pictures of the class, for `PriorPreservation`; it may be deleted after the training."""
+        return self.root / "prior"
+
+    @property
     def samples(self) -> Path:
         """Grids of generated pictures."""
         return self.root / "samples"

@@ -44,8 +44,8 @@ class FullUNet(Adapter):
         """
         if base.precision not in self.precisions or base.offload not in self.offloads:
             raise UserError(
-                f"FullUNet trains the weights themselves, and these are {base.precision} with offload {base.offload}: "
-                "set model.precision fp32 and model.offload none, or train a LoRA"
+                f"FullUNet is the weights themselves, and these are {base.precision} with offload {base.offload}: take "
+                "precision fp32 and offload none, or train a LoRA"
             )
         own = {name.replace(".", "/"): theta for name, theta in base.unet.named_parameters()}
         if self.weights and {k: v.shape for k, v in self.weights.items()} != {k: v.shape for k, v in own.items()}:
@@ -57,7 +57,6 @@ class FullUNet(Adapter):
                 theta.data.copy_(self.weights[name].data)
             self.weights[name] = theta.requires_grad_()
         self._within = [base.unet]
-        self.config = base.unet.config
         self.remember_origin(base, class_word)
 
     def detach(self) -> None:

@@ -120,9 +120,10 @@ class LoRA(Adapter):
 
     def _refuse_another_shape(self, base: Base) -> None:
         """What was loaded must fit the layers that are there."""
-        mine = {name: tuple(factor.shape) for part in (self.down, self.up) for name, factor in part.items()}
-        there = {_key(name): tuple(layer.factors[1].shape) for name, layer in self._layers.items()}
-        if set(mine) != set(there) or any(mine[name][0] != shape[0] for name, shape in there.items()):
+        mine = {name: (down.shape[1:], len(self.up[name])) for name, down in self.down.items()}
+        pairs = {_key(name): layer.factors for name, layer in self._layers.items()}
+        there = {name: (down.shape[1:], len(up)) for name, (down, up) in pairs.items()}
+        if mine != there:
             raise UserError(
                 f"the LoRA has {len(self.up)} layers, and {base.name} {len(there)} of its targets or of other widths: "
                 "use the base that it was trained on, and its targets"
@@ -169,7 +170,7 @@ class LoRA(Adapter):
         from mep_lightning.quantization import Int4Conv2d, Int4Linear
 
         if any(isinstance(layer.base_layer, (Int4Linear, Int4Conv2d)) for layer in self._layers.values()):
-            raise UserError("a LoRA cannot be merged into int4 weights, whose rounding it drowns in: leave it apart")
+            raise UserError("a LoRA cannot be merged into int4 weights, whose rounding it drowns in: leave --merge out")
         for layer in self._layers.values():
             layer.merge()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep_lightning.bases.transformer import BlockwiseFeedForward
+from mep_lightning.quantization import QuantizedWeight
 
 ALIGNMENT = 256
 """Bytes; what cuBLAS and cuDNN like their operands to begin at."""
@@ -275,7 +276,9 @@ def _split(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     within -= {part for part in within if isinstance(part, BlockwiseFeedForward)}
     owners = [part for part in module.modules() if _own(part) and part not in within]
     owners = [part for part in owners if not isinstance(part, nn.Embedding)]
-    small = [part for part in owners if all(value.dim() < 2 for *_, value in _own(part))]
+    # (Packed weights have one dimension, and are what streaming is for.)
+    plain = [part for part in owners if not isinstance(part, QuantizedWeight)]
+    small = [part for part in plain if all(value.dim() < 2 for *_, value in _own(part))]
     staying = [part for part in owners if any(inner in owners for inner in part.modules() if inner is not part)]
     staying += [part for part in small if part not in staying]
     return [part for part in owners if part not in staying], staying

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
 from mep_lightning.adapters import LoRA
 from mep_lightning.data import SubjectData
-from mep_lightning.errors import UserError, refuse_unless
+from mep_lightning.errors import UserError, human, refuse_unless
 from mep_lightning.hollow import Hollow
 from mep_lightning.run_folder import RunFolder
 
@@ -59,17 +59,23 @@ class HollowedActivations(Callback):
         if getattr(trainer, "fast_dev_run", False):
             pl_module.hollow.samples = 1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stage 1, then the middle is freed."""
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stage 1, once every other callback has said what steps draw; then the middle is freed."""
         hollow: Hollow = pl_module.hollow
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).activations
         with tqdm(total=hollow.samples, desc="Activations", leave=False, disable=None) as bar:
 
-            def told(done: int, _: int) -> None:
-                bar.update(done - bar.n)
+            def announced(size: int, done: int) -> None:
+                rest = f", {done} of {hollow.samples} are there" if done else ""
+                bar.write(f"Hollowed Net's first stage writes {human(size)} to {root}{rest}.")
 
-            hollow.prepare(pl_module, root, trainer.datamodule.batch, told)  # type: ignore[attr-defined]
-        pl_module.base.free(hollow.inside(pl_module.base))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is kept open: the file is mapped for reading alone."""
+            with pl_module.base.whole():
+                hollow.prepare(
+                    pl_module,
+                    root,
+                    trainer.datamodule.batch,  # type: ignore[attr-defined]
+                    announced,
+                    lambda done: bar.update(done - bar.n),
+                )
+        if not pl_module.base.freed:
+            pl_module.base.free(hollow.inside(pl_module.base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class PriorPreservation(Callback):
         """Draw what is missing, before anything is trained, and encode it."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
-        root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).root / "prior"
+        root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).prior
         have = _count(root)
         if have < self.images:
             self._draw(module, root, have)
@@ -57,7 +58,9 @@ class PriorPreservation(Callback):
         module.prior_weight = self.weight
 
     def _draw(self, module: Any, root: Path, have: int) -> None:
-        known, numbers = defaults.of(module), range(have, self.images)
+        known = defaults.of(module)
+        free = (number for number in itertools.count() if not (root / f"{number:05d}.png").exists())
+        numbers = list(itertools.islice(free, self.images - have))  # pictures that are there already keep their names
         at_once = known["sampling_batch"]
         for start in range(0, len(numbers), at_once):
             seeds = [module.seed + 2**32 + number for number in numbers[start : start + at_once]]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
@@ -14,12 +15,11 @@ from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that
 from mep_lightning import timesteps as _timesteps  # noqa: F401
 from mep_lightning.bases import identify
 from mep_lightning.bases.load import PRECISIONS
-from mep_lightning.callbacks import HollowedActivations, Samples
+from mep_lightning.callbacks import HollowedActivations, PriorPreservation, Samples
 from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
-from mep_lightning.errors import UserError
-from mep_lightning.evaluation.plots import human
+from mep_lightning.errors import UserError, human
 from mep_lightning.plan import Budget, Row, best, free_bytes, parse_size, plan, rehearse
 from mep_lightning.plan.budget import overhead
 from mep_lightning.quantization import why_not_int4
@@ -119,6 +119,7 @@ def refuse_too_large(
     samples: Samples,
     device: torch.device,
     budget: Budget | None = None,
+    callbacks: Sequence[Callback] = (),
     *,
     resumed: bool = False,
 ) -> None:
@@ -130,6 +131,7 @@ def refuse_too_large(
         samples: the pictures that are drawn in between.
         device: where.
         budget: what it may take at most.
+        callbacks: the Trainer's, some of which change what a step takes.
         resumed: whether the run was begun earlier, and its method stays.
 
     Raises:
@@ -143,9 +145,13 @@ def refuse_too_large(
     drawn = samples.count if samples.prompts is None else len(samples.prompts)
     together = defaults.lookup(module.method, family, module.precision)["sampling_batch"]
     together = together if samples.batch_size == "auto" else int(samples.batch_size)
-    (phases,) = rehearse(
-        [copy.deepcopy(module)], found, side, batch_size=data.batch_size, pictures=min(drawn, together)
-    )
+    rehearsed, batch_size = copy.deepcopy(module), data.batch_size
+    for callback in callbacks:
+        if isinstance(callback, HollowedActivations):
+            rehearsed.hollow_out(copy.copy(callback))
+        if isinstance(callback, PriorPreservation):
+            batch_size *= 2
+    (phases,) = rehearse([rehearsed], found, side, batch_size=batch_size, pictures=min(drawn, together))
     mapped = module.offload == "stream" and device.type == "cpu"  # the system may drop such weights
     needs = {name: peak.total - (peak.weights if mapped else 0) for name, peak in phases.items()}
     highest = max(needs, key=lambda name: needs[name])

@@ -38,7 +38,7 @@ class Learned:
         class_word: what the subject is, where known.
         values: the defaults of its method and base, such as guidance and sampling_steps.
         device: where it will be.
-        merged: whether a LoRA is added to the base's weights.
+        merged: whether a LoRA is added to the base's weights, which then draw along one path.
         two_paths: whether a LoRA that was trained around a hollow draws along its two paths.
     """
 
@@ -57,16 +57,23 @@ class Learned:
         Raises:
             UserError: the adapter cannot be merged.
         """
+        lora = _lora(self.module.adapter)
+        if self.merged and lora is None:
+            raise UserError(f"--merge is for a LoRA, and {self.folder.root} has learned none; leave it out.")
+        if not self.two_paths and self.module.hollow is None:
+            raise UserError(
+                f"--one-path is for a LoRA that was trained around a hollow, and {self.folder.root} has learned none; "
+                "leave it out."
+            )
+        if self.merged:
+            self.module.offload = "none"  # streamed weights would come without what is added to them
         self.module.will_draw(prompts)
         base = self.module.load(self.device)
         self.module.eval()
         if not self.two_paths or self.merged:
             self.module.hollow = None
-        if self.merged:
-            merge: Any = getattr(self.module.adapter, "merge_", None)
-            if merge is None:
-                raise UserError(f"--merge is for a LoRA, and {self.folder.root} has learned something else.")
-            merge()
+        if self.merged and lora is not None:
+            lora.merge_()
         return base
 
     @property
@@ -152,13 +159,19 @@ def open_learned(
     class_word = class_word or _class_word(settings) or origin.get("class_word")
     module.class_word = class_word
     values = defaults.lookup(module.method, identify(base).family, module.precision)
-    if isinstance(adapter, LoRA):
-        adapter.scale = scale
+    lora = _lora(adapter)
+    if lora is not None:
+        lora.scale = scale
         fraction = _hollowed(settings) or adapter.origin.get("hollowed")
         module.hollow = None if fraction is None else Hollow(float(fraction), samples=1)
     elif scale != 1:
-        raise UserError(f"--lora-scale is for a LoRA, and {run.root} has learned something else.")
+        raise UserError(f"--lora-scale is for a LoRA, and {run.root} has learned none; leave it out.")
     return Learned(module, run, settings, class_word, values, pick_device(device))
+
+
+def _lora(adapter: Adapter) -> LoRA | None:
+    """The LoRA that an adapter is or has."""
+    return next((part for part in adapter.parts if isinstance(part, LoRA)), None)
 
 
 def _hollowed(settings: dict[str, Any]) -> float | None:
@@ -235,7 +248,7 @@ def _adapter(run: RunFolder, weights: Path, said: dict[str, Any]) -> Adapter:
             )
         return adapter
     beside = {path.name for path in weights.parent.iterdir()}
-    if {*TokenAndLoRA.FILES} <= beside:
+    if {TokenEmbedding.FILES[0], LoRA.FILES[0]} <= beside:
         return TokenAndLoRA()
     name = next((name for name in EXPORTS if str(weights).endswith(name)), TokenEmbedding.FILES[0])
     return EXPORTS[name]()

@@ -62,6 +62,10 @@ def run(argv: Sequence[str]) -> int:
     )
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
+    if not rows:
+        raise UserError(
+            f"--precision {' '.join(precisions)}: {' and '.join(names)} cannot be trained on such weights; add fp32."
+        )
     if options.json:
         fits = [None if budget is None else budget.fits(row) for row in rows]
         print(json.dumps({"rows": [row.as_dict(fit) for row, fit in zip(rows, fits, strict=True)]}, indent=2))
@@ -94,7 +98,7 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
     """The rows for people, and what the budget says."""
     from mep_lightning.bases.skeleton import packaged
     from mep_lightning.commands.budget import least
-    from mep_lightning.evaluation.plots import human
+    from mep_lightning.errors import human
     from mep_lightning.plan import best, savings
     from mep_lightning.plan.budget import overhead
 

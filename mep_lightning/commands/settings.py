@@ -151,13 +151,18 @@ def _flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _method(config: Namespace) -> str:
-    """The method whose defaults hold: the recipe's word, or what the estimator amounts to."""
+    """The method whose defaults hold: the recipe's word, or what the parts amount to."""
     if config.model.method is None:
-        estimator = config.model.estimator
-        path = estimator["class_path"] if estimator else "mep_lightning.estimators.Backprop"
-        forward_only = getattr(pkgutil.resolve_name(path), "forward_only", False)
-        config.model.method = "zoodip" if forward_only else "textual_inversion"
+        parts = {"adapter": "adapters.TokenEmbedding", "estimator": "estimators.Backprop", "selector": None}
+        kinds = [_kind(config.model[key], default) for key, default in parts.items()]
+        config.model.method = defaults.method_of(*kinds)
     return str(config.model.method)
+
+
+def _kind(part: Any, default: str | None) -> Any:
+    """A part's class, as its settings or the default (a name in this package) name it."""
+    path = part["class_path"] if part else default and f"mep_lightning.{default}"
+    return path and pkgutil.resolve_name(path)
 
 
 def _parts(node: Any) -> Iterator[Any]:

@@ -47,6 +47,7 @@ from mep_lightning.commands.settings import (
 )
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.evaluation import write_report
+from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
 from mep_lightning.run_folder import RunFolder, write_atomically
 
@@ -226,7 +227,10 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     )
     if planned:
         samples: Samples = cli._get(cli.config_init, "samples")
-        refuse_too_large(model, data, samples, trainer.strategy.root_device, budget, resumed=cli.request.resume)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        refuse_too_large(
+            model, data, samples, trainer.strategy.root_device, budget, callbacks, resumed=cli.request.resume
+        )
     before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
         save_config(cli.config, run)
@@ -287,6 +291,8 @@ def _stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
         line = f"stopped; all is saved up to step {_step_of(run.last_checkpoint)}{total}. Carry on with: {again}"
     elif trainer.global_step > 0:
         line = f"stopped at step {trainer.global_step}, before the first checkpoint. Begin again with: {again}"
+    elif (run.activations / PROGRESS).is_file():
+        line = f"stopped before the first step; the activations made so far are kept. Carry on with: {again}"
     else:
         _discard(run)
         line = "stopped before the first step; nothing is kept."
@@ -301,7 +307,7 @@ def _discard(run: RunFolder) -> None:
         return
     for path in (run.config, run.log, run.memory_json, run.memory_png, run.report):
         path.unlink(missing_ok=True)
-    for folder in (run.samples, run.adapter, run.checkpoints):
+    for folder in (run.samples, run.adapter, run.checkpoints, run.activations, run.prior):
         shutil.rmtree(folder, ignore_errors=True)
     if run.is_empty:
         run.root.rmdir()

@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from mep_lightning.errors import human
+
 INK = "#3f3f46"
 PARTS = ("weights", "gradients", "optimizer", "activations", "other")
 # Okabe and Ito's palette, told apart with every kind of colour vision and on light and dark ground.
@@ -25,15 +27,6 @@ BINS = 10
 """Bars of a histogram."""
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words that a line may cross
 MARK = "#0b0c0d"  # becomes currentColor in an SVG
-
-
-def human(size: float) -> str:
-    """Bytes for people: 812 MiB, 2.37 GiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,8 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from mep_lightning.errors import human
 from mep_lightning.evaluation import grid
-from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, human, loss_figure, memory_figure, to_svg
+from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 PICTURE = 384  # pixels a side that the page shows at most
@@ -228,7 +230,7 @@ def _read_branches(page: Page, run: RunFolder, taken: list[tuple[float, ...]]) -
     page.branches = Markup(to_svg(figure, "branches"))
     parts = [f"{sum(high):.0f} of {len(high)} logged steps were ZO-high, the others BP-low"]
     for name, column in (("ZO-high", "train/loss_high"), ("BP-low", "train/loss_low")):
-        if losses := [loss for (loss,) in _logged(run, (column,))]:
+        if losses := [loss for (loss,) in _logged(run, (column,)) if math.isfinite(loss)]:
             parts.append(f"mean loss of {name} {sum(losses) / len(losses):.4f}")
     page.branches_note = "; ".join(parts)
 

@@ -19,17 +19,17 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
 """Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
 PREFERENCE = (
-    "lora",
-    "hollowed_net",
-    "textual_inversion",
-    "textual_inversion_lite",
-    "lora_r1",
-    "selective",
-    "zoodip",
-    "dreambooth",
+    ("lora",),
+    ("hollowed_net",),
+    ("textual_inversion_lite", "textual_inversion"),
+    ("lora_r1",),
+    ("selective",),
+    ("zoodip",),
+    ("dreambooth",),
 )
-"""Methods from the one to take first: exact gradients before estimated ones, which need many times the steps; a LoRA
-before a token, as it holds more of the subject; last the one that takes most and, in the papers, gives no more."""
+"""Methods from the one to take first, those that train alike together: exact gradients before estimated ones, which
+need many times the steps; a LoRA before a token, as it holds more of the subject; last the one that takes most and, in
+the papers, gives no more."""
 BITS = ("fp32", "bf16", "fp16", "int8", "int4")
 PRECISION_PREFERENCE = {"zoodip": ("fp32", "int8", "bf16", "fp16", "int4")}  # half precision drowns a small mu
 SWITCHES = ("method", "precision", "offload", "checkpointing")
@@ -77,8 +77,9 @@ def best(rows: Iterable[Row], budget: Budget) -> Row | None:
     """The recipe to take: of those that fit, by method, then resident, then the most bits; None fits none."""
 
     def rank(row: Row) -> tuple[int, ...]:
-        precisions = PRECISION_PREFERENCE.get(row.method, BITS)
-        return PREFERENCE.index(row.method), row.offload != "none", precisions.index(row.precision), row.checkpointing
+        place, alike = next((i, alike) for i, alike in enumerate(PREFERENCE) if row.method in alike)
+        bits = PRECISION_PREFERENCE.get(row.method, BITS).index(row.precision)
+        return place, row.offload != "none", bits, row.checkpointing, alike.index(row.method)
 
     return min(filter(budget.fits, rows), key=rank, default=None)
 

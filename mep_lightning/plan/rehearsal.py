@@ -27,6 +27,8 @@ from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
 
 PROMPT = "a photo of {}"
+PACKED = 4096
+"""Elements from which on bitsandbytes' 8-bit Adam packs a parameter's moments."""
 WORD = "ball"
 """What the subject is: a word of the tokenizer that stands in for the base's own."""
 
@@ -205,7 +207,12 @@ def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
 def state(module: PersonalizationModule) -> list[Tensor]:
     """What Adam and the subspace keep: two moments of every trained parameter, the path and its basis."""
     trained = module.adapter.numbered().values()
-    kept = [torch.zeros_like(theta) for theta in trained for _ in range(2)]
+    packs = module.optimizer == "adam8bit"
+    kept = [
+        torch.zeros_like(theta, dtype=torch.uint8 if packs and theta.numel() >= PACKED else theta.dtype)
+        for theta in trained
+        for _ in range(2)
+    ]
     if module.subspace is not None:
         kept += [torch.zeros(int(module.subspace.tau), theta.numel()) for theta in trained for _ in range(2)]
     return kept

@@ -12,7 +12,7 @@ from torch import nn
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.advice import refuse_streaming_backwards
 from mep_lightning.bases import load_base, streaming, transformer
-from mep_lightning.bases.streaming import Stream
+from mep_lightning.bases.streaming import Stream, streamed_bytes
 from mep_lightning.bases.walk import predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator
@@ -130,6 +130,7 @@ def test_a_backward_pass_calls_for_the_weights_again_and_gives_the_same_bits(pre
             before = stream.surprises
     assert stream.surprises == before  # the order is learned, backwards too
     assert len(stream.arena) < 0.35 * weights(plain.unet)
+    assert streamed_bytes(plain.unet) < 0.6 * weights(plain.unet)  # packed weights visit as others do
 
 
 def test_autograd_keeps_none_of_the_arena():

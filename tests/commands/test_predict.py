@@ -48,7 +48,10 @@ def test_a_run_draws_with_the_activations_that_it_was_trained_with(fit, config_o
     noted = []
     monkeypatch.setattr("mep_lightning.advice.rank_zero_warn", noted.append)
     assert fit(*words, "--model.estimator.init_args.mu", "1e-3", steps=1) == 0
-    assert any(re.search("mu 0.001 drowns .* take mu 0.03, or activations fp32", note) for note in noted)
+    assert any(
+        re.search("mu 0.001 drowns .* take mu 0.03, activations fp32, or ForwardGradientEstimator", note)
+        for note in noted
+    )
     assert open_learned("r").load().dtype == torch.bfloat16
     assert open_learned("r", precision="fp32").load().dtype == torch.float32
     assert fit(*words[:2], "--run", "s", steps=1) == 0

@@ -60,7 +60,27 @@ def test_the_method_to_take_first_and_then_the_most_bits_is_taken(gib, taken):
 
 
 def test_every_method_has_its_place():
-    assert set(PREFERENCE) == set(METHODS)
+    assert sorted(name for alike in PREFERENCE for name in alike) == sorted(METHODS)
+
+
+def test_of_two_that_are_the_same_training_the_recipe_of_its_own_is_taken():
+    def row(method, precision, checkpointing, gib):
+        return Row(method, "sd15", precision, 512, "none", checkpointing, {"step": Peak(int(gib * GIB), 0)})
+
+    rows = [
+        row("textual_inversion", "fp32", False, 5.1),
+        row("textual_inversion", "fp32", True, 4.1),
+        row("textual_inversion_lite", "fp32", True, 4.1),
+        row("textual_inversion", "int8", True, 1.1),
+        row("textual_inversion_lite", "int8", True, 1.1),
+        row("zoodip", "int8", False, 1.05),
+    ]
+    taken = [best(rows, Budget(int(size * GIB), "cuda")) for size in (6, 4.7, 1.7)]
+    assert [(one.method, one.precision, one.checkpointing) for one in taken] == [
+        ("textual_inversion", "fp32", False),
+        ("textual_inversion_lite", "fp32", True),
+        ("textual_inversion_lite", "int8", True),
+    ]
 
 
 def test_nothing_may_fit():
