@@ -90,8 +90,8 @@ class PersonalizationModule(LightningModule):
             on a GPU. "int8" is for `ForwardGradientEstimator` and int8 weights: while training, linear layers of the
             U-Net multiply integers, all else is in half precision.
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
-            visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU it is for methods
-            without a backward pass.
+            visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU a backward pass
+            needs quantised weights and `checkpointing`.
         seed: of noise, timesteps, prompts and perturbations; the same seed gives bitwise the same adapter.
         method: the name under which `auto` values are looked up; told from the parts when None.
     """
@@ -168,6 +168,7 @@ class PersonalizationModule(LightningModule):
         if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
             raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
         advice.refuse_integers(self)
+        advice.refuse_compiled_tangents(self)
         if not self.adapter.is_perturbed and any(one.forward_only for one in self.estimators):
             raise UserError(f"{type(self.adapter).__name__} is trained by backpropagation alone: set Backprop")
         self.save_hyperparameters({"base": self.base_name, "precision": precision, "method": self.method, "seed": seed})
@@ -192,7 +193,6 @@ class PersonalizationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Encode the photos, load the base, attach the adapter: the autoencoder is gone before the U-Net comes."""
         advice.refuse_precision(self)
-        advice.refuse_compiled_tangents(self)
         attached = self._trainer is not None
         data = getattr(self.trainer, "datamodule", None) if attached else None
         device = self.trainer.strategy.root_device if attached else torch.device("cpu")
@@ -383,7 +383,7 @@ class PersonalizationModule(LightningModule):
             with adapter.at(members):
                 return self._denoise_as(told, len(members), draw)
         ids = prompt_ids(base, draw.prompts, adapter.tokens())
-        if self._graphed is not None and not torch.is_grad_enabled():
+        if self._graphed is not None and not (torch.is_grad_enabled() or draw.priors):
             (values,) = adapter.tokens(members).values()
             rest = ids, draw.noisy, draw.timestep, draw.target
             return (

@@ -65,22 +65,21 @@ class _LoRALayer:
         """The frozen layer's answer and the low-rank term; x member-major."""
         if not self.strength:
             return self.base_layer(x)
-        members = self.standing.members
-        if members.is_here:
-            y = self.base_layer(x)
+        members, y = self.standing.members, self.base_layer(x)
+        if members.is_here or isinstance(members, Tangents):  # one member, whose factors may have tangents
             x = x.to(y.dtype)  # autocast's, where it is on
-            return torch.add(y, self.term(x, *(factor.to(y.dtype) for factor in self.factors)), alpha=self.strength)
-        down, up = (
-            members.of(factor, param_id) if factor.requires_grad else factor.expand(len(members), *factor.shape)
-            for factor, param_id in zip(self.factors, self.ids, strict=True)
-        )
-        y = self.base_layer(x)
-        if isinstance(members, Tangents):
-            term = self.term(x.to(y.dtype), down[0].to(y.dtype), up[0].to(y.dtype))
-            return torch.add(y, term, alpha=self.strength)
+            down, up = (self._at(members, index)[0].to(y.dtype) for index in range(2))
+            return torch.add(y, self.term(x, down, up), alpha=self.strength)
+        down, up = (self._at(members, index) for index in range(2))
         with torch.autocast(x.device.type, enabled=False):  # it would round mu away
             term = self.many_terms(x.float(), down.float(), up.float())
         return term.mul_(self.strength).add_(y).to(y.dtype)
+
+    def _at(self, members: Members, index: int) -> Tensor:
+        """Members' values of A or B, [V, r, ...] or [V, O, r, ...]; what is frozen is the same for all."""
+        factor = self.factors[index]
+        moves = factor.requires_grad or members.is_here
+        return members.of(factor, self.ids[index]) if moves else factor.expand(len(members), *factor.shape)
 
     def term(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         raise NotImplementedError
@@ -113,9 +112,9 @@ class LoRALinear(_LoRALayer, PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [V * N, ..., I] -> [..., O]."""
         members, layer = self.standing.members, self.base_layer
-        moves = not members.is_here and all(factor.requires_grad for factor in self.factors)
+        moves = not (members.is_here or isinstance(members, Tangents)) and all(f.requires_grad for f in self.factors)
         fused = moves and self.strength and isinstance(layer, Int8Linear) and runs_triton(x)
-        if not fused or isinstance(members, Tangents):
+        if not fused:
             return super().forward(x)
         assert isinstance(layer, Int8Linear)
         return perturbed_lora_linear(

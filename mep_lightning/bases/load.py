@@ -44,8 +44,9 @@ def activation_dtype(precision: str, device: torch.device, family: str, activati
                 f"activations {activations!r} are unknown: choose auto or one of {', '.join((*DTYPES, INTEGERS))}"
             )
         if precision not in goes_with(activations):
+            weights = "int8" if activations == INTEGERS else "quantised"
             raise UserError(
-                f"activations {activations} are for quantised weights, and precision is {precision}: leave them auto, "
+                f"activations {activations} are for {weights} weights, and precision is {precision}: leave them auto, "
                 f"or set precision {' or '.join(dict.fromkeys((activations, 'int8')))}"
             )
         if activations == INTEGERS:
@@ -121,7 +122,7 @@ def load_base(
         device: where to.
         offload: "none", or "stream" for weights that wait outside the device's memory (see `BaseFolder`).
         activations: what int8 and int4 weights compute in, "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
-            on a GPU.
+            on a GPU; "int8" is half precision here, as only a training multiplies integers.
         vae: whether the autoencoder comes along; without it `borrowed_vae` reads it when it is needed.
         prompts: where given, the text encoders embed these and leave, before the U-Net comes.
 

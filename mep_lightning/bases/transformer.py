@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mep_lightning.kernels import attention
 from mep_lightning.kernels.dispatch import needs_reference
+from mep_lightning.tangents import Dual
 
 HIDDEN = 2**22
 """Hidden values of a feed-forward layer at a time. Fewer save more memory, and dequantise its weights more often."""
@@ -56,7 +57,8 @@ class BlockwiseFeedForward(FeedForward):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [..., C] -> [..., C]."""
         rows = hidden_states.flatten(0, -2)  # [N, C]
-        at_once = max(HIDDEN // self.net[-1].in_features, 1)
+        carried = len(rows.stack) if isinstance(rows, Dual) else 1  # of each row its tangents too
+        at_once = max(HIDDEN // (carried * self.net[-1].in_features), 1)
         if len(rows) <= at_once or torch.is_grad_enabled() or needs_reference():
             return super().forward(hidden_states, *args, **kwargs)
         return torch.cat([FeedForward.forward(self, block) for block in rows.split(at_once)]).view_as(hidden_states)

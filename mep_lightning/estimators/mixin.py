@@ -87,8 +87,8 @@ class ZerothOrderMixin:
         estimator = SPSAEstimator() if estimator is None else estimator
         if not isinstance(estimator, FiniteDifferenceEstimator):
             raise UserError(
-                f"zo_backward moves parameters in place, which {type(estimator).__name__} does not ask for: take "
-                "SPSAEstimator, or its own estimate"
+                f"zo_backward moves parameters in place, which {type(estimator).__name__} does not: take "
+                "SPSAEstimator, or call its estimate()"
             )
         trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
         if not trained:

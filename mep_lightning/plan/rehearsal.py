@@ -293,6 +293,9 @@ def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> in
     Our own hold the dequantised weight. On a CPU oneDNN brings every convolution's weight into an order of its own.
     """
     name = str(operation)
+    if name.startswith("mep_lightning.int8_linear_w8a8."):
+        rows, outputs = args[0].numel() // args[0].shape[-1], args[1].shape[0]
+        return args[0].numel() + (8 * rows * outputs if on_cpu else 0)  # rows of int8; sums of int32, scaled in fp32
     if name.startswith("mep_lightning.int8_linear."):
         return args[1].numel() * args[0].element_size()
     if name.startswith("mep_lightning.int8_conv2d."):

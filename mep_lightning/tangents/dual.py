@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mep_lightning.errors import UserError
+
 Rule = Callable[..., Any]
+
+
+class NoRuleError(NotImplementedError, UserError):
+    """Something is computed of tangents whose derivative is not known here."""
+
+
 RULES: dict[Any, Rule] = {}
 """What is computed in the place of every function of torch or of our kernels that a `Dual` may meet."""
 PLAIN: set[Any] = set()
@@ -35,6 +44,8 @@ class Dual(Tensor):
 
     @staticmethod
     def __new__(cls, stack: Tensor) -> Dual:
+        if stack.requires_grad:
+            raise NoRuleError("tangents are carried without a backward pass: call the model under torch.no_grad()")
         value = stack[0]
         dual = Tensor._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), dtype=stack.dtype, device=stack.device
@@ -56,18 +67,23 @@ class Dual(Tensor):
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        rule = RULES.get(func)
+        rule, given = RULES.get(func), kwargs or {}
         if rule is not None:
-            return rule(*args, **(kwargs or {}))
+            try:
+                return rule(*args, **given)
+            except TypeError as error:
+                if not _takes(rule, args, given):
+                    raise NoRuleError(f"{_named(func)} is called in a way that has no rule for tangents") from error
+                raise
         if func in PLAIN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise NotImplementedError(f"{_named(func)} has no rule for tangents: {HOW_TO_MEND}")
+        raise NoRuleError(f"{_named(func)} has no rule for tangents: {HOW_TO_MEND}")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Whatever came past the rules."""
-        raise NotImplementedError(f"{func} has no rule for tangents: {HOW_TO_MEND}")
+        raise NoRuleError(f"{func} has no rule for tangents: {HOW_TO_MEND}")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Dual({self.value!r}, {len(self.stack) - 1} tangents)"
@@ -87,6 +103,14 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
     return add
 
 
+def _takes(rule: Rule, args: tuple[Any, ...], given: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(rule).bind(*args, **given)
+    except TypeError:
+        return False
+    return True
+
+
 def _named(function: Any) -> str:
     owner = getattr(function, "__objclass__", None) or getattr(function, "__module__", None)
     name = getattr(function, "__name__", repr(function))
@@ -97,9 +121,18 @@ def stacked(x: Any, like: Tensor) -> Tensor:
     """The stack of anything: of what has no tangents, with zeros as many as `like`, a stack, has."""
     if isinstance(x, Dual):
         return x.stack
-    value = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=like.dtype, device=like.device)
-    stack = value.new_zeros(len(like), *value.shape)
+    value = x if isinstance(x, Tensor) else like.new_full((), x)  # (a copy from the host would end a graph's capture)
+    stack = made(value, len(like) - 1).zero_()
     stack[0] = value
+    return stack
+
+
+def made(value: Tensor, tangents: int) -> Tensor:
+    """Room for a value like this one and for its tangents, channels last where it is."""
+    stack = torch.empty(1 + tangents, *value.shape, dtype=value.dtype, device=value.device)
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        batch, channels, height, width = value.shape
+        stack = stack.view(1 + tangents, batch, height, width, channels).permute(0, 1, 4, 2, 3)
     return stack
 
 

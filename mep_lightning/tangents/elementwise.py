@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mep_lightning.tangents.dual import Dual, aligned, rule
+from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, made, rule
 from mep_lightning.tangents.structure import _dim
 
 
@@ -28,19 +28,10 @@ def _parts(x: Any, dims: int) -> tuple[Any, Tensor | None]:
 
 def joined(value: Tensor, tangents: Tensor) -> Dual:
     """A value and tangents, computed apart, as one; tangents may have been left as small as broadcasting lets them."""
-    stack = value.new_empty(1 + len(tangents), *value.shape)
+    stack = made(value, len(tangents))
     stack[0] = value
     stack[1:] = tangents
     return Dual(stack)
-
-
-def made(value: Tensor, tangents: int) -> Tensor:
-    """Room for a value like this one and for its tangents, channels last where it is."""
-    stack = torch.empty(1 + tangents, *value.shape, dtype=value.dtype, device=value.device)
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        batch, channels, height, width = value.shape
-        stack = stack.view(1 + tangents, batch, height, width, channels).permute(0, 1, 4, 2, 3)
-    return stack
 
 
 def _sum(x: Any, y: Any, sign: float) -> Dual:
@@ -55,38 +46,38 @@ def _sum(x: Any, y: Any, sign: float) -> Dual:
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Dual:
-    return _sum(x, y, alpha)
+def _add(x: Any, other: Any, *, alpha: float = 1) -> Dual:
+    return _sum(x, other, alpha)
 
 
 @rule(Tensor.add_, Tensor.__iadd__)
-def _add_(x: Any, y: Any, *, alpha: float = 1) -> Dual:
+def _add_(x: Any, other: Any, *, alpha: float = 1) -> Dual:
     if not isinstance(x, Dual):
-        raise NotImplementedError("a tensor without tangents cannot take some in place: write x = x + y")
-    if isinstance(y, Dual):
-        x.stack.add_(aligned(y.stack, x.dim()), alpha=alpha)
+        raise NoRuleError("a tensor without tangents cannot take some in place: write x = x + y")
+    if isinstance(other, Dual):
+        x.stack.add_(aligned(other.stack, x.dim()), alpha=alpha)
     else:
-        x.stack[0].add_(y, alpha=alpha)
+        x.stack[0].add_(other, alpha=alpha)
     return x
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
-def _sub(x: Any, y: Any, *, alpha: float = 1) -> Dual:
-    return _sum(x, y, -alpha)
+def _sub(x: Any, other: Any, *, alpha: float = 1) -> Dual:
+    return _sum(x, other, -alpha)
 
 
 @rule(torch.rsub, Tensor.__rsub__)
-def _rsub(x: Any, y: Any) -> Dual:
-    return _sum(y, x, -1)
+def _rsub(x: Any, other: Any, *, alpha: float = 1) -> Dual:
+    return _sum(other, x, -alpha)
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def _mul(x: Any, y: Any) -> Dual:
-    dims = max(_dims(x), _dims(y))
-    (a, da), (b, db) = _parts(x, dims), _parts(y, dims)
+def _mul(x: Any, other: Any) -> Dual:
+    dims = max(_dims(x), _dims(other))
+    (a, da), (b, db) = _parts(x, dims), _parts(other, dims)
     if da is None or db is None:
-        dual, other = (x, y) if db is None else (y, x)
-        return Dual(aligned(dual.stack, dims) * other)
+        dual, plain = (x, other) if db is None else (other, x)
+        return Dual(aligned(dual.stack, dims) * plain)
     value = a * b
     stack = made(value, len(da))
     stack[0].copy_(value)
@@ -95,10 +86,10 @@ def _mul(x: Any, y: Any) -> Dual:
 
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
-def _div(x: Any, y: Any) -> Dual:
-    if not isinstance(y, Dual):
-        return Dual(aligned(x.stack, _dims(y)) / y)
-    return _mul(x, _reciprocal(y))
+def _div(x: Any, other: Any) -> Dual:
+    if not isinstance(other, Dual):
+        return Dual(aligned(x.stack, _dims(other)) / other)
+    return _mul(x, _reciprocal(other))
 
 
 @rule(Tensor.__rtruediv__)
@@ -114,8 +105,9 @@ def _neg(x: Dual) -> Dual:
 @rule(torch.pow, Tensor.pow, Tensor.__pow__)
 def _pow(x: Any, exponent: Any) -> Dual:
     if not isinstance(x, Dual) or isinstance(exponent, Tensor):
-        raise NotImplementedError("a power of a tensor with tangents has a number as its exponent")
-    return chained(x, x.value**exponent, exponent * x.value ** (exponent - 1))
+        raise NoRuleError("a power of a tensor with tangents has a number as its exponent")
+    slope = exponent * x.value ** (exponent - 1) if exponent else torch.zeros_like(x.value)
+    return chained(x, x.value**exponent, slope)
 
 
 def chained(x: Dual, value: Tensor, slope: Tensor) -> Dual:
@@ -130,10 +122,11 @@ def _gelu(x: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
     if approximate == "none":
         share = torch.special.ndtr(x)
         return x * share, share + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    near = x.clamp(-30, 30)  # beyond it is x or 0, and fp16 would overflow
+    inner = math.sqrt(2 / math.pi) * (near + 0.044715 * near**3)
     bent = torch.tanh(inner)
-    bend = (1 - bent * bent) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
-    return 0.5 * x * (1 + bent), 0.5 * (1 + bent) + 0.5 * x * bend
+    bend = (1 - bent * bent) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * near * near)
+    return 0.5 * x * (1 + bent), 0.5 * (1 + bent) + 0.5 * near * bend
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +190,7 @@ _reciprocal = rule(torch.reciprocal, Tensor.reciprocal)(_through(lambda x: (1 / 
 @rule(F.dropout)
 def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
     if p and training:
-        raise NotImplementedError("dropout draws anew in every pass, and tangents need one: set the model to eval")
+        raise NoRuleError("dropout draws anew in every pass, and tangents need one: set the model to eval")
     return x
 
 
@@ -206,7 +199,7 @@ def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = Fal
 
 def _over(x: Dual, dim: Any) -> Any:
     """Which dimensions of a stack: those that are given, or all of the value's."""
-    if dim is None:
+    if dim is None or dim == ():
         return tuple(range(1, x.stack.dim()))
     return _dim(dim) if isinstance(dim, int) else tuple(map(_dim, dim))
 

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from mep_lightning import kernels
 from mep_lightning.kernels import products
-from mep_lightning.tangents.dual import Dual, rule, stacked
-from mep_lightning.tangents.elementwise import made
+from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, made, rule, stacked
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
@@ -28,6 +27,8 @@ def _biased_(stack: Tensor, bias: Tensor | None, dim: int = -1) -> Dual:
 @rule(F.linear, products.linear)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dual:
     """x W' + b; (x W')' = dx W' + x dW'."""
+    if isinstance(bias, Dual):
+        return F.linear(x, weight) + bias  # type: ignore[return-value]
     if not isinstance(weight, Dual):
         assert isinstance(x, Dual)
         return _biased_(products.linear(x.stack, weight), bias)
@@ -54,13 +55,17 @@ def _int8_linear_w8a8(x: Dual, q: Tensor, scale: Tensor, bias: Tensor | None = N
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 def _matmul(x: Tensor, y: Tensor) -> Dual:
-    if not isinstance(y, Dual):
-        assert isinstance(x, Dual)
-        return Dual(x.stack @ y)
-    if not isinstance(x, Dual):
-        return Dual(x @ y.stack)
-    stack = x.stack @ y.value
-    stack[1:] += x.value @ y.tangents
+    if x.dim() == 1 or y.dim() == 1:  # as a row, as a column
+        row, column = x.dim() == 1, y.dim() == 1
+        product = _matmul(x.unsqueeze(0) if row else x, y.unsqueeze(-1) if column else y)
+        product = product.squeeze(-1) if column else product
+        return product.squeeze(-1 if column else -2) if row else product
+    dims = max(x.dim(), y.dim())  # batches of fewer dimensions broadcast, and directions are no batch
+    left, right = (aligned(z.stack, dims) if isinstance(z, Dual) else z for z in (x, y))
+    if not (isinstance(x, Dual) and isinstance(y, Dual)):
+        return Dual(left @ right)
+    stack = left @ right[0]
+    stack[1:] += left[0] @ right[1:]
     return Dual(stack)
 
 
@@ -71,6 +76,8 @@ def _convolved(x: Dual, run: Callable[[Tensor], Tensor]) -> Tensor:
 
 @rule(F.conv2d)
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any, **given: Any) -> Dual:
+    if isinstance(bias, Dual):
+        return F.conv2d(x, weight, None, *how, **given) + bias[:, None, None]  # type: ignore[return-value]
     if not isinstance(weight, Dual):
         assert isinstance(x, Dual)
         return _biased_(_convolved(x, lambda rows: F.conv2d(rows, weight, None, *how, **given)), bias, dim=1)
@@ -109,6 +116,7 @@ def _layer_norm(
     x: Dual, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
     """y = w z + b, z = (x - m) / s; dy = w / s (dx - mean(dx) - z mean(z dx))."""
+    _refuse_trained_norm(x, weight, bias)
     dims = tuple(range(-len(shape), 0))
     size = math.prod(shape)
     rows = x.stack.reshape(len(x.stack), -1, *shape)
@@ -123,6 +131,7 @@ def _group_norm(
     x: Dual, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
     """As a layer norm's, over the pixels of each group of channels."""
+    _refuse_trained_norm(x, weight, bias)
     channels, pixels = x.shape[1], tuple(range(2 - x.dim(), 0))
     width = channels // groups
 
@@ -140,6 +149,11 @@ def _group_norm(
     for (source, target), gain, shift in zip(parts, by_channel(weight), by_channel(bias), strict=False):
         _normed_(source, target, mean, gain, shift, eps)
     return Dual(stack)
+
+
+def _refuse_trained_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not isinstance(x, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
+        raise NoRuleError("a norm whose own weight or bias has tangents has no rule")
 
 
 def _blocks(source: Tensor, target: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,7 +189,7 @@ def _normed_(
 
 
 @rule(torch.softmax, Tensor.softmax, F.softmax)
-def _softmax(x: Dual, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Dual:
+def _softmax(x: Dual, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Dual:
     """P = softmax(x); dP = P (dx - sum(P dx))."""
     wide = x.stack.to(dtype or torch.promote_types(x.dtype, torch.float32))
     share = wide[0].softmax(dim)
@@ -207,7 +221,9 @@ def _masked_attention(
 ) -> Dual:
     """With a mask, which is what text encoders' short sequences have: scores are held whole."""
     if dropout_p or enable_gqa:
-        raise NotImplementedError("attention with dropout or grouped queries has no rule for tangents")
+        raise NoRuleError("attention with dropout or grouped queries has no rule for tangents")
+    if attn_mask is None and not is_causal and scale is None and query.dim() == 4:
+        return _attention(query, key, value)
     q, k, v = (
         Dual(stack.to(torch.promote_types(stack.dtype, torch.float32))) for stack in _all_stacked(query, key, value)
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep_lightning.tangents.dual import Dual, aligned, rule, stacked
+from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, rule, stacked
 
 
 def _dim(dim: int) -> int:
@@ -37,8 +37,8 @@ def _reshaped(x: Dual, shape: Sequence[int]) -> Dual:
 
 
 @rule(Tensor.view_as, Tensor.reshape_as)
-def _view_as(x: Dual, other: Tensor) -> Dual:
-    return _reshape(x, other.shape)
+def _view_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.reshape(other.shape)
 
 
 @rule(Tensor.flatten, torch.flatten)
@@ -52,8 +52,8 @@ def _unflatten(x: Dual, dim: int, sizes: Sequence[int]) -> Dual:
 
 
 @rule(Tensor.transpose, torch.transpose)
-def _transpose(x: Dual, first: int, second: int) -> Dual:
-    return Dual(x.stack.transpose(_dim(first), _dim(second)))
+def _transpose(x: Dual, dim0: int, dim1: int) -> Dual:
+    return Dual(x.stack.transpose(_dim(dim0), _dim(dim1)))
 
 
 @rule(Tensor.mT.__get__)  # type: ignore[attr-defined]
@@ -77,8 +77,11 @@ def _unsqueeze(x: Dual, dim: int) -> Dual:
 
 
 @rule(Tensor.squeeze, torch.squeeze)
-def _squeeze(x: Dual, dim: int) -> Dual:
-    return Dual(x.stack.squeeze(_dim(dim)))
+def _squeeze(x: Dual, dim: int | Sequence[int] | None = None) -> Dual:
+    if dim is None:
+        dim = [index for index, size in enumerate(x.shape) if size == 1]
+    dims = [dim] if isinstance(dim, int) else dim
+    return Dual(x.stack.squeeze(tuple(map(_dim, dims))) if dims else x.stack)
 
 
 @rule(Tensor.expand)
@@ -107,7 +110,9 @@ def _is_contiguous(x: Dual, memory_format: torch.memory_format = torch.contiguou
 
 
 @rule(Tensor.clone, torch.clone)
-def _clone(x: Dual, **_: Any) -> Dual:
+def _clone(x: Dual, *, memory_format: torch.memory_format = torch.preserve_format) -> Dual:
+    if memory_format != torch.preserve_format:
+        return _contiguous(_clone(x), memory_format)
     return Dual(x.stack.clone())
 
 
@@ -118,16 +123,19 @@ def _detach(x: Dual) -> Tensor:
 
 
 @rule(Tensor.to)
-def _to(x: Dual, *where: Any, **given: Any) -> Dual:
+def _to(x: Any, *where: Any, **given: Any) -> Any:
+    where = tuple(one.value if isinstance(one, Dual) else one for one in where)  # asked for its dtype and device alone
+    if not isinstance(x, Dual):
+        return x.to(*where, **given)
     stack = x.stack.to(*where, **given)
     if not stack.is_floating_point():
-        raise NotImplementedError(f"a tensor with tangents cannot become {stack.dtype}: integers have no derivative")
+        raise NoRuleError(f"a tensor with tangents cannot become {stack.dtype}: integers have no derivative")
     return Dual(stack)
 
 
 @rule(Tensor.type_as)
-def _type_as(x: Dual, other: Tensor) -> Dual:
-    return _to(x, other.dtype)
+def _type_as(x: Any, other: Tensor) -> Any:
+    return _to(x, other)
 
 
 @rule(Tensor.cpu)
@@ -148,8 +156,11 @@ def _double(x: Dual) -> Dual:
 @rule(Tensor.__getitem__)
 def _part(x: Any, index: Any) -> Dual:
     if not isinstance(x, Dual):
-        raise NotImplementedError("a tensor with tangents is no index")
-    return Dual(x.stack[(slice(None), *(index if isinstance(index, tuple) else (index,)))])
+        raise NoRuleError("a tensor with tangents is no index")
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, (Tensor, list)) for part in parts):  # their dimension may come first
+        return Dual(torch.stack([one[index] for one in x.stack]))
+    return Dual(x.stack[(slice(None), *parts)])
 
 
 @rule(Tensor.chunk, torch.chunk)
@@ -175,7 +186,11 @@ def _iterate(x: Dual) -> Any:
 @rule(torch.cat, torch.concat)
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Dual:
     like = next(x.stack for x in tensors if isinstance(x, Dual))
-    return Dual(torch.cat([stacked(x, like) for x in tensors], _dim(dim)))
+    stacks = [stacked(x, like) for x in tensors]
+    if dim in (0, -like.dim() + 1):
+        return Dual(torch.cat(stacks, 1))
+    rows = torch.cat([stack.flatten(0, 1) for stack in stacks], dim)  # whose memory format torch knows
+    return Dual(rows.unflatten(0, (len(like), -1)))
 
 
 @rule(torch.stack)
@@ -184,10 +199,15 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Dual:
     return Dual(torch.stack([stacked(x, like) for x in tensors], _dim(dim)))
 
 
-@rule(torch.where, Tensor.where)
+@rule(Tensor.where)
+def _where_not(x: Any, condition: Tensor, y: Any) -> Dual:
+    return _where(condition, x, y)
+
+
+@rule(torch.where)
 def _where(condition: Tensor, x: Any, y: Any) -> Dual:
     if isinstance(condition, Dual):
-        raise NotImplementedError("a tensor with tangents is no condition")
+        raise NoRuleError("a tensor with tangents is no condition")
     like = x.stack if isinstance(x, Dual) else y.stack
     mine, other = stacked(x, like), stacked(y, like)
     dims = max(condition.dim(), mine.dim() - 1, other.dim() - 1)

@@ -120,7 +120,7 @@ def test_in_place_perturbation_is_for_finite_differences():
         pass
 
     theta = torch.ones(3, requires_grad=True)
-    with pytest.raises(UserError, match="moves parameters in place, which ForwardGradientEstimator does not ask for"):
+    with pytest.raises(UserError, match="moves parameters in place, which ForwardGradientEstimator does not: take"):
         Module().zo_backward(lambda: theta.sum(), [theta], ForwardGradientEstimator())
     Module().zo_backward(lambda: theta.sum(), [theta], SPSAEstimator())
 

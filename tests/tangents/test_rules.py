@@ -7,6 +7,7 @@ from torch.func import jvp
 from torch.nn import functional as F
 
 from mep_lightning import kernels
+from mep_lightning.errors import UserError
 from mep_lightning.tangents import Dual, rule
 from mep_lightning.tangents.dual import PLAIN, RULES
 
@@ -119,6 +120,21 @@ ONE = {  # name: function of a Dual [2, 3, 4]
     "linear": lambda x: F.linear(x, randn(5, 4), randn(5)),
     "matmul": lambda x: x @ randn(4, 5),
     "matmul from the left": lambda x: randn(2, 6, 3) @ x,
+    "matmul of batches": lambda x: x @ randn(5, 2, 4, 5),
+    "matmul of a matrix with batches": lambda x: x[0] @ randn(2, 4, 5),
+    "matmul of batches with a matrix": lambda x: randn(4, 6, 3) @ x[0],
+    "matmul with a vector": lambda x: x @ randn(4),
+    "a vector's matmul": lambda x: randn(3) @ x,
+    "matmul of two vectors": lambda x: x[0, 0] @ randn(4),
+    "where not": lambda x: x.where(MASK[:, None], 0.0),
+    "where not, other": lambda x: randn(2, 3, 4).where(MASK[:, None], x),
+    "indices around a slice": lambda x: x[torch.tensor([0, 1, 1]), :, torch.tensor([2, 0, 1])],
+    "a list of indices": lambda x: x[:, [2, 0]],
+    "sum over all": lambda x: x.sum(()),
+    "to a tensor's dtype": lambda x: x.to(x),
+    "squeeze all": lambda x: x[:1].squeeze(),
+    "names": lambda x: torch.mul(x.transpose(dim0=0, dim1=1), other=3),
+    "power 0": lambda x: x**0,
     "layer norm": lambda x: F.layer_norm(x, (4,), randn(4), randn(4)),
     "layer norm, plain": lambda x: F.layer_norm(x, (3, 4)),
     "group norm, 1d": lambda x: F.group_norm(x.transpose(1, 2), 2, randn(4), randn(4)),
@@ -143,6 +159,12 @@ TWO = {  # name: function, shapes
     "linear": (lambda x, w: F.linear(x, w, randn(5)), (2, 3, 4), (5, 4)),
     "convolution": (lambda x, w: F.conv2d(x, w, randn(5), 2, 1), (2, 3, 6, 6), (5, 3, 3, 3)),
     "add in place": (lambda x, y: x.clone().add_(y), (2, 3, 4), (3, 1)),
+    "matmul of batches with a matrix": (lambda x, y: x @ y, (2, 6, 4), (4, 5)),
+    "matmul of a matrix with batches": (lambda x, y: x @ y, (6, 4), (3, 4, 5)),
+    "matmul with a vector": (lambda x, y: x @ y, (2, 3, 4), (4,)),
+    "a layer's weight and bias": (lambda w, b: F.linear(randn(2, 3, 4), w, b), (5, 4), (5,)),
+    "a convolution's": (lambda w, b: F.conv2d(randn(2, 3, 6, 6), w, b), (5, 3, 3, 3), (5,)),
+    "a bias alone": (lambda x, b: F.linear(x, randn(5, 4), b), (2, 3, 4), (5,)),
     "gate": (lambda x, y: x * F.gelu(y), (2, 3, 8), (2, 3, 8)),
 }
 
@@ -278,6 +300,40 @@ def test_a_custom_op_is_refused_where_functional_jvp_answers_zero():
         torch.testing.assert_close(triple(x).stack, expected(triple_exact, x))
     finally:
         del RULES[triple._opoverload]
+
+
+def test_what_is_no_tangents_may_take_their_place_and_dtype():
+    x = dual(3).to(torch.float32)
+    for made in (MASK.to(x), MASK.type_as(x)):
+        assert type(made) is torch.Tensor and made.dtype == torch.float32
+    assert randn(3, 1).view_as(x).shape == (3,)
+
+
+def test_calls_that_no_rule_knows_are_refused_by_name():
+    x = dual(3)
+    with pytest.raises(NotImplementedError, match="softmax is called in a way that has no rule"):
+        torch.softmax(x, -1, out=torch.empty(3, dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="linear is called in a way that has no rule"):
+        F.linear(input=randn(2, 3), weight=dual(4, 3))
+    with pytest.raises(UserError, match="a norm whose own weight or bias has tangents"):
+        F.layer_norm(randn(2, 3), (3,), x)
+
+
+def test_a_backward_pass_through_them_is_refused():
+    with pytest.raises(UserError, match="under torch.no_grad"):
+        Dual(torch.randn(2, 3, requires_grad=True) * 2)
+
+
+def test_half_precisions_extremes_have_slopes():
+    x = Dual(torch.tensor([[800.0, -800.0], [1.0, 1.0]], dtype=torch.float16))
+    assert F.gelu(x, approximate="tanh").stack.tolist() == [[800.0, -0.0], [1.0, 0.0]]
+
+
+def test_pictures_keep_their_memory_format():
+    x = dual(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    plain = randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    for y in (torch.cat([x, plain], 1), x + plain[:, :, :1, :1], x * x, F.silu(x)):
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

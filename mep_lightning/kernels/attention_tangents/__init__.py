@@ -1,6 +1,6 @@
-"""Attention together with its derivatives along n directions, without an [S, T] matrix in memory.
+"""Attention together with its derivatives along n directions, without a long sequence's [S, T] matrix in memory.
 
-The softmax is taken once for all of them: n + 1 members of a finite difference need it n + 1 times.
+On a CPU the softmax is taken once for all of them: n + 1 members of a finite difference need it n + 1 times.
 """
 
 from __future__ import annotations

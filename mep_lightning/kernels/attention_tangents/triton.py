@@ -17,8 +17,9 @@ from mep_lightning.kernels.tiling import WIDE
 
 WIDEST = 256
 """Head widths beyond which a tile leaves the registers."""
-TILES = {16: (64, 64), 32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}
-"""Queries and keys of a tile, by the heads' width."""
+TILES = {16: (64, 64, 3), 32: (64, 64, 3), 64: (64, 64, 2), 128: (64, 32, 1), 256: (32, 32, 1)}
+"""Queries, keys and stages of a tile by the heads' width: four of keys and values lie in shared memory, of which a
+consumer's GPU has 99 KiB."""
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def _attention_tangents_kernel(
     moved = tl.zeros((BLOCK_S,), tl.float32)
     o = tl.zeros((BLOCK_S, WIDTH), tl.float32)
     t = tl.zeros((BLOCK_S, WIDTH), tl.float32)
+    level = tl.zeros((BLOCK_S,), tl.float32)  # of the slopes, which a softmax does not see: x is small without it
     for start in range(0, T, BLOCK_T):
         key = (start + column).to(tl.int64)
         k_in = (depth[:, None] < D) & (key[None, :] < T)
@@ -77,7 +79,9 @@ def _attention_tangents_kernel(
         higher = tl.maximum(highest, tl.max(scores, 1))
         fade = tl.exp(highest - higher)
         p = tl.exp(scores - higher[:, None])
-        x = (p * slopes).to(ARITHMETIC)
+        if start == 0:
+            level = tl.sum(p * slopes, 1) / tl.sum(p, 1)
+        x = (p * (slopes - level[:, None])).to(ARITHMETIC)
         total = total * fade + tl.sum(p, 1)
         moved = moved * fade + tl.sum(x.to(tl.float32), 1)  # of what is multiplied below, rounding included
         v_in = (key[:, None] < T) & (depth[None, :] < D)
@@ -96,6 +100,12 @@ def _attention_tangents_kernel(
         tl.store(at, o.to(out.dtype.element_ty), mask=q_in)
 
 
+def tile(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """`TILES` in a dtype: fp32 takes twice the room."""
+    block_s, block_t, stages = TILES[width]
+    return (block_s, block_t, stages) if dtype.itemsize < 4 else (max(16, block_s // 2), max(16, block_t // 2), stages)
+
+
 def takes(q: Tensor) -> bool:
     """Whether the kernel computes in this dtype and heads of this width."""
     return q.dtype.itemsize <= 4 and q.shape[-1] <= WIDEST and q.shape[0] > 1
@@ -107,9 +117,7 @@ def attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(count, batch, queries, heads, depth, dtype=q.dtype, device=q.device)
     width = max(16, triton.next_power_of_2(depth))
-    block_s, block_t = TILES[width]
-    if q.dtype.itemsize == 4:
-        block_s, block_t = max(16, block_s // 2), max(16, block_t // 2)
+    block_s, block_t, stages = tile(width, q.dtype)
     grid = (triton.cdiv(queries, block_s), batch * heads, count - 1)
     if out.numel():
         _attention_tangents_kernel[grid](
@@ -131,5 +139,6 @@ def attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             block_t,
             WIDE,
             num_warps=8 if width > 64 else 4,
+            num_stages=stages,
         )
     return out.transpose(2, 3)
