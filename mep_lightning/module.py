@@ -321,6 +321,11 @@ class PersonalizationModule(LightningModule):
             assert isinstance(estimator, Backprop)
             losses = estimator.backward(lambda members: self.losses(members, draw), trained.values())
         else:  # one of the user's own
+            if len(trained) != 1:
+                raise UserError(
+                    f"{type(estimator).__name__} estimates one parameter, and {type(self.adapter).__name__} trains "
+                    f"{len(trained)}: take a TokenEmbedding, or subclass ZerothOrderEstimator without its estimate()"
+                )
             (theta,) = trained.values()
             theta.grad, losses = estimator.estimate(lambda values: self.losses(values, draw), theta, step, dims)
         if subspace and (grad := trained[0].grad) is not None:

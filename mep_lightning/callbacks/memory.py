@@ -20,8 +20,8 @@ class MemoryProfiler(Callback):
     """Measure the peak memory of every phase of `fit`; write `memory.json` and `memory.png` into the run's folder.
 
     Works with any LightningModule: `step` runs from the first batch to the last, other phases are those that code marks
-    with `mep_lightning.phases.phase` (load, encode, sample, save). An outer phase's peak includes the phases inside it;
-    sampling and saving between two batches are not charged to `step`.
+    with `mep_lightning.phases.phase` (load, encode, precompute, sample, save). An outer phase's peak includes the
+    phases inside it; sampling and saving between two batches are not charged to `step`.
 
     memory.json::
 

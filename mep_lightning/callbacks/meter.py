@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 KINDS = ("weights", "gradients", "optimizer")
-WITH_ACTIVATIONS = ("encode", "step", "sample")
+WITH_ACTIVATIONS = ("encode", "precompute", "step", "sample")
 
 
 def tensor_bytes(module: nn.Module, optimizers: Iterable[Any], device: torch.device) -> dict[str, int]:

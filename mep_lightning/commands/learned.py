@@ -88,8 +88,8 @@ class Learned:
         return self.module.base
 
     def is_in(self, text: str) -> bool:
-        """Whether a prompt names the subject; the tokenizer finds a token wherever it stands, as in "<sks>'s hat"."""
-        return self.token in text
+        """Whether a prompt names the subject, as in "<sks>'s hat"; a word such as sks is not in "desks"."""
+        return re.search(rf"(?<!\w){re.escape(self.token)}(?!\w)", text) is not None
 
     def prompt(self, template: str) -> str:
         """A prompt with the subject where `{}` (or `{0} {1}`) stands.

@@ -313,13 +313,20 @@ def _discard(run: RunFolder) -> None:
         run.root.rmdir()
 
 
+FOR = {
+    "learned_embeds.safetensors": "for diffusers, ComfyUI and A1111",
+    "lora_kohya.safetensors": "for ComfyUI and A1111",
+}
+"""Exported file -> who reads it."""
+
+
 def _summary(run: RunFolder, steps: int, seconds: float) -> list[str]:
     """What was made and where, and what to do next."""
     minutes, rest = divmod(round(seconds), 60)
     lines = [f"Learned in {steps} steps ({minutes} min {rest} s). In {run.root}:"]
     made = [
         (run.samples / "before_after.png", "photos, and the subject before and after"),
-        *((path, "for diffusers, ComfyUI and A1111") for path in sorted(run.adapter.rglob("*.safetensors"))),
+        *((path, FOR.get(path.name, "for diffusers")) for path in sorted(run.adapter.rglob("*.safetensors"))),
         (run.memory_png, "peak memory of every phase"),
         (run.report, "all of it on one page"),
     ]

@@ -1,7 +1,8 @@
 """The one place where noise meets parameters.
 
-Noise is never stored: direction e_i of a parameter is `philox_normal(seed, step, i, param_id)`, made again whenever it
-is needed. Sums are formed in fp32 at least and rounded once to the parameter's dtype.
+Noise is not kept from step to step: direction e_i of a parameter is `philox_normal(seed, step, i, param_id)`, made
+again whenever it is needed (and held for the length of a step where it is little). Sums are formed in fp32 at least and
+rounded once to the parameter's dtype.
 """
 
 from __future__ import annotations
