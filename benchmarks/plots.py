@@ -54,7 +54,7 @@ def tangents(figures: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     rows: list[Row] = json.loads(figures.read_text())["rows"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 4.5), layout="constrained")
     for name, colour in CARRIED.items():
         mus, rounding = _curve(rows, f"tiny {name} mu ", "rounding")
         _, truncation = _curve(rows, f"tiny {name} mu ", "truncation")
@@ -62,12 +62,9 @@ def tangents(figures: Path, picture: Path) -> None:
         (own,) = (
             row["value"] for row in rows if row["case"] == f"tiny {name} tangents" and "rounding" in row["metric"]
         )
-        axes.axhline(own, color=colour, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"{name}, tangents", (mus[0], own), xytext=(0, 2), textcoords="offset points", color=colour, size=8
-        )
+        axes.axhline(own, color=colour, linestyle="--", linewidth=1, label=f"{name}, tangents")
     axes.set(xscale="log", yscale="log", xlabel="mu", ylabel="median relative error: rounding + truncation")
-    axes.legend(title="finite difference", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.grid(alpha=0.25)
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)
