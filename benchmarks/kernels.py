@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 from torch.nn import functional as F
 
 from benchmarks.rows import Row, interleaved, median_ratio, row
@@ -103,6 +104,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield from linears(dtype, device)
     yield from convolutions(dtype, device)
     yield from attentions(dtype, device)
+    yield from tangents(dtype, device)
     yield from lora(dtype, device)
     yield from updates(device)
 
@@ -176,6 +178,29 @@ def attentions(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
         def theirs(q=q, k=k, v=v):
             return F.scaled_dot_product_attention(q, k, v)
+
+        yield Case(name, ours, theirs, 5e-3, flops, moved)
+
+
+def tangents(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Attention with two tangents, beside forward-mode AD of its definition, a direction after the other."""
+    for width, keys in [*TOKENS.items(), (320, 77)]:
+        queries = TOKENS[width]
+        q, k, v = (
+            torch.randn(MEMBERS, 1, n, HEADS, width // HEADS, device=device, dtype=dtype).transpose(2, 3)
+            for n in (queries, keys, keys)
+        )
+        flops = 2.0 * (2 + 4 * (MEMBERS - 1)) * queries * keys * width
+        moved = 2.0 * MEMBERS * width * (queries + keys) * q.element_size()
+        name = f"attention_tangents [{MEMBERS}, {HEADS}, {queries}, {width // HEADS}] over {keys}"
+
+        def ours(q=q, k=k, v=v):
+            return kernels.attention_tangents(q, k, v)
+
+        def theirs(q=q, k=k, v=v):
+            values = (q[0], k[0], v[0])
+            found = [jvp(kernels.attention.reference, values, (q[i], k[i], v[i])) for i in range(1, MEMBERS)]
+            return torch.stack([found[0][0], *(tangent for _, tangent in found)])
 
         yield Case(name, ours, theirs, 5e-3, flops, moved)
 

@@ -201,8 +201,8 @@ def test_integer_products_are_for_training_alone(tmp_path):
     [
         ({"estimator": RandomGradientEstimator()}, "drown a finite difference"),
         ({"estimator": Backprop()}, "end a backward pass: take ForwardGradientEstimator"),
-        ({"precision": "int4"}, "activations int8 are for quantised weights, and precision is int4"),
-        ({"precision": "fp32"}, "activations int8 are for quantised weights, and precision is fp32"),
+        ({"precision": "int4"}, "activations int8 are for int8 weights, and precision is int4"),
+        ({"precision": "fp32"}, "activations int8 are for int8 weights, and precision is fp32"),
     ],
 )
 def test_integer_products_are_refused_elsewhere(settings, said):

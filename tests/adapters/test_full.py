@@ -76,7 +76,7 @@ def test_the_class_is_trained_on_beside_the_subject(trained):
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_packed_or_rounded_weights_are_refused(precision):
     base = load_base("tiny", precision, vae=False)
-    with pytest.raises(UserError, match=f"these are {precision} with offload none: set model.precision fp32"):
+    with pytest.raises(UserError, match=f"these are {precision} with offload none: take precision fp32"):
         FullUNet().attach(base)
 
 

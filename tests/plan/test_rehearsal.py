@@ -180,5 +180,5 @@ def test_both_branches_of_a_selective_run_are_planned():
     alone = PersonalizationModule("tiny", "int8", adapter=LoRA())
     selective, lora = rehearse([module, alone], open_base("tiny", "int8"), 64)
     assert selective["step"].gradients == 0 < selective["low step"].gradients
-    assert selective["low step"].activations < 0.5 * lora["step"].activations
+    assert selective["low step"].activations < 0.6 * lora["step"].activations
     assert selective["step"].activations > 0
