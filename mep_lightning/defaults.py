@@ -1,7 +1,9 @@
 """What `auto` becomes: values keyed by (method, family, precision), the papers' own but where a comment says why not.
 
 Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
-5,000 steps at 5e-3 from the same supplement. Those of `tiny` come from subjects that are not reported;
+5,000 steps at 5e-3 from the same supplement. LoRA's rank 128 and Hollowed Net's fraction: arXiv 2411.01179; its learning
+rate, steps and samples, and all of selective optimisation's values (arXiv 2507.10029 could not be checked), are common
+practice and not searched. DreamBooth's 5e-6 and 400 steps: arXiv 2208.12242. Those of `tiny` come from subjects that are not reported;
 docs/reproduction.md says which were searched (benchmarks/results/tune-*) and which set by hand.
 """
 
@@ -90,7 +92,7 @@ def lookup(method: str, family: str, precision: str, activations: str = "auto") 
 
     Returns:
         lr, lr_scheduler, eps, max_steps, puts_low, puts_high, guidance, sampling_steps and sampling_batch; also n, mu,
-        standardize, tau and nu where the method has them.
+        standardize, tau and nu, rank, fraction and samples, or low_resolution, where the method has them.
 
     Raises:
         UserError: the method or family is unknown.
