@@ -1,10 +1,11 @@
 """What `auto` becomes: values keyed by (method, family, precision), the papers' own but where a comment says why not.
 
 Sources: ZOODiP (arXiv 2503.14868, section 4 and supplement S1) for SD1.5, SD2.1, SDXL and int4; Textual Inversion's
-5,000 steps at 5e-3 from the same supplement. LoRA's rank 128 and Hollowed Net's fraction: arXiv 2411.01179; its learning
-rate, steps and samples, and all of selective optimisation's values (arXiv 2507.10029 could not be checked), are common
-practice and not searched. DreamBooth's 5e-6 and 400 steps: arXiv 2208.12242. Those of `tiny` come from subjects that are not reported;
-docs/reproduction.md says which were searched (benchmarks/results/tune-*) and which set by hand.
+5,000 steps at 5e-3 from the same supplement. LoRA's rank 128 and Hollowed Net's fraction: arXiv 2411.01179.
+DreamBooth's 5e-6 and 400 steps: arXiv 2208.12242. A LoRA's learning rate, steps and samples, and the values of
+selective optimisation (arXiv 2507.10029, whose own could not be checked) are common practice and not searched. Those of
+`tiny` come from subjects that are not reported; docs/reproduction.md says which were searched
+(benchmarks/results/tune-*) and which set by hand.
 """
 
 from __future__ import annotations
