@@ -34,7 +34,8 @@ from mep_lightning.run_folder import write_atomically
 
 FAR = 0.05
 """How far from what was asked for the nearest cut may be."""
-STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.float16}
+STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
+"""What a file holds of a dtype: its bits, as numpy has no bf16."""
 FILE, PROGRESS = "activations.bin", "activations.json"
 EVERY = 16
 """Samples between two looks at the disk: what is there after a kill is gone on from."""
@@ -63,7 +64,7 @@ class Hollow:
         fraction: of the U-Net's parameters, as asked for.
         samples: how many draws stage 1 makes ready.
         cut: what is cut out; known once the base is.
-        stored: memory-mapped [samples, B, C, H, W], once stage 1 began.
+        stored: memory-mapped [samples, B, C, H, W], once stage 1 began: the bits of `dtype`.
         is_ready: whether stage 1 is done.
     """
 
@@ -71,6 +72,7 @@ class Hollow:
     samples: int
     cut: Cut | None = None
     stored: Any = None
+    dtype: torch.dtype = torch.float32
     is_ready: bool = False
 
     def inside(self, base: Base) -> list[nn.Module]:
@@ -93,7 +95,7 @@ class Hollow:
 
     def activation(self, index: int) -> Tensor:
         """What the cut answers to a draw, [B, C, H, W]."""
-        return torch.from_numpy(self.stored[index].copy())
+        return torch.from_numpy(self.stored[index].copy()).view(self.dtype)
 
     def with_made_up(self, module: Any, draw: Draw) -> Draw:
         """A draw with an activation of the right shape that holds nothing."""
@@ -124,7 +126,7 @@ class Hollow:
         assert self.cut is not None
         draw = module.draw_at(batch_of(0), 0)
         like = self.answer(module, draw)
-        kind = STORED[like.dtype]
+        self.dtype, kind = like.dtype, STORED[like.dtype]
         shape = (self.samples, *like.shape)
         path, progress = folder / FILE, folder / PROGRESS
         key = _fingerprint(module, self, [list(shape), list(draw.noisy.shape), draw.prompts])
@@ -138,7 +140,8 @@ class Hollow:
         self.stored = np.memmap(path, kind, "r+", shape=shape)
         with phase("precompute"):
             for index in range(done, self.samples):
-                self.stored[index] = self.answer(module, module.draw_at(batch_of(index), index)).float().cpu().numpy()
+                answer = self.answer(module, module.draw_at(batch_of(index), index)).cpu()
+                self.stored[index] = (answer.view(torch.int16) if kind == np.int16 else answer).numpy()
                 if (index + 1) % EVERY == 0 or index + 1 == self.samples:
                     self.stored.flush()
                     write_atomically(progress, json.dumps({"key": key, "done": index + 1}))

@@ -125,6 +125,15 @@ def test_pictures_take_two_paths_and_the_hollow_is_gone_again(trained):
     assert "forward" not in vars(module.base.unet)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_activations_are_stored_bit_by_bit(tmp_path, precision):
+    module = fitted(tmp_path, steps=1, precision=precision)
+    draw = module.draw_at(module.trainer.datamodule.batch(2), 2)
+    with module.base.whole():
+        expected = module.hollow.answer(module, draw)
+    assert expected.dtype == module.base.dtype and torch.equal(module.hollow.activation(2), expected)
+
+
 class Killed(Exception):
     """As if the process had died."""
 

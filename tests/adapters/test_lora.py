@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from mep_lightning.adapters import LoRA
+from mep_lightning.adapters import LoRA, lora_layers
 from mep_lightning.bases import load_base, predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator
@@ -94,6 +94,67 @@ def test_packed_convolutions_can_be_targets():
     adapter = attached(packed, targets=["conv1", "downsamplers.0.conv"])
     assert {type(layer.base_layer) for layer in adapter.layers} == {Int8Conv2d}
     assert not torch.equal(predicted(packed), predicted(load_base("tiny", "int8", vae=False)))
+
+
+OTHERS = ["conv1", "conv_shortcut", "downsamplers.0.conv", "ff.net.0.proj", "ff.net.2", "proj_in"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_other_layers_are_merged_and_exported_too(precision, tmp_path):
+    there = load_base("tiny", precision, vae=False)
+    adapter = attached(there, targets=OTHERS)
+    apart = predicted(there)
+    adapter.export(tmp_path)
+    adapter.merge_()
+    merged = predicted(there)
+    error = (merged - apart).norm() / apart.norm()
+    assert error < (1e-5 if precision == "fp32" else 0.03)
+    again = LoRA()
+    again.load_export(tmp_path)
+    again.attach(load_base("tiny", precision, vae=False))
+    theirs = load_base("tiny", precision, vae=False)
+    again.attach(theirs)
+    torch.testing.assert_close(predicted(theirs), apart)
+
+
+def test_members_go_through_the_op_that_triton_answers(monkeypatch):
+    """Its CPU body stands in for the kernel: the same members, the same answer."""
+    there = load_base("tiny", "int8", vae=False)
+    adapter = attached(there)
+    members = RandomGradientEstimator(2, mu=0.05).around(step=3)
+    with adapter.at(members):
+        apart = predicted(there, members=3, apart=adapter.layers)
+    calls = []
+    op = lora_layers.perturbed_lora_linear
+    monkeypatch.setattr(lora_layers, "runs_triton", lambda _: True)
+    monkeypatch.setattr(lora_layers, "perturbed_lora_linear", lambda *given: calls.append(1) or op(*given))
+    with adapter.at(members):
+        fused = predicted(there, members=3, apart=adapter.layers)
+    assert len(calls) == 80
+    torch.testing.assert_close(fused, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_recomputed_activations_give_the_same_gradients(precision):
+    found = []
+    for checkpointing in (False, True):
+        there = load_base("tiny", precision, vae=False)
+        adapter = attached(there)
+        predict_noise(there.unet, *inputs(there), checkpointing=checkpointing).square().sum().backward()
+        found.append([theta.grad for theta in adapter.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_lora_of_another_bases_widths_is_refused(base, tmp_path):
+    """Of as many layers, whose outputs are as wide and whose inputs are not."""
+    adapter = attached(base)
+    with torch.no_grad():
+        for name, down in adapter.down.items():
+            if "attn2_to_k" in name:
+                adapter.down[name] = nn.Parameter(torch.zeros(len(down), down.shape[1] + 8))
+    with pytest.raises(UserError, match="of its targets or of other widths: use the base that it was trained on"):
+        adapter.attach(base)
+    adapter.detach()
 
 
 def test_convolutions_and_feed_forward_layers_can_be_targets(base):
