@@ -107,15 +107,8 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
         f"Peak memory on {first.base} at {first.resolution} px, batch 1, in tensors "
         f"(+ about {human(overhead(device))} for the {'CUDA context' if device == 'cuda' else 'interpreter'}):",
         "",
-        f"  {'method':<20}{'precision':<11}{'switch':<15}{'a run':>10}  {'highest in':<11}{'pictures':>10}",
+        *_columns(rows, budget),
     ]
-    for row in rows:
-        switch = ", ".join(row.switches)
-        fits = "" if budget is None else "   fits" if budget.fits(row) else ""
-        lines.append(
-            f"  {row.method:<20}{row.precision:<11}{switch:<15}{human(row.peak_bytes):>10}  {row.peak_phase:<11}"
-            f"{human(row.inference_peak_bytes):>10}{fits}"
-        )
     if budget is None:
         return lines
     taken = best(rows, budget)
@@ -131,3 +124,21 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
     )
     lines += ["", f"Into {human(budget.size)} fits: {words}"]
     return lines + [f"  {switch} would save {human(size)} more" for switch, size in list(savings(rows, taken))[:4]]
+
+
+def _columns(rows: Sequence[Row], budget: Budget | None) -> list[str]:
+    """A line a row under its titles, as wide as the longest word of a column."""
+    from mep_lightning.errors import human
+
+    told = [("method", "precision", "switch", "a run", "highest in", "pictures", "")]
+    for row in rows:
+        fits = "fits" if budget is not None and budget.fits(row) else ""
+        sizes = human(row.peak_bytes), row.peak_phase, human(row.inference_peak_bytes)
+        told.append((row.method, row.precision, ", ".join(row.switches), *sizes, fits))
+    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
+    lines = []
+    for words in told:
+        padded = [f"{word:<{width}}" for word, width in zip(words, widths, strict=True)]
+        padded[3], padded[5] = (f"{words[i]:>{widths[i]}}" for i in (3, 5))
+        lines.append(f"  {'  '.join(padded)}".rstrip())
+    return lines
