@@ -61,6 +61,7 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     *((name, "tiny", "*", {"rank": 16, "lr": 1e-3, "max_steps": 400}) for name in LORAS),
     ("lora_r1", "*", "*", {"rank": 1}),
     ("hollowed_net", "*", "*", {"fraction": 0.39, "samples": 1_000}),
+    ("hollowed_net", "sdxl", "*", {"fraction": 0.33}),  # its cuts lie farther apart
     ("hollowed_net", "tiny", "*", {"samples": 400}),
     ("selective", "*", "*", {"n": 1, "mu": 1e-3, "standardize": False, "low_resolution": 256}),
     ("selective", "sdxl", "*", {"low_resolution": 512}),

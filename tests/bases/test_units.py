@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from mep_lightning import defaults
 from mep_lightning.bases import open_base
 from mep_lightning.bases.load import build_unet
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.bases.units import cuts, is_line, line
 from mep_lightning.bases.walk import activation_at, predict_noise
+from mep_lightning.hollow import nearest_cut
 from tests.bases.test_walk import LAYOUTS, inputs, unet
 
 
@@ -69,3 +71,10 @@ def test_a_walk_around_a_hollow_equals_the_whole_one(layout, members, shared):
             activation = activation_at(model, latents, t, embeds, cut)
             around = predict_noise(model, latents, t, told, members=members, cut=cut, activation=activation)
             torch.testing.assert_close(around, whole, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tiny", "sd15", "sd21", "sdxl"])
+def test_the_default_fraction_has_a_cut_near(name):
+    family = {"tiny": "tiny", "sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}[name]
+    fraction = defaults.lookup("hollowed_net", family, "fp32")["fraction"]
+    assert abs(nearest_cut(cuts(real(name)), fraction).fraction - fraction) < 0.05
