@@ -276,12 +276,15 @@ def _split(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     within -= {part for part in within if isinstance(part, BlockwiseFeedForward)}
     owners = [part for part in module.modules() if _own(part) and part not in within]
     owners = [part for part in owners if not isinstance(part, nn.Embedding)]
-    # (Packed weights have one dimension, and are what streaming is for.)
-    plain = [part for part in owners if not isinstance(part, QuantizedWeight)]
-    small = [part for part in plain if all(value.dim() < 2 for *_, value in _own(part))]
+    small = [part for part in owners if not any(_is_large(owner, value) for owner, *_, value in _own(part))]
     staying = [part for part in owners if any(inner in owners for inner in part.modules() if inner is not part)]
     staying += [part for part in small if part not in staying]
     return [part for part in owners if part not in staying], staying
+
+
+def _is_large(owner: nn.Module, value: Tensor) -> bool:
+    """Whether a tensor is a weight, which has several dimensions, or one where it is packed."""
+    return value.dim() > 1 or isinstance(owner, QuantizedWeight)
 
 
 def _size(module: nn.Module) -> int:
