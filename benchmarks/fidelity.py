@@ -20,7 +20,6 @@ from benchmarks.rows import Row, row
 from mep_lightning.bases import Base, encode_prompts, load_base, predict_noise
 from mep_lightning.data import sample_latents
 from mep_lightning.estimators.perturbation import TANGENT, Tangents
-from mep_lightning.kernels import int8_linear_w8a8
 from mep_lightning.quantization import Int8Linear, QuantizedWeight
 from mep_lightning.tangents import Dual
 from mep_lightning.tiny.subjects import other_photos, subject
@@ -78,12 +77,8 @@ def load(path: Path, device: str) -> Base:
         part.to(path.dtype)
     for layer in base.unet.modules():
         if path.w8a8 and isinstance(layer, Int8Linear):
-            layer.forward = functools.partial(_w8a8, layer)
+            layer.multiplies_integers = True
     return base
-
-
-def _w8a8(layer: Int8Linear, x: Tensor) -> Tensor:
-    return int8_linear_w8a8(x, layer.weight, layer.scale, layer.bias)
 
 
 def in_float64(base: Base) -> Base:

@@ -25,7 +25,7 @@ class ForwardGradientEstimator(ZerothOrderEstimator):
         n, normalize, seed, standardize: as of `ZerothOrderEstimator`.
 
     Raises:
-        NotImplementedError: the loss function computes something whose derivative is unknown (`tangents.rule`).
+        NoRuleError: the loss function computes something whose derivative is unknown (`tangents.rule`).
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Int8Weight(QuantizedWeight):
 class Int8Linear(Int8Weight, QuantizedLinear):
     """`nn.Linear` with its weight in int8."""
 
-    multiplies_integers: ClassVar[bool] = False
+    multiplies_integers: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""

@@ -5,6 +5,6 @@ for each function: where values lie (`structure`), functions of numbers (`elemen
 """
 
 from mep_lightning.tangents import elementwise, layers, structure  # noqa: F401  (they bring the rules)
-from mep_lightning.tangents.dual import Dual, rule
+from mep_lightning.tangents.dual import Dual, NoRuleError, rule
 
-__all__ = ["Dual", "rule"]
+__all__ = ["Dual", "NoRuleError", "rule"]

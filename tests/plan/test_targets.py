@@ -1,12 +1,8 @@
 """The plan at real sizes beside the papers' figures, and what this package set out to reach."""
 
 import pytest
-import torch
 
-from mep_lightning.bases import BaseFolder
-from mep_lightning.bases.families import describe
-from mep_lightning.bases.load import activation_dtype
-from mep_lightning.bases.skeleton import architecture
+from benchmarks.made_up import found
 from mep_lightning.commands.budget import recipe
 from mep_lightning.plan import rehearse
 
@@ -16,19 +12,15 @@ pytestmark = pytest.mark.slow
 
 def peaks(base, precision, methods):
     """Bytes at the peak of a run on a GPU at 512 px, by method."""
-    folder, where = architecture(base), torch.device("cuda")
-    info = describe(folder, base)
-    dtype = activation_dtype(precision, where, info.family)
-    found = BaseFolder(name=base, folder=folder, info=info, precision=precision, dtype=dtype, device=where)
-    runs = rehearse([recipe(name)(precision, None) for name in methods], found, 512)
+    runs = rehearse([recipe(name)(precision, None) for name in methods], found(base, precision, "cuda"), 512)
     return {name: max(peak.total for peak in phases.values()) for name, phases in zip(methods, runs, strict=True)}
 
 
 def test_hollowed_nets_table():
     """SD2.1 at 512 px in fp32 (arXiv 2411.01179): LoRA 5.23, of rank 1 4.84, Hollowed Net 3.88 GB."""
-    found = peaks("sd21", "fp32", ["lora", "lora_r1", "hollowed_net"])
+    planned = peaks("sd21", "fp32", ["lora", "lora_r1", "hollowed_net"])
     for name, paper in (("lora", 5.23), ("lora_r1", 4.84), ("hollowed_net", 3.88)):
-        assert abs(found[name] / (paper * GB) - 1) < 0.1, name
+        assert abs(planned[name] / (paper * GB) - 1) < 0.1, name
 
 
 def test_a_hollowed_net_on_int8():
