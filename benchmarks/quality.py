@@ -89,7 +89,7 @@ FORWARD: dict[str, Settings] = {
     "int8, int8 activations, tangents": CARRIED | {"activations": "int8"},
 }
 """What half precision does to a training by finite differences and by tangents; otherwise as `PRECISIONS`."""
-FRACTIONS = (0.202, 0.375, 0.502, 0.702, 0.901)
+FRACTIONS = (0.202, 0.43, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
 FALLING = {"selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1, "falling": True}]}
 LORAS: dict[str, Settings] = {

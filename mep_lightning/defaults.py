@@ -62,7 +62,7 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("lora_r1", "*", "*", {"rank": 1}),
     ("hollowed_net", "*", "*", {"fraction": 0.39, "samples": 1_000}),
     ("hollowed_net", "sdxl", "*", {"fraction": 0.33}),  # its cuts lie farther apart
-    ("hollowed_net", "tiny", "*", {"samples": 400}),
+    ("hollowed_net", "tiny", "*", {"fraction": 0.43, "samples": 400}),
     ("selective", "*", "*", {"n": 1, "mu": 1e-3, "standardize": False, "low_resolution": 256}),
     ("selective", "sdxl", "*", {"low_resolution": 512}),
     *(("selective", "*", precision, {"mu": 1e-2}) for precision in ("fp16", "int8", "int4")),

@@ -22,7 +22,7 @@ QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False
 
 def fitted(folder, steps=3, precision="fp32", callback=None, module=None, **settings):
     module = module or PersonalizationModule("tiny", precision, adapter=LoRA(rank=4), method="hollowed_net", **settings)
-    callback = callback or HollowedActivations(0.39, SAMPLES)
+    callback = callback or HollowedActivations(0.43, SAMPLES)
     trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[callback], default_root_dir=folder, **QUIET)
     trainer.fit(module, SubjectData())
     return module
@@ -58,7 +58,7 @@ def test_without_a_lora_the_hollowed_forward_is_the_full_one(precision):
 
 def test_gradients_are_those_of_a_full_unet_whose_middle_is_frozen_and_fed_the_stored_input():
     base = load_base("tiny", vae=False)
-    cut = nearest_cut(cuts(base.unet), 0.39)
+    cut = nearest_cut(cuts(base.unet), 0.43)
     units = line(base.unet)
     inside, after = units[cut.start : cut.stop], units[cut.stop].module
     adapter = LoRA(rank=4)
@@ -184,8 +184,8 @@ def test_too_small_a_disk_is_told_before_anything_is_computed(tmp_path, monkeypa
 
 def test_a_fraction_without_a_cut_names_the_nearest():
     found = cuts(load_base("tiny", vae=False).unet)
-    assert nearest_cut(found, 0.39).fraction == pytest.approx(0.375, abs=1e-3)
-    with pytest.raises(UserError, match=r"fraction is 0.3, and no cut is near: the nearest are 0.202 and 0.375"):
+    assert nearest_cut(found, 0.39).fraction == pytest.approx(0.43, abs=1e-3)
+    with pytest.raises(UserError, match=r"fraction is 0.3, and no cut is near: the nearest are 0.202 and 0.430"):
         nearest_cut(found, 0.3)
     with pytest.raises(UserError, match=r"fraction is 0.01, and no cut is near: the nearest are 0.202\."):
         nearest_cut(found, 0.01)

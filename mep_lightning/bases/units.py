@@ -112,22 +112,19 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def cuts(unet: UNet2DConditionModel) -> list[Cut]:
-    """Every legal range around the middle, the smallest first."""
+    """Every legal range around the middle, the smallest first; each begins behind the last skip made outside it."""
     units = line(unet)
     leaving = [index for index, unit in enumerate(units) if unit.leaves]
     taking = [index for index, unit in enumerate(units) if unit.takes]
-    middle = next(index for index, unit in enumerate(units) if unit.name.startswith("mid_block."))
-    after = next(index for index, unit in enumerate(units) if unit.name.startswith("up_blocks."))
     weights = [_weights([unit.module]) for unit in units]
     total = _weights([unet])
     found = []
     for inside in range(len(leaving)):  # skips that are made and taken inside
-        kept = len(leaving) - inside
-        first, last = leaving[kept - 1] + 1, leaving[kept] if inside else middle
-        for start in range(first, last + 1):
-            for stop in range(taking[inside - 1] + 1 if inside else after, taking[inside] + 1):
-                share = sum(weights[start:stop]) / total
-                found.append(Cut(start, stop, share, units[start].name, units[stop - 1].name))
+        start = leaving[len(leaving) - 1 - inside] + 1
+        first_stop = taking[inside - 1] + 1 if inside else taking[0]
+        for stop in range(first_stop, taking[inside] + 1):
+            share = sum(weights[start:stop]) / total
+            found.append(Cut(start, stop, share, units[start].name, units[stop - 1].name))
     return sorted(found, key=lambda cut: cut.fraction)
 
 

@@ -54,6 +54,7 @@ def test_cuts_hold_the_middle_and_leave_both_ends(name):
         assert any(each.startswith("mid_block") for each in names) and "conv_in" not in names
         inside = units[cut.start : cut.stop]
         assert sum(unit.leaves for unit in inside) == sum(unit.takes for unit in inside)
+        assert units[cut.start - 1].leaves  # no unit ahead of it is run for nothing
     fractions = [cut.fraction for cut in found]
     assert fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] < 1
 
