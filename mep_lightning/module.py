@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,24 +23,22 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mep_lightning import advice, defaults, optimization
+from mep_lightning import advice, defaults, objective, optimization
 from mep_lightning.adapters import Adapter, TokenEmbedding
 from mep_lightning.bases import (
     Base,
     BaseFolder,
     Conditioning,
     condition_on,
-    condition_on_ids,
     exact_device,
     identify,
     load_base,
     open_base,
     predict_noise,
-    prompt_ids,
     remember,
 )
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.bases.load import INTEGERS, PRECISIONS, activation_dtype
+from mep_lightning.bases.load import PRECISIONS, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
 from mep_lightning.draws import Draw, Moments, noised, step_generator
@@ -49,14 +48,9 @@ from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
 from mep_lightning.phases import phase
-from mep_lightning.quantization import integer_products
 from mep_lightning.selection import Selector
-from mep_lightning.tangents import Dual
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
-
-CARRIED = 4
-"""Dimensions of a token's value with its tangents, [1 + n, 1, vectors, D]; members alone have one less."""
 
 
 class PersonalizationModule(LightningModule):
@@ -153,7 +147,7 @@ class PersonalizationModule(LightningModule):
         self.cuda_graph = cuda_graph
         self.predict_noise = predict_noise
         self.compiled = compile
-        self._graphed: CUDAGraphed | None = None
+        self.graphed: CUDAGraphed | None = None
         self.method = method or defaults.method_of(self.adapter, self.estimator, selector)
         self.class_word: str | None = None
         self.base: Base | None = None
@@ -255,10 +249,10 @@ class PersonalizationModule(LightningModule):
         """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
         self._fill_in_defaults(base.family)
         self.base = base
-        if self._graphed in base.graphs:
-            base.graphs.remove(self._graphed)
-        self._graphed = CUDAGraphed(self._denoise) if self.takes_graph(base) else None
-        base.graphs += [self._graphed] if self._graphed else []
+        if self.graphed in base.graphs:
+            base.graphs.remove(self.graphed)
+        self.graphed = CUDAGraphed(partial(objective.of_token, self)) if self.takes_graph(base) else None
+        base.graphs += [self.graphed] if self.graphed else []
         compiles = self.compiled and base.offload == "none"
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
         self.timesteps.follow(base.scheduler.alphas_cumprod)
@@ -352,7 +346,7 @@ class PersonalizationModule(LightningModule):
     def draw_for(self, batch: dict[str, Any], high: bool, generator: Generator, timestep: Tensor | None = None) -> Draw:
         """The draw of a branch; timesteps int64 [B], drawn after the noise where there are none."""
         moments = self._moments(batch, None if high else self.low_resolution)
-        noisy, timestep, target = noised(self._loaded(), moments, generator, timestep, self.timesteps)
+        noisy, timestep, target = noised(self.loaded(), moments, generator, timestep, self.timesteps)
         texts = [self.named(text) for text in batch["prompts"]]
         return Draw(noisy, timestep, target, texts, high, batch.get("priors", 0))
 
@@ -367,7 +361,7 @@ class PersonalizationModule(LightningModule):
             mean, std = data.at(resolution or max(data.latents), batch["rows"])
         else:
             mean, std = batch["mean"].float(), batch["std"].float()
-        device = self._loaded().device
+        device = self.loaded().device
         return mean.to(device), std.to(device)
 
     def losses(self, members: Members | Tensor, draw: Draw) -> Tensor:
@@ -380,51 +374,7 @@ class PersonalizationModule(LightningModule):
         Returns:
             fp32 [V].
         """
-        base, adapter = self._loaded(), self.adapter
-        if not adapter.trains_text:
-            assert isinstance(members, Members)
-            remember(base, draw.prompts)
-            told = condition_on(base, draw.prompts)
-            with adapter.at(members):
-                return self._denoise_as(told, len(members), draw)
-        ids = prompt_ids(base, draw.prompts, adapter.tokens())
-        if self._graphed is not None and not (torch.is_grad_enabled() or draw.priors):
-            (values,) = adapter.tokens(members).values()
-            rest = ids, draw.noisy, draw.timestep, draw.target
-            return (
-                Dual(self._graphed(values.stack, *rest)) if isinstance(values, Dual) else self._graphed(values, *rest)
-            )
-        told = condition_on_ids(base, ids, adapter.tokens(members))
-        with adapter.at(members) if isinstance(members, Members) else adapter.at(Members()):
-            return self._denoise_as(told, len(members), draw)
-
-    def _denoise(self, values: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """`losses` of a token as a function of tensors, ids [encoders, B, T]; stacks in and out for tangents."""
-        carried = values.dim() == CARRIED
-        members = Dual(values) if carried else values
-        told = condition_on_ids(self._loaded(), ids, self.adapter.tokens(members))  # of V * B prompts
-        losses = self._denoise_as(told, len(members), Draw(noisy, timestep, target, []))
-        return losses.stack if isinstance(losses, Dual) else losses
-
-    def _denoise_as(self, told: Conditioning, members: int, draw: Draw) -> Tensor:
-        hollow = self.hollow if draw.activation is not None else None
-        with integer_products() if self.activations == INTEGERS else nullcontext():
-            predicted = self.predict_noise(
-                self._loaded().unet,
-                draw.noisy,
-                draw.timestep,
-                told,
-                members=members,
-                apart=self.adapter.layers,
-                checkpointing=self.checkpointing,
-                cut=hollow.cut if hollow else None,
-                activation=draw.activation,
-            )
-        error = (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)  # [V, B, C, H, W]
-        own = error[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
-        if not draw.priors:
-            return own
-        return own + self.prior_weight * error[:, -draw.priors :].flatten(1).mean(1)
+        return objective.losses(self, members, draw)
 
     def _log_step(self, draw: Draw, losses: Tensor) -> None:
         count, trained = len(draw.prompts), self.adapter.numbered().values()
@@ -444,7 +394,12 @@ class PersonalizationModule(LightningModule):
         """Autocast to bf16 where the Trainer asks for it, but never for finite differences: it would drown mu."""
         return self.trainer.precision == "bf16-mixed" and not estimator.forward_only
 
-    def _loaded(self) -> Base:
+    def loaded(self) -> Base:
+        """The base.
+
+        Raises:
+            UserError: it is not there yet.
+        """
         if self.base is None:
             raise UserError("the base is not loaded: call module.load() or let a Trainer set the module up")
         return self.base
@@ -454,12 +409,12 @@ class PersonalizationModule(LightningModule):
     @torch.no_grad()
     def condition_on(self, prompts: Sequence[str]) -> Conditioning:
         """What the U-Net is told of N prompts that may hold the trained token."""
-        return condition_on(self._loaded(), prompts, self.adapter.tokens())
+        return condition_on(self.loaded(), prompts, self.adapter.tokens())
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Embed prompts that `condition_on` will be asked for, where no text is trained: encoders come but once."""
         if not self.adapter.trains_text:
-            remember(self._loaded(), prompts)
+            remember(self.loaded(), prompts)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -467,7 +422,7 @@ class PersonalizationModule(LightningModule):
         if self.hollow is None:
             yield
             return
-        with self.hollow.two_paths(self._loaded(), self.adapter):
+        with self.hollow.two_paths(self.loaded(), self.adapter):
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,15 +1,11 @@
-"""The training step: what is trained, what stays, and that a stopped run carries on bitwise."""
+"""The training step: what is trained, what stays, and that its gradient is the loss's."""
 
 import copy
-import csv
 import dataclasses
 import math
 
 import pytest
 import torch
-from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning.adapters import TokenEmbedding
@@ -19,37 +15,12 @@ from mep_lightning.draws import step_generator
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import (
     Backprop,
-    OnePointEstimator,
     RandomGradientEstimator,
     SPSAEstimator,
     SubspaceGradient,
 )
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
-
-ESTIMATORS = {
-    "backprop": Backprop,
-    "rge": lambda: RandomGradientEstimator(n=2, mu=1e-3, normalize=True),
-    "spsa": lambda: SPSAEstimator(n=1, mu=1e-3),
-    "one-point": lambda: OnePointEstimator(n=2, mu=1e-3),
-}
-
-
-def module(estimator="rge", vectors=1, **kwargs):
-    kwargs = {"precision": "fp32", "lr": 5e-3} | kwargs
-    adapter = TokenEmbedding(init="ball", vectors=vectors)
-    return PersonalizationModule(estimator=ESTIMATORS[estimator](), adapter=adapter, **kwargs)
-
-
-def trainer(steps, tmp_path, **kwargs):
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    return Trainer(max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, **quiet | kwargs)
-
-
-def fitted(steps, tmp_path, mod=None, **kwargs):
-    mod = mod or module()
-    run = trainer(steps, tmp_path, **kwargs)
-    run.fit(mod, SubjectData(seed=0))
-    return mod, run
+from tests.personalizing import ESTIMATORS, fitted, module, trainer
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -138,94 +109,11 @@ def test_the_same_seed_gives_the_same_token_and_another_seed_another(tmp_path):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step == self.step
-
-
-@pytest.mark.parametrize("lr_scheduler", ["constant", "cosine"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("estimator", ["backprop", "rge"])
-def test_a_resumed_run_is_bitwise_the_same(estimator, precision, lr_scheduler, tmp_path):
-    def fresh():
-        return module(estimator, subspace=SubspaceGradient(tau=4, nu=0.3), lr_scheduler=lr_scheduler)
-
-    puts = PUTS(500, 900)
-    whole, _ = fitted(14, tmp_path, fresh(), callbacks=[puts], precision=precision)
-    _, first = fitted(14, tmp_path, fresh(), callbacks=[puts, StopAt(9)], precision=precision)
-    assert first.global_step == 9
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    second = trainer(14, tmp_path, callbacks=[puts], precision=precision)
-    resumed = fresh()
-    second.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert second.global_step == 14
-    assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
-    assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
-
-
-class LearningRates(Callback):
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_start(self, trainer, *_):
-        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    {
-        "constant": [1.0, 1.0, 1.0, 1.0],
-        "linear": [1.0, 0.75, 0.5, 0.25],
-        "cosine": [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5],
-    }.items(),
-)
-def test_the_learning_rate_follows_its_schedule(name, expected, tmp_path):
-    rates = LearningRates()
-    fitted(4, tmp_path, module("backprop", lr=2.0, lr_scheduler=name), callbacks=[rates])
-    assert rates.seen == pytest.approx([2 * factor for factor in expected])
-
-
-@pytest.mark.parametrize(("first", "last"), [(4, 8), (4, 6), (8, 6)])
-def test_a_resumed_schedule_runs_to_the_end_of_the_resumed_run(first, last, tmp_path):
-    """Also when it had come to 0; after step 4 of 8 and of 6 in all, lr is what an uninterrupted run would have."""
-    stop, rates = StopAt(4), LearningRates()
-    _, run = fitted(first, tmp_path, module("backprop", lr=2.0, lr_scheduler="linear"), callbacks=[stop])
-    run.save_checkpoint(tmp_path / "half.ckpt")
-    again = trainer(last, tmp_path, callbacks=[rates])
-    resumed = module("backprop", lr=2.0, lr_scheduler="linear")
-    again.fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert rates.seen == pytest.approx([2 * (1 - step / last) for step in range(4, last)])
-
-
 @pytest.mark.parametrize("settings", [{"lr_scheduler": "cosin"}, {"lr": "fast"}, {"eps": "tiny"}], ids=str)
 def test_an_unknown_word_is_refused(settings):
     (name,) = settings
     with pytest.raises(UserError, match=f"model.{name} is .*; use "):
         PersonalizationModule(**settings)
-
-
-def test_a_monitor_sees_the_learning_rate_at_every_step(tmp_path):
-    logger = CSVLogger(tmp_path)
-    fitted(
-        4,
-        tmp_path,
-        module("backprop", lr=2.0, lr_scheduler="linear"),
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=[LearningRateMonitor()],
-    )
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rates = [float(row["lr-Adam"]) for row in csv.DictReader(file) if row["lr-Adam"]]
-    assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5])
-
-
-def test_a_schedule_without_an_end_is_refused(tmp_path):
-    mod, endless = module("backprop", lr_scheduler="linear"), trainer(-1, tmp_path, max_epochs=-1)
-    with pytest.raises(UserError, match="model.lr_scheduler linear needs an end to run to: set trainer.max_steps"):
-        endless.fit(mod, SubjectData(seed=0, repeats=1))
 
 
 def test_auto_becomes_what_the_base_needs(tiny_base):
@@ -354,35 +242,6 @@ def test_16_mixed_is_refused():
         mod.setup("fit")
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (lambda: module(precision="int8"), "precision 'fp32', not 'int8'"),
-        (lambda: module(seed=7), "seed 0, not 7"),
-        (lambda: module("backprop"), "method 'zoodip', not 'textual_inversion'"),
-        (lambda: module(subspace=SubspaceGradient()), "trained without model.subspace"),
-        (lambda: module("spsa"), "estimator 'RandomGradientEstimator', not 'SPSAEstimator'"),
-        (lambda: module(lr=1e-3), "lr 0.005, not 0.001"),
-        (lambda: module(lr_scheduler="linear"), "lr_scheduler 'constant', not 'linear'"),
-        (lambda: module(betas=(0.5, 0.999)), r"betas \[0.9, 0.999\], not \[0.5, 0.999\]"),
-        (lambda: module(vectors=2), r"adapter.theta is \[1, 128\], this run's \[2, 128\]"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(other, message, tmp_path):
-    _, run = fitted(1, tmp_path)
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(UserError, match=message):
-        trainer(2, tmp_path).fit(other(), SubjectData(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
-
-
-def test_a_checkpoint_is_not_written_once_a_value_is_not_finite(tmp_path):
-    mod, run = fitted(1, tmp_path)
-    mod.adapter.theta.data[0, 0] = math.nan
-    with pytest.raises(UserError, match="adapter.theta is no longer finite, so no checkpoint is written"):
-        run.save_checkpoint(tmp_path / "nan.ckpt")
-    assert not (tmp_path / "nan.ckpt").exists()
-
-
 def test_v_prediction_trains_on_v():
     mod = module()
     mod.class_word = "ball"
@@ -413,16 +272,6 @@ def test_several_vectors_batches_and_flips_together(tmp_path):
     start = mod.base.text_encoders[0].get_input_embeddings().weight[mod.adapter._initial_id(mod.base, "ball")]
     assert mod.adapter.theta.shape == (2, 128)
     assert not torch.equal(mod.adapter.theta[0], start) and not torch.equal(*mod.adapter.theta)
-
-
-def test_a_checkpoint_that_lacks_a_trainable_is_refused(tmp_path):
-    _, run = fitted(1, tmp_path)
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    del saved["state_dict"]["adapter.theta"]
-    torch.save(saved, tmp_path / "less.ckpt")
-    with pytest.raises(UserError, match="lacks adapter.theta"):
-        trainer(2, tmp_path).fit(module(), SubjectData(), ckpt_path=tmp_path / "less.ckpt", weights_only=True)
 
 
 def test_puts_narrows_the_timesteps(tmp_path):

@@ -105,7 +105,7 @@ def test_without_a_gpu_the_switch_changes_nothing(tiny_base):
         adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=2), cuda_graph=True
     )
     module.take(tiny_base)
-    assert module._graphed is None and not tiny_base.graphs
+    assert module.graphed is None and not tiny_base.graphs
 
 
 def test_two_modules_may_share_a_base(tiny_base, monkeypatch):
@@ -114,7 +114,7 @@ def test_two_modules_may_share_a_base(tiny_base, monkeypatch):
     try:
         for module in (*modules, modules[0]):
             module.take(tiny_base)
-        assert {id(graph) for graph in tiny_base.graphs} == {id(module._graphed) for module in modules}
+        assert {id(graph) for graph in tiny_base.graphs} == {id(module.graphed) for module in modules}
         assert len(tiny_base.graphs) == 2
     finally:
         tiny_base.graphs.clear()

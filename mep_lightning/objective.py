@@ -1,0 +1,73 @@
+"""The denoising objective: the squared error of what each member's U-Net predicts, all of them in one forward."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mep_lightning.bases import Conditioning, condition_on, condition_on_ids, prompt_ids, remember
+from mep_lightning.bases.load import INTEGERS
+from mep_lightning.draws import Draw
+from mep_lightning.estimators.perturbation import Members
+from mep_lightning.quantization import integer_products
+from mep_lightning.tangents import Dual
+
+if TYPE_CHECKING:
+    from mep_lightning.module import PersonalizationModule
+
+CARRIED = 4
+"""Dimensions of a token's value with its tangents, [1 + n, 1, vectors, D]; members alone have one less."""
+
+
+def losses(module: PersonalizationModule, members: Members | Tensor, draw: Draw) -> Tensor:
+    """`PersonalizationModule.losses`: fp32 [V]."""
+    base, adapter = module.loaded(), module.adapter
+    if not adapter.trains_text:
+        assert isinstance(members, Members)
+        remember(base, draw.prompts)
+        told = condition_on(base, draw.prompts)
+        with adapter.at(members):
+            return _errors(module, told, len(members), draw)
+    ids = prompt_ids(base, draw.prompts, adapter.tokens())
+    if module.graphed is not None and not (torch.is_grad_enabled() or draw.priors):
+        (values,) = adapter.tokens(members).values()
+        rest = ids, draw.noisy, draw.timestep, draw.target
+        return Dual(module.graphed(values.stack, *rest)) if isinstance(values, Dual) else module.graphed(values, *rest)
+    told = condition_on_ids(base, ids, adapter.tokens(members))
+    with adapter.at(members if isinstance(members, Members) else Members()):
+        return _errors(module, told, len(members), draw)
+
+
+def of_token(
+    module: PersonalizationModule, values: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor
+) -> Tensor:
+    """`losses` of a token as a function of tensors, ids [encoders, B, T]; stacks in and out for tangents."""
+    carried = values.dim() == CARRIED
+    members = Dual(values) if carried else values
+    told = condition_on_ids(module.loaded(), ids, module.adapter.tokens(members))  # of V * B prompts
+    found = _errors(module, told, len(members), Draw(noisy, timestep, target, []))
+    return found.stack if isinstance(found, Dual) else found
+
+
+def _errors(module: PersonalizationModule, told: Conditioning, members: int, draw: Draw) -> Tensor:
+    hollow = module.hollow if draw.activation is not None else None
+    with integer_products() if module.activations == INTEGERS else nullcontext():
+        predicted = module.predict_noise(
+            module.loaded().unet,
+            draw.noisy,
+            draw.timestep,
+            told,
+            members=members,
+            apart=module.adapter.layers,
+            checkpointing=module.checkpointing,
+            cut=hollow.cut if hollow else None,
+            activation=draw.activation,
+        )
+    error = (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)  # [V, B, C, H, W]
+    own = error[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
+    if not draw.priors:
+        return own
+    return own + module.prior_weight * error[:, -draw.priors :].flatten(1).mean(1)
