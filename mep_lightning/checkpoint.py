@@ -27,6 +27,7 @@ def describe(module: Any) -> dict[str, Any]:
         "settings": _settings(module),
         "subspace": module.subspace.state_dict() if module.subspace else None,
         "horizon": module.horizon,
+        "hollow": _hollow(module),
     }
 
 
@@ -47,6 +48,11 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
     _compare(saved, _identity(module))
     if module._trainer is not None:
         _compare({"activations": "auto", "optimizer": "adam"} | saved["settings"], _settings(module))
+        if saved.get("hollow") != _hollow(module):
+            raise CheckpointError(
+                f"the checkpoint was trained {_around(saved.get('hollow'))}, not {_around(_hollow(module))}: set "
+                "HollowedActivations likewise, fraction and samples"
+            )
     if (saved["subspace"] is None) != (module.subspace is None):
         raise CheckpointError(
             f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
@@ -89,6 +95,16 @@ def _settings(module: Any) -> dict[str, Any]:
     if module.selector is not None:
         own |= _plain("selector", module.selector) | _plain("low_estimator", module.low_estimator)
     return own
+
+
+def _hollow(module: Any) -> list[Any] | None:
+    """Where the hollow begins and ends, and how many draws steps go round."""
+    hollow = module.hollow
+    return None if hollow is None else [hollow.cut.first, hollow.cut.last, hollow.samples]
+
+
+def _around(hollow: list[Any] | None) -> str:
+    return "without a hollow" if hollow is None else "around {} to {} on {} samples".format(*hollow)
 
 
 def _plain(name: str, part: Any) -> dict[str, Any]:

@@ -175,6 +175,27 @@ def test_activations_of_another_run_are_refused(tmp_path):
         fitted(tmp_path, steps=1, module=word)
 
 
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            HollowedActivations(0.7, SAMPLES),
+            "down_blocks.2.resnets.0 to up_blocks.0.resnets.0 on 5 .* not around down_bl",
+        ),
+        (HollowedActivations(0.43, 3), "resnets.0 on 5 samples, not around .* on 3 samples: set HollowedActivations"),
+        (None, "not without a hollow"),
+    ],
+)
+def test_a_checkpoint_of_another_hollow_is_refused(trained, tmp_path, callback, message):
+    module, folder = trained
+    module.trainer.save_checkpoint(folder / "three.ckpt")
+    other = PersonalizationModule("tiny", adapter=LoRA(rank=4), method="hollowed_net")
+    given = [callback] if callback else []
+    trainer = Trainer(max_steps=4, accelerator="cpu", callbacks=given, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(UserError, match=message):
+        trainer.fit(other, SubjectData(), ckpt_path=folder / "three.ckpt", weights_only=True)
+
+
 def test_too_small_a_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"stage 1 of Hollowed Net writes .* and 0.977 KiB are free there: make room"):

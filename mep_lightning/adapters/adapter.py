@@ -95,6 +95,16 @@ class Adapter(nn.Module, ABC):
         """Let those layers compute for V members, whose rows lie one after the other."""
         yield
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The base as it is without what was trained, for the length of a `with`; a token is away where no prompt
+        names it.
+
+        Raises:
+            UserError: the base's own weights were trained, and are not kept.
+        """
+        yield
+
     @property
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For an optimizer; a group may have an `lr` of its own."""

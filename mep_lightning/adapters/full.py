@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class FullUNet(Adapter):
         self.token = token
         self.weights = nn.ParameterDict()
         self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
+        self._are_loaded = False  # from a run that trained them
 
     def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
         """Train the U-Net's own parameters in their places.
@@ -65,6 +67,12 @@ class FullUNet(Adapter):
             unet.requires_grad_(False)
         self._within = []
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        if self._are_loaded:
+            raise UserError("the base's own weights, which drew them, are trained over")
+        yield
+
     def export(self, directory: Path) -> list[Path]:
         """`unet/` in diffusers' layout, for `UNet2DConditionModel.from_pretrained`."""
         self.refuse_infinite()
@@ -82,13 +90,14 @@ class FullUNet(Adapter):
         if not all(value.isfinite().all() for value in tensors.values()):
             raise UserError(f"{path} holds values that are not finite: export it again")
         self.token = origin.pop("token", self.token)
-        self.origin = origin
+        self.origin, self._are_loaded = origin, True
         self.weights = nn.ParameterDict(
             {name.replace(".", "/"): nn.Parameter(v.float()) for name, v in tensors.items()}
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """A checkpoint may come before `attach`."""
+        self._are_loaded = True
         own = f"{prefix}weights."
         if not self.weights:
             saved = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}

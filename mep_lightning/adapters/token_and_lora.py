@@ -70,6 +70,11 @@ class TokenAndLoRA(Adapter):
         with self.lora.at(members):
             yield
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        with self.lora.away():
+            yield
+
     @property
     def parameter_groups(self) -> list[dict[str, Any]]:
         own = {} if self.token_lr is None else {"lr": self.token_lr}

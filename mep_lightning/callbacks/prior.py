@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ class PriorPreservation(Callback):
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).prior
         have = _count(root)
         if have < self.images:
-            self._draw(module, root, have)
+            with ExitStack() as untrained:
+                try:
+                    untrained.enter_context(module.adapter.away())
+                except UserError as error:
+                    lacking = f"{root} lacks {self.images - have} of {self.images} pictures of the class"
+                    raise UserError(f"{lacking}, and {error}: put them back, or start anew") from None
+                self._draw(module, root, have)
         photos = find_photos(root)[: self.images]
         with torch.no_grad():
             data.add_prior(module.base, photos, self.prompt)
