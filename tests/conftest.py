@@ -23,6 +23,16 @@ def tiny_base():
     return load_base("tiny")
 
 
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A small model of SDXL's build; tests must leave it as it was."""
+    from tests import sdxl
+
+    path = tmp_path_factory.mktemp("sdxl")
+    sdxl.save(path)
+    return path
+
+
 @pytest.fixture
 def photo_folder(tmp_path):
     """A folder of the sample subject's photos as mixed files."""
