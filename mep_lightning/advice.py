@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import INTEGERS, QUANTIZED
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import FiniteDifferenceEstimator, ForwardGradientEstimator
+from mep_lightning.estimators import CMAES, FiniteDifferenceEstimator, ForwardGradientEstimator
 
 if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
@@ -62,6 +63,18 @@ def refuse_integers(module: PersonalizationModule) -> None:
             "model.activations int8 drown a finite difference and end a backward pass: take ForwardGradientEstimator, "
             "or activations bf16"
         )
+
+
+def refuse_search(module: PersonalizationModule) -> None:
+    """Raise UserError where a search would meet what is for gradients."""
+    if isinstance(module.low_estimator, CMAES) or (isinstance(module.estimator, CMAES) and module.selector is not None):
+        raise UserError("CMAES is no branch of several: leave model.selector and model.low_estimator out")
+    if not isinstance(module.estimator, CMAES):
+        return
+    if not isinstance(module.adapter, TokenEmbedding):
+        raise UserError(f"CMAES searches for a TokenEmbedding, not for a {type(module.adapter).__name__}: set it")
+    if module.subspace is not None:
+        raise UserError("model.subspace projects gradients, and CMAES has none: leave it out")
 
 
 def refuse_compiled_tangents(module: PersonalizationModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.estimators import CMAES
 
 IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
@@ -28,6 +29,7 @@ def describe(module: Any) -> dict[str, Any]:
         "subspace": module.subspace.state_dict() if module.subspace else None,
         "horizon": module.horizon,
         "hollow": _hollow(module),
+        "search": module.estimator.state_dict() if isinstance(module.estimator, CMAES) else None,
     }
 
 

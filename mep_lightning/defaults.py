@@ -24,8 +24,13 @@ METHODS = (
     "hollowed_net",
     "selective",
     "dreambooth",
+    "qlora",
+    "peqa",
+    "tuneqdm",
+    "gf_ti",
 )
-LORAS = ("lora", "lora_r1", "hollowed_net", "selective")
+LORAS = ("lora", "lora_r1", "hollowed_net", "selective", "qlora")
+SCALES = ("peqa", "tuneqdm")
 FAMILIES = ("tiny", "sd1", "sd2", "sdxl")
 
 # A later row that matches wins; "*" matches everything.
@@ -72,6 +77,13 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     *(("selective", "tiny", precision, {"mu": 1e-3}) for precision in ("int8", "int4")),
     ("dreambooth", "*", "*", {"lr": 5e-6, "eps": 1e-8, "max_steps": 400}),
     ("dreambooth", "tiny", "*", {"lr": 1e-4}),
+    ("gf_ti", "*", "*", {"population": 20, "dims": 256, "sigma": 1.0, "max_steps": 13_000}),
+    ("gf_ti", "*", "*", {"lr": 1.0, "eps": 1e-8, "puts_low": 0, "puts_high": 1000}),
+    ("gf_ti", "tiny", "*", {"dims": 64, "max_steps": 600}),
+    # ZOODiP's supplement for the methods that it compares with.
+    ("qlora", "*", "*", {"rank": 2, "max_steps": 500}),
+    *((name, "*", "*", {"lr": 3e-6, "eps": 1e-8, "max_steps": 400}) for name in SCALES),
+    *((name, "*", "*", {"puts_low": 0, "puts_high": 1000}) for name in SCALES),
 ]
 
 
@@ -82,6 +94,10 @@ def method_of(adapter: Any, estimator: Any, selector: Any) -> str:
         return "lora" if selector is None else "selective"
     if kind == "FullUNet":
         return "dreambooth"
+    if kind == "QuantizationScales":
+        return "tuneqdm" if getattr(adapter, "input_channels", False) is True else "peqa"
+    if type(estimator).__name__ == "CMAES":
+        return "gf_ti"
     return "zoodip" if estimator.forward_only else "textual_inversion"
 
 

@@ -43,7 +43,7 @@ from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators import CMAES, Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
@@ -162,6 +162,7 @@ class PersonalizationModule(LightningModule):
         if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
             raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
         advice.refuse_integers(self)
+        advice.refuse_search(self)
         advice.refuse_compiled_tangents(self)
         if not self.adapter.is_perturbed and any(one.forward_only for one in self.estimators):
             raise UserError(f"{type(self.adapter).__name__} is trained by backpropagation alone: set Backprop")
@@ -257,6 +258,9 @@ class PersonalizationModule(LightningModule):
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
         self.timesteps.follow(base.scheduler.alphas_cumprod)
         self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
+        if isinstance(self.estimator, CMAES):
+            assert isinstance(self.adapter, TokenEmbedding)
+            self.estimator.follow(partial(self.adapter.vocabulary, base))
         if self.hollow is not None:
             self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base
@@ -439,3 +443,5 @@ class PersonalizationModule(LightningModule):
         self.horizon = checkpoint["mep"].get("horizon")
         if self.subspace:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
+        if isinstance(self.estimator, CMAES):
+            self.estimator.load_state_dict(checkpoint["mep"]["search"])

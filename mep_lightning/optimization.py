@@ -29,6 +29,8 @@ def configure(module: PersonalizationModule) -> OptimizerLRScheduler:
         UserError: the schedule needs an end that the run has not.
     """
     assert not isinstance(module.lr, str) and not isinstance(module.eps, str)  # filled in by `load`
+    if module.estimator.moves_itself:
+        return torch.optim.SGD(module.adapter.parameter_groups, lr=1.0)
     settings: dict[str, Any] = {"lr": module.lr, "betas": module.betas, "eps": module.eps}
     settings |= {"weight_decay": module.weight_decay}
     if module.optimizer == "adam" and next(module.adapter.parameters()).is_cuda:

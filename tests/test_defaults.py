@@ -17,6 +17,8 @@ OF_ITS_OWN = {
     "zoodip": {"n", "mu", "tau", "nu", "standardize"},
     "lora": {"rank"},
     "lora_r1": {"rank"},
+    "qlora": {"rank"},
+    "gf_ti": {"population", "dims", "sigma"},
     "hollowed_net": {"rank", "fraction", "samples"},
     "selective": {"rank", "n", "mu", "standardize", "low_resolution"},
 }
@@ -50,6 +52,10 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
         (("lora", "sd2", "fp32"), {"rank": 128}),
         (("lora_r1", "tiny", "fp32"), {"rank": 1}),
         (("hollowed_net", "sd2", "fp32"), {"rank": 128, "fraction": 0.39}),
+        (("qlora", "sd1", "int4"), {"rank": 2, "lr": 1e-4, "max_steps": 500}),
+        (("peqa", "sd1", "int8"), {"lr": 3e-6, "max_steps": 400}),
+        (("tuneqdm", "sd1", "int8"), {"lr": 3e-6, "max_steps": 400}),
+        (("gf_ti", "sd1", "int8"), {"dims": 256, "sigma": 1.0, "max_steps": 13_000}),
         (("selective", "sd1", "int8"), {"low_resolution": 256, "mu": 1e-2}),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,6 +119,12 @@ class Adapter(nn.Module, ABC):
         """`origin` and the token, as an exported file keeps them."""
         return {f"{PREFIX}{key}": value for key, value in (self.origin | {"token": self.token}).items()}
 
+    def move_in(self, base: Base) -> None:
+        """Become what stands in the base's layers; whatever stood there leaves."""
+        if base.guest is not None:
+            base.guest.detach()
+        base.guest = self
+
     def remember_origin(self, base: Base, class_word: str | None) -> None:
         self.origin = {"base": base.address, "precision": base.precision}
         if class_word:
@@ -133,6 +139,14 @@ class Adapter(nn.Module, ABC):
 
         super()._apply(move, recurse)
         return self
+
+
+def take_shapes(part: nn.ParameterDict, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Fill what is empty from a checkpoint that comes before `attach`, whose keys begin with a prefix."""
+    if not part:
+        for key, value in state_dict.items():
+            if key.startswith(prefix):
+                part[key.removeprefix(prefix)] = nn.Parameter(value.clone().float())
 
 
 def read_export(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

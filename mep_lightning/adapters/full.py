@@ -6,11 +6,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_export
+from mep_lightning.adapters.adapter import Adapter, read_export, take_shapes
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.run_folder import replacing
@@ -49,6 +48,7 @@ class FullUNet(Adapter):
                 f"FullUNet is the weights themselves, and these are {base.precision} with offload {base.offload}: take "
                 "precision fp32 and offload none, or train a LoRA"
             )
+        self.move_in(base)
         own = {name.replace(".", "/"): theta for name, theta in base.unet.named_parameters()}
         if self.weights and {k: v.shape for k, v in self.weights.items()} != {k: v.shape for k, v in own.items()}:
             raise UserError(
@@ -98,9 +98,5 @@ class FullUNet(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """A checkpoint may come before `attach`."""
         self._are_loaded = True
-        own = f"{prefix}weights."
-        if not self.weights:
-            saved = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}
-            for name, value in saved.items():
-                self.weights[name] = nn.Parameter(value.clone().to(torch.float32))
+        take_shapes(self.weights, state_dict, f"{prefix}weights.")
         super()._load_from_state_dict(state_dict, prefix, *args)

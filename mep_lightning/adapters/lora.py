@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from diffusers.models.attention import FeedForward
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_export
+from mep_lightning.adapters.adapter import Adapter, read_export, take_shapes
+from mep_lightning.adapters.targets import keep_rows_together, matching, undotted
 from mep_lightning.bases import Base
-from mep_lightning.bases.transformer import BlockwiseFeedForward
 from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.estimators.perturbation import HERE, Members
 from mep_lightning.run_folder import replacing
@@ -75,11 +74,11 @@ class LoRA(Adapter):
         """Put a layer in every target's place: factors A [r, I], uniform up to 1 / sqrt(I), and B [O, r], zeros."""
         from mep_lightning.adapters.lora_layers import Standing
 
-        self.detach()
-        _restore(base.unet)  # whatever another one left
         if isinstance(self.rank, str):
             raise UserError("LoRA.rank is 'auto' outside a module; set it, such as rank=16")
-        names = self._matching(base.unet, without)
+        self.detach()
+        self.move_in(base)
+        names = list(matching(base.unet, self.targets, without, "LoRA.targets"))
         self._standing = Standing(scale=self.scale)
         self._layers = _inject(base.unet, names, self.rank, self.alpha or self.rank)
         self._within = [base.unet]
@@ -88,40 +87,21 @@ class LoRA(Adapter):
             for name, layer in self._layers.items():
                 down, up = (torch.zeros(factor.shape, dtype=torch.float32) for factor in layer.factors)
                 down.uniform_(-1, 1, generator=generator).div_(math.sqrt(down[0].numel()))
-                self.down[_key(name)], self.up[_key(name)] = nn.Parameter(down), nn.Parameter(up)
+                self.down[undotted(name)], self.up[undotted(name)] = nn.Parameter(down), nn.Parameter(up)
         self._refuse_another_shape(base)
         for index, (name, layer) in enumerate(self._layers.items()):
-            down, up = self.down[_key(name)], self.up[_key(name)]
+            down, up = self.down[undotted(name)], self.up[undotted(name)]
             down.requires_grad_(not self.freeze_down)
             down.data, up.data = down.data.to(base.device), up.data.to(base.device)
             ids = self.first_id + index, self.first_id + len(self._layers) + index
             layer.stand(self._standing, ids, down, up)
-        for part in base.unet.modules():  # it splits its rows, and members would not lie where their layers look
-            if type(part) is BlockwiseFeedForward and any(layer in set(part.modules()) for layer in self.layers):
-                part.__class__ = FeedForward
+        keep_rows_together(base.unet, self.layers)
         self.remember_origin(base, class_word)
-
-    def _matching(self, unet: nn.Module, without: Collection[nn.Module]) -> list[str]:
-        left = {part for module in without for part in module.modules()}
-        layers = {
-            name: part
-            for name, part in unet.named_modules()
-            if isinstance(part, (nn.Linear, nn.Conv2d)) and part not in left
-        }
-        names = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in self.targets)]
-        for target in self.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in names):
-                ends = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdecimal()})
-                raise UserError(
-                    f"LoRA.targets: {target!r} is the name of no layer there, nor the end of one: there are "
-                    f"{', '.join(ends)}, and to_out.0"
-                )
-        return names
 
     def _refuse_another_shape(self, base: Base) -> None:
         """What was loaded must fit the layers that are there."""
         mine = {name: (down.shape[1:], len(self.up[name])) for name, down in self.down.items()}
-        pairs = {_key(name): layer.factors for name, layer in self._layers.items()}
+        pairs = {undotted(name): layer.factors for name, layer in self._layers.items()}
         there = {name: (down.shape[1:], len(up)) for name, (down, up) in pairs.items()}
         if mine != there:
             raise UserError(
@@ -189,7 +169,7 @@ class LoRA(Adapter):
     def _factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, A, and B with the term's strength in it, fp32 on the CPU."""
         for name in self._layers:
-            down, up = (part[_key(name)].detach().float().cpu() for part in (self.down, self.up))
+            down, up = (part[undotted(name)].detach().float().cpu() for part in (self.down, self.up))
             yield name, down.contiguous(), (up * ((self.alpha or len(down)) / len(down))).contiguous()
 
     def _as_peft(self) -> dict[str, Tensor]:
@@ -202,7 +182,7 @@ class LoRA(Adapter):
     def _as_kohya(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, down, up in self._factors():
-            key = f"lora_unet_{_key(name)}"
+            key = f"lora_unet_{undotted(name)}"
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
         return tensors
@@ -223,33 +203,24 @@ class LoRA(Adapter):
         self.token = origin.pop("token", self.token)
         self.origin = origin
         for name, (down, up) in pairs.items():
-            self.down[_key(name)], self.up[_key(name)] = (nn.Parameter(f.float()) for f in (down, up))  # type: ignore
+            self.down[undotted(name)], self.up[undotted(name)] = (nn.Parameter(f.float()) for f in (down, up))  # type: ignore
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """A checkpoint may come before `attach`: take the shapes it has."""
-        for part, name in ((self.down, "down"), (self.up, "up")):
-            own = f"{prefix}{name}."
-            saved = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}
-            if saved and not part:
-                for key, value in saved.items():
-                    part[key] = nn.Parameter(value.clone().float())
+        take_shapes(self.down, state_dict, f"{prefix}down.")
+        take_shapes(self.up, state_dict, f"{prefix}up.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _key(name: str) -> str:
-    """A layer's name without dots, as kohya's keys and `nn.ParameterDict` want it."""
-    return name.replace(".", "_")
-
-
-def _restore(unet: nn.Module, layers: Collection[nn.Module] | None = None) -> None:
-    """Put the frozen layers back into the places of these (or of all) that stand there."""
+def _restore(unet: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Put the frozen layers back into the places of these."""
     from mep_lightning.adapters.lora_layers import KINDS
 
     kinds = tuple(KINDS.values())
     found = [name for name, part in unet.named_modules() if isinstance(part, kinds)]
     for name in found:
         layer = unet.get_submodule(name)
-        if layers is None or layer in layers:
+        if layer in layers:
             path, _, last = name.rpartition(".")
             setattr(unet.get_submodule(path), last, layer.base_layer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -82,6 +83,11 @@ class TokenEmbedding(Adapter):
                 f"{example}{others}"
             )
         return ids[0]
+
+    def vocabulary(self, base: Base) -> Tensor:
+        """Embeddings of all words that the base knows, [N, D], as long as `theta`'s vectors."""
+        tables: list[Any] = [encoder.get_input_embeddings() for encoder in base.text_encoders]  # type: ignore[operator]
+        return torch.cat([table.weight for table in tables], dim=1)
 
     def tokens(self, members: Tensor | Members | None = None) -> dict[str, Tensor]:
         if isinstance(members, Members):

@@ -107,6 +107,7 @@ class Base(BaseFolder):
         read_text_encoders: reads them again, with the streams of those that are streamed.
         read_unet: reads the weights of some of the U-Net's modules again.
         freed: those of its modules that hold no weights now.
+        guest: the adapter that stands in the U-Net's layers.
         tokenizers: one a text encoder.
         vae: the autoencoder, None where it was not loaded or is released.
         scheduler: the training noise schedule.
@@ -128,6 +129,7 @@ class Base(BaseFolder):
     streams: list[Stream] = field(default_factory=list)
     text_streams: list[Stream] = field(default_factory=list)
     freed: list[nn.Module] = field(default_factory=list, repr=False)
+    guest: Any = field(default=None, repr=False)
     remembered: dict[str, Any] = field(default_factory=dict, repr=False)
     graphs: list[CUDAGraphed] = field(default_factory=list, repr=False)
     _enlarged: dict[tuple[int, tuple[tuple[str, int], ...]], Any] = field(default_factory=dict, repr=False)

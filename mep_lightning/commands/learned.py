@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mep_lightning import PersonalizationModule, defaults
-from mep_lightning.adapters import Adapter, FullUNet, LoRA, TokenAndLoRA, TokenEmbedding
+from mep_lightning.adapters import Adapter, FullUNet, LoRA, QuantizationScales, TokenAndLoRA, TokenEmbedding
 from mep_lightning.bases import Base, identify
 from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
@@ -20,7 +20,9 @@ from mep_lightning.hollow import Hollow
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
-EXPORTS: dict[str, type[Adapter]] = {kind.FILES[0]: kind for kind in (TokenEmbedding, LoRA, FullUNet)}
+EXPORTS: dict[str, type[Adapter]] = {
+    kind.FILES[0]: kind for kind in (TokenEmbedding, LoRA, FullUNet, QuantizationScales)
+}
 """Exported file -> the adapter that reads it; a token and a LoRA side by side belong together."""
 KINDS: dict[str, type[Adapter]] = {kind.__name__: kind for kind in EXPORTS.values()} | {"TokenAndLoRA": TokenAndLoRA}
 TEXTS = ("model.base", "model.precision", "model.method", "data.path", "data.class_word")

@@ -1,7 +1,8 @@
-"""How a gradient of the adapter comes about: backprop, zeroth order, and the subspace it is projected to."""
+"""How a gradient of the adapter comes about: backprop, zeroth order, a search, and the subspace it is projected to."""
 
 from mep_lightning.estimators import perturbation
 from mep_lightning.estimators.backprop import Backprop
+from mep_lightning.estimators.cma_es import CMAES
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.estimators.forward_gradient import ForwardGradientEstimator
 from mep_lightning.estimators.fused_adam import FusedZOAdam
@@ -16,6 +17,7 @@ from mep_lightning.estimators.zeroth_order import (
 )
 
 __all__ = [
+    "CMAES",
     "Backprop",
     "Estimator",
     "FiniteDifferenceEstimator",

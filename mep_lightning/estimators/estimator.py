@@ -18,6 +18,9 @@ class Estimator(ABC):
     forward_only: ClassVar[bool]
     """Whether the loss is evaluated without autograd."""
 
+    moves_itself: ClassVar[bool] = False
+    """Whether theta - grad is where theta goes: an optimizer then takes just that step."""
+
     seed: int | None
     """What the directions are drawn from; None is the owning module's to fill in, and 0 where there is none."""
 

@@ -22,9 +22,13 @@ PREFERENCE = (
     ("lora",),
     ("hollowed_net",),
     ("textual_inversion_lite", "textual_inversion"),
+    ("qlora",),
     ("lora_r1",),
+    ("tuneqdm",),
+    ("peqa",),
     ("selective",),
     ("zoodip",),
+    ("gf_ti",),
     ("dreambooth",),
 )
 """Methods from the one to take first, those that train alike together: exact gradients before estimated ones, which

@@ -21,7 +21,7 @@ from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
 from mep_lightning.draws import Draw, step_generator
-from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
+from mep_lightning.estimators import CMAES, Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
@@ -206,6 +206,8 @@ def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
 
 def state(module: PersonalizationModule) -> list[Tensor]:
     """What Adam and the subspace keep: two moments of every trained parameter, the path and its basis."""
+    if module.estimator.moves_itself:
+        return []
     trained = module.adapter.numbered().values()
     packs = module.optimizer == "adam8bit"
     kept = [
@@ -266,6 +268,9 @@ def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) ->
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
     elif isinstance(estimator, ZerothOrderEstimator):
         estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
+    elif isinstance(estimator, CMAES):  # what it computes itself is on the host
+        with torch.no_grad():
+            module.losses(module.adapter.numbered()[0].expand(estimator.members, -1, -1), draw)
     else:
         estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
 

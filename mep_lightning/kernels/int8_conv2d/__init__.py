@@ -15,7 +15,7 @@ from mep_lightning.kernels.dispatch import autocast_activation, defined_by, need
 from mep_lightning.kernels.int8_conv2d import reference
 from mep_lightning.kernels.int8_conv2d.reference import Pair
 
-__all__ = ["int8_conv2d"]
+__all__ = ["gradients", "int8_conv2d"]
 
 PORTION = 2**24
 """Bytes of a weight that exist in floating point at once on a CPU.
@@ -68,15 +68,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, scale, x = ctx.saved_tensors
-    grad_x = grad_scale = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = conv2d_input(ctx.x_shape, dequantize(q, scale, grad.dtype), grad, ctx.stride, ctx.padding)
-    if x is not None:
-        grad_weight = conv2d_weight(x, q.shape, grad, ctx.stride, ctx.padding)  # [O, I, kh, kw]
-        grad_scale = (grad_weight.to(scale.dtype) * q).sum((1, 2, 3))
-    if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum((0, 2, 3))
+    how = ctx.stride, ctx.padding
+    grad_x = _gradient_of_x(grad, ctx.x_shape, q, scale, *how) if ctx.needs_input_grad[0] else None
+    grad_scale = None if x is None else _gradient_of_scale(grad, x, q, scale, *how)
+    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
     return grad_x, None, grad_scale, grad_bias, None, None
+
+
+def _gradient_of_x(
+    grad: Tensor, shape: torch.Size, q: Tensor, scale: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    return conv2d_input(shape, dequantize(q, scale, grad.dtype), grad, stride, padding)
+
+
+def _gradient_of_scale(
+    grad: Tensor, x: Tensor, q: Tensor, scale: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    grad_weight = conv2d_weight(x, q.shape, grad, stride, padding)  # [O, I, kh, kw]
+    return (grad_weight.to(scale.dtype) * q).sum((1, 2, 3))
+
+
+def gradients(
+    grad: Tensor, x: Tensor, q: Tensor, scale: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Of `int8_conv2d` in x and scale, from that of its result; shapes as there."""
+    how = stride, padding
+    return _gradient_of_x(grad, x.shape, q, scale, *how), _gradient_of_scale(grad, x, q, scale, *how)
 
 
 _int8_conv2d.register_autograd(_backward, setup_context=_setup_context)

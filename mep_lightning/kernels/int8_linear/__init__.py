@@ -24,7 +24,7 @@ from mep_lightning.kernels.int8_linear import reference
 from mep_lightning.kernels.products import linear
 from mep_lightning.kernels.quantize_rows import quantize_rows
 
-__all__ = ["int8_linear", "int8_linear_w8a8"]
+__all__ = ["gradients", "int8_linear", "int8_linear_w8a8"]
 
 
 def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,16 +52,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, scale, x = ctx.saved_tensors
-    grad_x = grad_scale = grad_bias = None
-    rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
-    if ctx.needs_input_grad[0]:
-        grad_x = linear(grad, dequantize(q, scale, grad.dtype).T)
-    if x is not None:
-        grad_weight = linear(rows.T, x.reshape(-1, x.shape[-1]).T)  # [O, I]
-        grad_scale = (grad_weight.to(scale.dtype) * q).sum(1)
-    if ctx.needs_input_grad[3]:
-        grad_bias = rows.sum(0)
+    grad_x = _gradient_of_x(grad, q, scale) if ctx.needs_input_grad[0] else None
+    grad_scale = None if x is None else _gradient_of_scale(grad, x, q, scale)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
     return grad_x, None, grad_scale, grad_bias
+
+
+def _gradient_of_x(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    return linear(grad, dequantize(q, scale, grad.dtype).T)
+
+
+def _gradient_of_scale(grad: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    grad_weight = linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)  # [O, I]
+    return (grad_weight.to(scale.dtype) * q).sum(1)
+
+
+def gradients(grad: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `int8_linear` in x and scale, from that of its result; shapes as there."""
+    return _gradient_of_x(grad, q, scale), _gradient_of_scale(grad, x, q, scale)
 
 
 _int8_linear.register_autograd(_backward, setup_context=_setup_context)
