@@ -17,7 +17,16 @@ METHODS = [name for name in RECIPES if "/" not in name]
 
 def test_the_recipes_that_documents_promise_are_there():
     methods = {"zoodip", "textual_inversion", "textual_inversion_lite", "lora", "lora_r1", "selective", "hollowed_net"}
-    assert methods | {"dreambooth", "qlora", "peqa", "tuneqdm", "gf_ti", "quickstart", "models/tiny", "models/sd15"} <= set(RECIPES)
+    assert methods | {
+        "dreambooth",
+        "qlora",
+        "peqa",
+        "tuneqdm",
+        "gf_ti",
+        "quickstart",
+        "models/tiny",
+        "models/sd15",
+    } <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
