@@ -289,6 +289,10 @@ class PersonalizationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Draw, estimate, project, step."""
+        with phase("step"):
+            self._log_step(*self._step(batch))
+
+    def _step(self, batch: dict[str, Any]) -> tuple[Draw, Tensor]:
         draw, optimizer = self.draw(batch), self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
         estimator = self.estimator if draw.high else self.low_estimator
@@ -300,7 +304,7 @@ class PersonalizationModule(LightningModule):
             scheduler.step()
         if self.subspace:
             self.subspace.observe(self.adapter.numbered()[0].detach())
-        self._log_step(draw, losses)
+        return draw, losses
 
     def _estimate(self, estimator: Estimator, draw: Draw, optimizer: Optimizer) -> Tensor:
         """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""

@@ -41,7 +41,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 def loss_figure(steps: Sequence[int], losses: Sequence[float], ink: str = INK) -> Figure:
     """The loss of every logged step, faint, and its moving average on top."""
-    figure, axes = _plain(ink, height=3.0)
+    figure, axes = plain(ink, height=3.0)
     axes.plot(steps, losses, color=CURVE, alpha=0.35, linewidth=0.8, marker="." if len(steps) < 3 else "")
     span = max(len(losses) / 20, 1)
     axes.plot(steps, smooth(losses, span), color=CURVE, linewidth=2)
@@ -60,7 +60,7 @@ def branch_figure(steps: Sequence[int], timesteps: Sequence[float], high: Sequen
     """The share of steps that took the branch of high resolution, over the timestep and over time."""
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     for axes, places, name in zip(figure.subplots(1, 2), (timesteps, steps), ("timestep", "step"), strict=True):
-        _strip(axes, ink)
+        strip(axes, ink)
         low, width = min(places), max((max(places) - min(places)) / BINS, 1e-9)
         for number in range(BINS):
             taken = [
@@ -79,7 +79,7 @@ def branch_figure(steps: Sequence[int], timesteps: Sequence[float], high: Sequen
 def memory_figure(memory: Mapping[str, Any], ink: str = INK) -> Figure:
     """A bar a phase, stacked by what the memory holds; `memory` is what `memory.json` says."""
     phases: Mapping[str, Any] = memory["phases"]
-    figure, axes = _plain(ink, height=1.3 + 0.42 * max(len(phases), 1))
+    figure, axes = plain(ink, height=1.3 + 0.42 * max(len(phases), 1))
     names = list(phases)
     widest = max((phases[name]["peak_bytes"] for name in names), default=0) or 1
     scale, unit = (2**30, "GiB") if widest >= 2**30 else (2**20, "MiB")
@@ -105,7 +105,7 @@ def memory_figure(memory: Mapping[str, Any], ink: str = INK) -> Figure:
 
 def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -> Figure:
     """A bar a row of `mep plan`, its highest phase stacked by what the memory holds; a line where the budget ends."""
-    figure, axes = _plain(ink, height=1.3 + 0.34 * max(len(rows), 1))
+    figure, axes = plain(ink, height=1.3 + 0.34 * max(len(rows), 1))
     names = [str(row) for row in rows]
     left = [0.0] * len(rows)
     for part in PARTS[:4]:
@@ -149,14 +149,15 @@ def _own_font(style: str) -> str:
     return f"font: {weight}{size.group() if size else '10px'} system-ui, sans-serif;"
 
 
-def _plain(ink: str, height: float) -> tuple[Figure, Any]:
+def plain(ink: str, height: float) -> tuple[Figure, Any]:
+    """A figure of a page's width with one pair of axes."""
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
-    _strip(axes, ink)
+    strip(axes, ink)
     return figure, axes
 
 
-def _strip(axes: Any, ink: str) -> None:
+def strip(axes: Any, ink: str) -> None:
     """Leave an axis at the bottom, in the ink's colour."""
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")

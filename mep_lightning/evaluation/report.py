@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
 import math
 import platform
@@ -17,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from mep_lightning.errors import human
 from mep_lightning.evaluation import grid
+from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
 from mep_lightning.run_folder import RunFolder, write_atomically
 
-PICTURE = 384  # pixels a side that the page shows at most
 STEPS = 8  # grids of the training that it shows at most
 SCORES = {
     "clip_t": ("CLIP-T", "how well the pictures follow the prompts", "higher is better"),
@@ -35,14 +32,6 @@ SCORES = {
     "dino_inter": ("DINO inter", "how alike they are to each other", "lower is more diverse"),
 }
 PACKAGES = ("mep-lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics", "safetensors", "pillow")
-
-
-@dataclass
-class Picture:
-    """A picture on the page."""
-
-    source: str
-    caption: str = ""
 
 
 @dataclass
@@ -100,14 +89,7 @@ def write_report(run: RunFolder | Path | str) -> Path:
     _read_memory(page, run)
     _read_exports(page, run)
     page.versions = _versions()
-    environment = Environment(
-        loader=PackageLoader("mep_lightning.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.j2").render(page=page, colors=COLORS, parts=PARTS)
+    html = render("report.html.j2", page=page, colors=COLORS, parts=PARTS)
     return write_atomically(run.report, html)
 
 
@@ -163,14 +145,14 @@ def _read_scores(page: Page, run: RunFolder) -> None:
 def _read_samples(page: Page, run: RunFolder) -> None:
     photos = grid.load(run.samples / "photos.png")
     if photos is not None:
-        page.photos = [_picture(cell) for row in range(len(photos.boxes)) for cell in photos.cells(row)]
+        page.photos = [picture(cell) for row in range(len(photos.boxes)) for cell in photos.cells(row)]
     before, after = grid.load(run.samples / "before.png"), grid.load(run.samples / "after.png")
     _read_pairs(page, before, after)
     for path in _spread(sorted(run.samples.glob("step-*.png")), STEPS):
         shown = grid.load(path)
         if shown is not None and shown.boxes:
             prompts = [str(prompt) for prompt in shown.info.get("prompts", [])]
-            cells = [_picture(cell, prompt) for cell, prompt in zip(shown.cells(), prompts, strict=False)]
+            cells = [picture(cell, prompt) for cell, prompt in zip(shown.cells(), prompts, strict=False)]
             page.steps[f"step {shown.info.get('step', path.stem)}"] = cells
     if not page.pairs:
         page.missing.append("samples/before.png and after.png (the Samples callback writes them)")
@@ -184,7 +166,7 @@ def _read_pairs(page: Page, before: grid.Grid | None, after: grid.Grid | None) -
         cells = shown.cells() if shown and shown.boxes else []
         # A prompt may stand several times, with another seed each.
         keys = [f"{prompts[:number].count(prompt)} {prompt}" for number, prompt in enumerate(prompts)]
-        sides.append({key: _picture(cell) for key, cell in zip(keys, cells, strict=False)})
+        sides.append({key: picture(cell) for key, cell in zip(keys, cells, strict=False)})
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         page.pairs.append(Pair(key.partition(" ")[2], sides[0].get(key), sides[1].get(key)))
 
@@ -197,7 +179,7 @@ def _read_tested(page: Page, run: RunFolder) -> None:
             with Image.open(path) as opened:
                 caption = str(opened.info.get("prompt", path.stem))
                 if caption not in {picture.caption for picture in page.tested}:
-                    page.tested.append(_picture(opened, caption))
+                    page.tested.append(picture(opened, caption))
         except OSError:
             continue
     if len(paths) > len(page.tested):
@@ -285,20 +267,6 @@ def _versions() -> dict[str, str]:
             continue
     versions["system"] = f"{platform.system()} {platform.machine()}"
     return versions
-
-
-def _picture(image: Image.Image, caption: str = "") -> Picture:
-    """A picture as a data URI: small ones exactly (PNG), large ones scaled down (JPEG), to keep the page light."""
-    buffer = io.BytesIO()
-    image = image.convert("RGB")
-    if max(image.size) <= grid.SMALLEST:
-        image.save(buffer, format="PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-        image.save(buffer, format="JPEG", quality=88)
-        kind = "jpeg"
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", caption)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
