@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mep_lightning.estimators.perturbation import HERE, Members
-from mep_lightning.kernels import int8_conv2d, int8_linear
+from mep_lightning.kernels import int8_conv2d, int8_linear, int8_linear_w8a8
 from mep_lightning.kernels.dispatch import asks_gradient, autocast_activation
 from mep_lightning.kernels.int8_conv2d import gradients as conv_gradients
 from mep_lightning.kernels.int8_linear import gradients as linear_gradients
@@ -111,7 +111,8 @@ class ScaledInt8Linear(ScaledLayer, Int8Linear):
     plain, channels = Int8Linear, -1
 
     def product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return int8_linear(x, self.weight, scale, bias)
+        run = int8_linear_w8a8 if self.multiplies_integers else int8_linear
+        return run(x, self.weight, scale, bias)
 
     def gradients(self, grad: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return linear_gradients(grad, x, q, scale)

@@ -59,11 +59,11 @@ class Int8Linear(Int8Weight, QuantizedLinear):
 def integer_products() -> Iterator[None]:
     """Let all int8 linear layers round their activations to int8 too, for the length of a `with`; no derivative goes
     through them, but tangents do."""
-    Int8Linear.multiplies_integers = True
+    before, Int8Linear.multiplies_integers = Int8Linear.multiplies_integers, True
     try:
         yield
     finally:
-        Int8Linear.multiplies_integers = False
+        Int8Linear.multiplies_integers = before
 
 
 class Int8Conv2d(Int8Weight, QuantizedConv2d):

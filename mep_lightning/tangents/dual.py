@@ -112,6 +112,8 @@ def _takes(rule: Rule, args: tuple[Any, ...], given: Mapping[str, Any]) -> bool:
 
 
 def _named(function: Any) -> str:
+    if getattr(function, "__name__", "") in ("__get__", "__set__"):  # of a property, such as Tensor.T
+        function = function.__self__
     owner = getattr(function, "__objclass__", None) or getattr(function, "__module__", None)
     name = getattr(function, "__name__", repr(function))
     return f"{getattr(owner, '__name__', owner)}.{name}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +36,19 @@ def joined(value: Tensor, tangents: Tensor) -> Dual:
     return Dual(stack)
 
 
+def _promoted(x: Any, y: Any) -> tuple[Any, Any]:
+    """Both in the dtype that torch gives their values' result: one without dimensions counts as a number there."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.dtype == y.dtype:
+        return x, y
+    a, b = (z.value if isinstance(z, Dual) else z for z in (x, y))
+    common = torch.result_type(a, b)
+    return tuple(Dual(z.stack.to(common)) if isinstance(z, Dual) else z.to(common) for z in (x, y))  # type: ignore
+
+
 def _sum(x: Any, y: Any, sign: float) -> Dual:
     """x + sign * y."""
     dims = max(_dims(x), _dims(y))
+    x, y = _promoted(x, y)
     (a, da), (b, db) = _parts(x, dims), _parts(y, dims)
     if da is not None and db is not None:
         return Dual(torch.add(aligned(x.stack, dims), aligned(y.stack, dims), alpha=sign))
@@ -74,6 +86,7 @@ def _rsub(x: Any, other: Any, *, alpha: float = 1) -> Dual:
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _mul(x: Any, other: Any) -> Dual:
     dims = max(_dims(x), _dims(other))
+    x, other = _promoted(x, other)
     (a, da), (b, db) = _parts(x, dims), _parts(other, dims)
     if da is None or db is None:
         dual, plain = (x, other) if db is None else (other, x)
@@ -87,14 +100,33 @@ def _mul(x: Any, other: Any) -> Dual:
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
 def _div(x: Any, other: Any) -> Dual:
+    """q = x / y; dq = (dx - q dy) / y, which overflows no sooner than q itself."""
+    dims = max(_dims(x), _dims(other))
+    x, other = _promoted(x, other)
     if not isinstance(other, Dual):
-        return Dual(aligned(x.stack, _dims(other)) / other)
-    return _mul(x, _reciprocal(other))
+        return Dual(aligned(x.stack, dims) / other)
+    (a, da), (b, db) = _parts(x, dims), _parts(other, dims)
+    value = a / b
+    moved: Any = -value * db if da is None else da - value * db
+    return joined(value, moved / b)
 
 
 @rule(Tensor.__rtruediv__)
 def _rdiv(x: Any, y: Any) -> Dual:
     return _div(y, x)
+
+
+@rule(torch.reciprocal, Tensor.reciprocal)
+def _reciprocal(x: Dual) -> Dual:
+    return _div(1, x)
+
+
+@rule(Tensor.mul_, Tensor.__imul__)
+def _mul_(x: Any, other: Any) -> Dual:
+    if not isinstance(x, Dual):
+        raise NoRuleError("a tensor without tangents cannot take some in place: write x = x * y")
+    x.stack.copy_(_mul(x, other).stack)
+    return x
 
 
 @rule(torch.neg, Tensor.neg, Tensor.__neg__)
@@ -106,16 +138,35 @@ def _neg(x: Dual) -> Dual:
 def _pow(x: Any, exponent: Any) -> Dual:
     if not isinstance(x, Dual) or isinstance(exponent, Tensor):
         raise NoRuleError("a power of a tensor with tangents has a number as its exponent")
-    slope = exponent * x.value ** (exponent - 1) if exponent else torch.zeros_like(x.value)
-    return chained(x, x.value**exponent, slope)
+    return chained(x, lambda y: (y**exponent, exponent * y ** (exponent - 1) if exponent else torch.zeros_like(y)))
 
 
-def chained(x: Dual, value: Tensor, slope: Tensor) -> Dual:
-    """f(x) by the chain rule: its value, and its slope times the tangents."""
-    stack = made(value, len(x.stack) - 1)
-    stack[0].copy_(value)
-    torch.mul(x.tangents, slope, out=stack[1:])
+AT_ONCE = 2**18
+"""Values whose function and slope are worked out together, in fp32: 1 MiB each."""
+
+
+def chained(x: Dual, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Dual:
+    """f(x) by the chain rule: its value, and its slope times the tangents; both in fp32 at least, and rounded once.
+
+    (Slopes in bf16 would be most of what bf16's tangents err by.)
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    stack = made(x.value, len(x.stack) - 1)
+    for source, target in _portions(x.stack, stack):
+        value, slope = function(source[0].to(wide))
+        target[0].copy_(value)
+        target[1:].copy_(source[1:] * slope)
     return Dual(stack)
+
+
+def _portions(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two stacks' values in portions of rows, or all at once where what is worked out takes no more than they do."""
+    if source.dtype.itemsize >= 4 or source[0].numel() <= AT_ONCE:
+        yield source, target
+        return
+    longest = max(range(1, source.dim()), key=lambda dim: source.shape[dim])
+    count = max(AT_ONCE * source.shape[longest] // source[0].numel(), 1)
+    yield from zip(source.split(count, longest), target.split(count, longest), strict=True)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
@@ -172,8 +223,12 @@ FUNCTIONS: list[tuple[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]]] = 
 
 
 def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Dual]:
+    known = set(inspect.signature(function).parameters)
+
     def run(x: Dual, *, inplace: bool = False, **given: Any) -> Dual:
-        found = chained(x, *function(x.value, **given))
+        if not known.issuperset(given):
+            raise NoRuleError(f"{', '.join(given)} of {function.__name__} has no rule for tangents")
+        found = chained(x, partial(function, **given))
         if not inplace:
             return found
         x.stack.copy_(found.stack)
@@ -184,7 +239,21 @@ def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Du
 
 for _replaced, _function in FUNCTIONS:
     rule(*_replaced)(_through(_function))
-_reciprocal = rule(torch.reciprocal, Tensor.reciprocal)(_through(lambda x: (1 / x, -1 / (x * x))))
+
+
+@rule(torch.clamp, Tensor.clamp)
+def _clamp(x: Dual, min: Any = None, max: Any = None) -> Dual:
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        raise NoRuleError("a clamp of a tensor with tangents has numbers as its bounds")
+    return chained(x, lambda y: (y.clamp(min, max), (y.clamp(min, max) == y).to(y.dtype)))
+
+
+@rule(F.mse_loss)
+def _mse_loss(input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean") -> Any:
+    if size_average is not None or reduce is not None:
+        raise NoRuleError("mse_loss is told by its reduction how it ends")
+    errors = torch.square(_sum(input, target, -1))
+    return errors if reduction == "none" else errors.mean() if reduction == "mean" else errors.sum()
 
 
 @rule(F.dropout)
@@ -207,10 +276,10 @@ def _over(x: Dual, dim: Any) -> Any:
 @rule(torch.sum, Tensor.sum)
 def _total(x: Dual, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Dual:
     over = _over(x, dim)
-    return Dual(x.stack.sum(over, keepdim, dtype=dtype) if over != () else x.stack)
+    return Dual(x.stack.sum(over, keepdim, dtype=dtype) if over != () else x.stack.to(dtype or x.dtype))
 
 
 @rule(torch.mean, Tensor.mean)
 def _mean(x: Dual, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Dual:
     over = _over(x, dim)
-    return Dual(x.stack.mean(over, keepdim, dtype=dtype) if over != () else x.stack)
+    return Dual(x.stack.mean(over, keepdim, dtype=dtype) if over != () else x.stack.to(dtype or x.dtype))

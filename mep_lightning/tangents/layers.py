@@ -76,6 +76,8 @@ def _convolved(x: Dual, run: Callable[[Tensor], Tensor]) -> Tensor:
 
 @rule(F.conv2d)
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any, **given: Any) -> Dual:
+    if x.dim() == 3:
+        return _conv2d(x[None], weight, bias, *how, **given)[0]
     if isinstance(bias, Dual):
         return F.conv2d(x, weight, None, *how, **given) + bias[:, None, None]  # type: ignore[return-value]
     if not isinstance(weight, Dual):
@@ -137,7 +139,12 @@ def _group_norm(
 
     def mean(values: Tensor) -> Tensor:
         """[..., B, C, pixels] -> of a group, at each of its channels [..., B, C, 1, ...]."""
-        sums = values.sum(pixels).unflatten(-1, (-1, width)).mean(-1, keepdim=True).div_(math.prod(x.shape[2:]))
+        sums = (
+            (values.sum(pixels) if pixels else values)
+            .unflatten(-1, (-1, width))
+            .mean(-1, keepdim=True)
+            .div_(math.prod(x.shape[2:]))
+        )
         return sums.expand(*sums.shape[:-1], width).flatten(-2)[(..., *(None for _ in pixels))]
 
     def by_channel(parameter: Tensor | None) -> Sequence[Tensor | None]:
@@ -219,10 +226,11 @@ def _masked_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Dual:
-    """With a mask, which is what text encoders' short sequences have: scores are held whole."""
-    if dropout_p or enable_gqa:
-        raise NoRuleError("attention with dropout or grouped queries has no rule for tangents")
-    if attn_mask is None and not is_causal and scale is None and query.dim() == 4:
+    """With a mask, which is what text encoders' short sequences have, or unlike shapes: scores are held whole."""
+    if dropout_p or enable_gqa or isinstance(attn_mask, Dual):
+        raise NoRuleError("attention with dropout, grouped queries or a mask's tangents has no rule for tangents")
+    is_plain = attn_mask is None and not is_causal and scale is None and query.dim() == 4
+    if is_plain and key.shape == value.shape == (*query.shape[:2], key.shape[-2], query.shape[-1]):
         return _attention(query, key, value)
     q, k, v = (
         Dual(stack.to(torch.promote_types(stack.dtype, torch.float32))) for stack in _all_stacked(query, key, value)

@@ -23,6 +23,8 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 @rule(Tensor.view)
 def _view(x: Dual, *sizes: Any) -> Dual:
+    if sizes and isinstance(sizes[0], torch.dtype):
+        raise NoRuleError("Tensor.view as another dtype has no rule for tangents")
     return Dual(x.stack.view(len(x.stack), *_sizes(sizes)))
 
 
@@ -43,7 +45,7 @@ def _view_as(x: Tensor, other: Tensor) -> Tensor:
 
 @rule(Tensor.flatten, torch.flatten)
 def _flatten(x: Dual, start_dim: int = 0, end_dim: int = -1) -> Dual:
-    return Dual(x.stack.flatten(_dim(start_dim), _dim(end_dim)))
+    return Dual(x.stack.flatten(_dim(start_dim), _dim(end_dim)) if x.dim() else x.stack[:, None])
 
 
 @rule(Tensor.unflatten, torch.unflatten)
@@ -59,6 +61,11 @@ def _transpose(x: Dual, dim0: int, dim1: int) -> Dual:
 @rule(Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _matrix_transpose(x: Dual) -> Dual:
     return Dual(x.stack.mT)
+
+
+@rule(Tensor.T.__get__)  # type: ignore[attr-defined]
+def _transposed(x: Dual) -> Dual:
+    return Dual(x.stack.permute(0, *range(x.dim(), 0, -1)))
 
 
 @rule(Tensor.permute)
@@ -127,6 +134,8 @@ def _to(x: Any, *where: Any, **given: Any) -> Any:
     where = tuple(one.value if isinstance(one, Dual) else one for one in where)  # asked for its dtype and device alone
     if not isinstance(x, Dual):
         return x.to(*where, **given)
+    if (memory_format := given.pop("memory_format", torch.preserve_format)) != torch.preserve_format:
+        return _contiguous(_to(x, *where, **given), memory_format)
     stack = x.stack.to(*where, **given)
     if not stack.is_floating_point():
         raise NoRuleError(f"a tensor with tangents cannot become {stack.dtype}: integers have no derivative")
@@ -148,6 +157,16 @@ def _float(x: Dual) -> Dual:
     return _to(x, torch.float32)
 
 
+@rule(Tensor.half)
+def _half(x: Dual) -> Dual:
+    return _to(x, torch.float16)
+
+
+@rule(Tensor.bfloat16)
+def _bfloat16(x: Dual) -> Dual:
+    return _to(x, torch.bfloat16)
+
+
 @rule(Tensor.double)
 def _double(x: Dual) -> Dual:
     return _to(x, torch.float64)
@@ -158,7 +177,8 @@ def _part(x: Any, index: Any) -> Dual:
     if not isinstance(x, Dual):
         raise NoRuleError("a tensor with tangents is no index")
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, (Tensor, list)) for part in parts):  # their dimension may come first
+    plain = int, slice, type(None), type(...)
+    if not all(isinstance(part, plain) for part in parts):  # the dimension of tensors, lists or arrays may come first
         return Dual(torch.stack([one[index] for one in x.stack]))
     return Dual(x.stack[(slice(None), *parts)])
 
@@ -212,6 +232,11 @@ def _where(condition: Tensor, x: Any, y: Any) -> Dual:
     mine, other = stacked(x, like), stacked(y, like)
     dims = max(condition.dim(), mine.dim() - 1, other.dim() - 1)
     return Dual(torch.where(condition, aligned(mine, dims), aligned(other, dims)))
+
+
+@rule(Tensor.masked_fill, torch.masked_fill)
+def _masked_fill(x: Any, mask: Tensor, value: Any) -> Dual:
+    return _where(mask, value, x)
 
 
 def _constant(function: Any) -> None:

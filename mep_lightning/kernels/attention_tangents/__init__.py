@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mep_lightning.kernels.attention_tangents import reference
-from mep_lightning.kernels.dispatch import defined_by, runs_triton
+from mep_lightning.kernels.dispatch import defined_by, needs_reference, runs_triton
 from mep_lightning.kernels.products import linear
 
 __all__ = ["attention_tangents"]
@@ -94,5 +94,13 @@ def attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Returns:
         [1 + n, B, H, S, D] in q's dtype, lying in memory as [1 + n, B, S, H, D].
+
+    Raises:
+        ValueError: the shapes are others.
     """
+    fits = q.dim() == 5 and k.shape == v.shape and k.shape == (*q.shape[:3], k.shape[-2], q.shape[-1])
+    if not fits:
+        raise ValueError(f"queries {list(q.shape)} do not go with keys {list(k.shape)} and values {list(v.shape)}")
+    if needs_reference():
+        return reference.attention_tangents(q, k, v)
     return _attention_tangents(q, k, v)

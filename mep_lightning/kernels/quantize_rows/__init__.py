@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mep_lightning.kernels.dispatch import defined_by, runs_triton
+from mep_lightning.kernels.dispatch import defined_by, needs_reference, runs_triton
 from mep_lightning.kernels.quantize_rows import reference
 
 __all__ = ["quantize_rows"]
@@ -34,5 +34,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         q int8 [O, ...] in [-127, 127], scale fp32 [O] (1 for a row of zeros), with x ~ q * scale.
+
+    Raises:
+        NotImplementedError: forward-mode AD asks for a derivative; rounding has none, and a silent zero would be wrong.
     """
+    if needs_reference():
+        raise NotImplementedError("quantize_rows rounds and has no derivative: quantise beforehand")
     return _quantize_rows(x.detach())
