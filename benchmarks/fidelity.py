@@ -20,6 +20,7 @@ from benchmarks.rows import Row, row
 from mep_lightning.bases import Base, encode_prompts, load_base, predict_noise
 from mep_lightning.data import sample_latents
 from mep_lightning.estimators.perturbation import TANGENT, Tangents
+from mep_lightning.kernels.tf32 import whole_products
 from mep_lightning.quantization import Int8Linear, QuantizedWeight
 from mep_lightning.tangents import Dual
 from mep_lightning.tiny.subjects import other_photos, subject
@@ -124,7 +125,8 @@ def errors(base: Base, directions: int = 16) -> dict[str, tuple[float, float, fl
             slope = (central[0] - central[1]) / 2e-5
             torch.testing.assert_close(slope, exact[0], rtol=1e-4, atol=1e-9)
             for way, (mu, thetas) in members.items():
-                at = [losses(side, thetas, timestep) for side in (base, wide)]
+                with whole_products():
+                    at = [losses(side, thetas, timestep) for side in (base, wide)]
                 ours, true = ((loss[1:] - loss[0]) / mu for loss in at)
                 found[way] += zip(ours.tolist(), true.tolist(), exact.tolist(), strict=True)
             carried = losses(base, tangents.of(init.float()), timestep)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,12 @@ def batch(base: Base, resolution: int) -> dict[str, object]:
     return made | {"mean": torch.randn(made["mean"].shape)}
 
 
+@functools.cache
+def _normals() -> Tensor:
+    return torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
+
+
 def random_weights(_: str, shape: tuple[int, ...]) -> Tensor:
-    """Small enough that activations stay finite through a hundred layers."""
-    return torch.randn(shape, dtype=torch.float32).mul_(0.02).half()
+    """Small enough that activations stay finite through a hundred layers; the same 4 million values again and again."""
+    count = math.prod(shape)
+    return _normals().repeat(-(-count // len(_normals())))[:count].view(shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mep_lightning.errors import UserError
 from mep_lightning.estimators.perturbation import Probe, combine, displaced
 from mep_lightning.estimators.zeroth_order import FiniteDifferenceEstimator, SPSAEstimator
+from mep_lightning.kernels.tf32 import whole_products
 
 
 @contextmanager
@@ -98,7 +99,7 @@ class ZerothOrderMixin:
         seed, mu = estimator.seed or 0, estimator.step_size
         originals = [param.detach().clone() for param in trained]
         losses = []
-        with same_random_numbers(param.device for param in trained) as rewind:
+        with same_random_numbers(param.device for param in trained) as rewind, whole_products():
             for probe in estimator.probes:
                 rewind()
                 with displaced_in_place(numbered, probe, mu, seed, step, originals):

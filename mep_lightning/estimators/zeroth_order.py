@@ -18,6 +18,7 @@ from torch import Tensor
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.estimators.perturbation import Members, Probe, combine
+from mep_lightning.kernels.tf32 import whole_products
 
 
 class ZerothOrderEstimator(Estimator):
@@ -164,6 +165,17 @@ class FiniteDifferenceEstimator(ZerothOrderEstimator):
 
     def around(self, step: int) -> Members:
         return Members(self.probes, self.step_size, self.seed or 0, step)
+
+    def weigh(
+        self,
+        loss_fn: Callable[[Members], Tensor],
+        dims: int,
+        step: int = 0,
+        parameters: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `ZerothOrderEstimator.weigh`, in whole fp32 products: TF32's 10 bits drown a difference."""
+        with whole_products():
+            return super().weigh(loss_fn, dims, step, parameters)
 
     def spread(self, losses: Tensor) -> Tensor:
         """std(L) / mu, over all members (FZOO: over the perturbed ones); population standard deviation."""
