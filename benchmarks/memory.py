@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -80,6 +81,7 @@ def _carried(make: Recipe) -> Recipe:
 
 def measure(module: PersonalizationModule, planned: Planned, device: str) -> dict[str, int]:
     """Bytes at the peak of every phase of a run that does one of everything."""
+    gc.collect()  # what an earlier recipe held lies in cycles
     found = made_up.found(planned.base, planned.precision, device, planned.offload)
     reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]
     peaks = _autoencoder(found, planned.resolution)

@@ -46,14 +46,22 @@ def refuse_streaming_backwards(module: PersonalizationModule, device: torch.devi
 
 def warn_of_rounding(module: PersonalizationModule, dtype: torch.dtype) -> None:
     """A finite step that drowns in what activations are computed in."""
-    least, estimator = ROUNDING.get(dtype, 0.0), module.estimator
+    least, name = ROUNDING.get(dtype, 0.0), str(dtype).split(".")[1]
     exact = "activations" if module.precision in QUANTIZED else "precision"
-    if isinstance(estimator, FiniteDifferenceEstimator) and estimator.step_size < least:
-        rank_zero_warn(
-            f"mu {estimator.step_size:g} drowns in the rounding of {str(dtype).split('.')[1]} activations, as "
-            f"measured on tiny: training may be slow or diverge; take mu {least:g}, {exact} fp32, or "
-            "ForwardGradientEstimator, which has no mu"
-        )
+    for estimator in module.estimators:
+        if not isinstance(estimator, FiniteDifferenceEstimator):
+            continue
+        if estimator.step_size < least:
+            rank_zero_warn(
+                f"mu {estimator.step_size:g} drowns in the rounding of {name} activations, as measured on tiny: "
+                f"training may be slow or diverge; take mu {least:g}, {exact} fp32, or ForwardGradientEstimator, which "
+                "has no mu"
+            )
+        elif dtype == torch.bfloat16:
+            rank_zero_warn(
+                f"a finite difference in {name} errs by its half and more at any mu, as measured on tiny; {exact} fp32 "
+                "or ForwardGradientEstimator, which has no mu, are true"
+            )
 
 
 def refuse_integers(module: PersonalizationModule) -> None:

@@ -21,7 +21,7 @@ def describe(module: Any) -> dict[str, Any]:
     """
     for name, value in module.state_dict().items():
         if not value.isfinite().all():
-            raise UserError(f"{name} is no longer finite, so no checkpoint is written: lower lr, or raise mu")
+            raise UserError(f"{name} is no longer finite, so no checkpoint is written: lower lr, or raise a mu")
     return {
         **_identity(module),
         "class_word": module.class_word,

@@ -8,6 +8,7 @@ Lightning counts it.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,6 +230,7 @@ class PersonalizationModule(LightningModule):
                 self.base.close()
                 self.adapter.detach()
             self.base = None  # the old one goes before the new one comes
+            gc.collect()  # with the cycles in it
             self.base = load_base(
                 self.base_name,
                 self.precision,

@@ -113,7 +113,7 @@ class Adapter(nn.Module, ABC):
     def refuse_infinite(self) -> None:
         """Raise UserError unless all that is trained is finite."""
         if not all(theta.isfinite().all() for theta in self.numbered().values()):
-            raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise mu")
+            raise UserError(f"{self.token} is no longer finite, so it is not exported: lower lr, or raise a mu")
 
     def metadata(self) -> dict[str, str]:
         """`origin` and the token, as an exported file keeps them."""

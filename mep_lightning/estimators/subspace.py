@@ -97,7 +97,7 @@ class SubspaceGradient:
         self.seen += 1
         if self.seen % tau == 0:
             if not self._path.isfinite().all():
-                raise UserError("the trained values are no longer finite; lower lr, or raise mu")
+                raise UserError("the trained values are no longer finite; lower lr, or raise a mu")
             # On the CPU whatever theta's device: float64 is fast there, and the basis comes out the same.
             basis, self.rank_kept = low_variance_basis(self._path.cpu(), nu)
             self._basis = basis.to(self._path).contiguous()

@@ -11,7 +11,7 @@ from mep_lightning.bases import load_base
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import ForwardGradientEstimator, RandomGradientEstimator, SPSAEstimator
 from mep_lightning.estimators.perturbation import HERE, direction
-from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.quantization import Int8Conv2d, Int8Linear, integer_products
 from tests.personalizing import fitted
 
 BOTH = pytest.mark.parametrize("both", [False, True], ids=["output", "output and input"])
@@ -166,6 +166,16 @@ def test_forward_gradients_are_exact_along_their_directions(both):
     module.losses(HERE, draw).sum().backward()
     exact = [sum((direction(t, 0, 0, i, k) * t.grad).sum() for k, t in trained.items()) for i in range(2)]
     torch.testing.assert_close(2 * weights, torch.stack(exact), rtol=1e-3, atol=1e-4)
+
+
+def test_integer_products_multiply_with_the_trained_scales(base):
+    adapter = QuantizationScales()
+    adapter.attach(base)
+    moved(adapter)
+    plain = predicted(base)
+    with integer_products():
+        rounded = predicted(base)
+    assert not torch.equal(plain, rounded) and (plain - rounded).norm() < 0.1 * plain.norm()
 
 
 @BOTH

@@ -203,7 +203,7 @@ def test_a_backward_pass_that_would_save_nothing_cannot_stream_to_a_gpu():
 def test_cuda_computes_the_same_bits_from_pinned_memory():
     device = torch.device("cuda")
     plain = load_base("tiny", "int8", device, vae=False).unet
-    waiting = load_base("tiny", "int8", vae=False).unet
+    waiting = load_base("tiny", "int8", vae=False).unet.to(memory_format=torch.contiguous_format)  # as on a GPU
     stream = Poisoned(waiting, device)
     assert all(layer.host.is_pinned() for layer in stream.layers)
     for _ in range(20):

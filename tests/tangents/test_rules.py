@@ -1,5 +1,6 @@
 """Every rule against forward-mode AD of the function that it stands in for, in float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -143,7 +144,7 @@ ONE = {  # name: function of a Dual [2, 3, 4]
 
 @pytest.mark.parametrize("name", ONE)
 def test_of_one(name, monkeypatch):
-    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", 9)
+    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", {"cpu": 9})
     check(ONE[name], dual(2, 3, 4))
 
 
@@ -196,7 +197,7 @@ def test_weights_alone_may_have_tangents():
 @pytest.mark.parametrize("at_once", [1, 100, 2**19])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 def test_layers_of_pictures(last, at_once, monkeypatch):
-    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", at_once)
+    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", {"cpu": at_once})
     torch.manual_seed(0)
     x = dual(2, 8, 5, 6)
     if last:
@@ -334,6 +335,89 @@ def test_pictures_keep_their_memory_format():
     plain = randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     for y in (torch.cat([x, plain], 1), x + plain[:, :, :1, :1], x * x, F.silu(x)):
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_jvp_would_answer_with_zero_is_not():
+    q, k, v = (randn(3, 1, 2, 5, 4) for _ in range(3))
+    answer, moved = jvp(lambda x: kernels.attention_tangents(x, k, v), (q,), (randn(3, 1, 2, 5, 4) + 1,))
+    reference = jvp(lambda x: kernels.attention_tangents.reference(x, k, v), (q,), (randn(3, 1, 2, 5, 4) + 1,))
+    assert moved.abs().max() > 1e-2
+    torch.testing.assert_close((answer, moved), reference)
+    with pytest.raises(NotImplementedError, match="rounds and has no derivative"):
+        jvp(lambda x: kernels.quantize_rows(x)[1], (randn(2, 3),), (randn(2, 3),))
+
+
+def test_attention_of_unlike_shapes_is_refused_or_held_whole():
+    q, k, v = (randn(3, 1, 2, 5, 4) for _ in range(3))
+    for wrong in ((q, k[:, :, :1], v[:, :, :1]), (q, k, v[..., :1]), (q[0], k[0], v[0])):
+        with pytest.raises(ValueError, match="do not go with keys"):
+            kernels.attention_tangents(*wrong)
+    sdpa = F.scaled_dot_product_attention
+    check(lambda q, v: sdpa(q, k[0], v), dual(1, 2, 5, 4), dual(1, 2, 5, 3, seed=1))
+    check(lambda q: sdpa(q, k[0], k[1]), dual(2, 2, 5, 4))  # keys of a batch of 1
+    with pytest.raises(NotImplementedError, match="a mask's tangents"):
+        sdpa(q[0], k[0], v[0], attn_mask=dual(5, 5))
+
+
+def test_quotients_of_small_numbers_do_not_overflow():
+    x = Dual(torch.tensor([[1e-3], [2e-3]], dtype=torch.float16))
+    for found, slope in ((x / x, 0.0), (1 / x, -2000.0), (2 * x / x.value, 4.0)):
+        assert found.tangents.item() == pytest.approx(slope, rel=1e-2, abs=1e-3)
+
+
+def test_slopes_are_as_true_as_values_in_half_precision():
+    exact = Dual(torch.randn(4, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    half = Dual(exact.stack.bfloat16())
+    for function in (F.silu, F.gelu, torch.sigmoid):
+        found, true = function(half).stack.double(), function(Dual(half.stack.double())).stack
+        assert ((found - true).norm() / true.norm()) < 2e-3  # a rounding to 8 bits, once
+
+
+def test_numbers_without_dimensions_do_not_widen():
+    for found in (
+        Dual(torch.ones(2, dtype=torch.float32)) * torch.ones(3, dtype=torch.float16),
+        Dual(torch.ones(2, 3, dtype=torch.float16)) + Dual(torch.ones(2, dtype=torch.float32)),
+        torch.ones(3, dtype=torch.float16) / Dual(torch.ones(2, dtype=torch.float32)),
+    ):
+        assert found.dtype == torch.float16
+
+
+def test_arrays_as_indices_mean_what_they_mean_to_torch():
+    x, i, j = dual(4, 3, 5), np.array([0, 2]), np.array([1, 3])
+    check(lambda x: x[i, :, j], x)
+    check(lambda x: x[i], x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x: torch.exp(x, out=torch.empty(3, dtype=torch.float64)), "exp"),
+        (lambda x: x.H, "H has no rule"),
+        (lambda x: x.view(torch.int64), "view"),
+        (lambda x: torch.zeros(3, dtype=torch.float64).mul_(x), "mul_|in place"),
+        (lambda x: torch.clamp(x, min=torch.zeros(3)), "clamp"),
+    ],
+)
+def test_refusals_name_the_function(call, name):
+    with pytest.raises(NotImplementedError, match=name):
+        call(dual(3))
+
+
+def test_losses_by_hand_have_rules():
+    y = randn(2, 3)
+    for reduction in ("mean", "sum", "none"):
+        check(lambda x, r=reduction: F.mse_loss(x, y, reduction=r), dual(2, 3))
+        check(lambda x, r=reduction: F.mse_loss(y, x, reduction=r), dual(2, 3))
+    check(lambda x: x.clamp(-0.5, 0.5), dual(2, 3))
+    check(lambda x: x.masked_fill(MASK, 0.0), dual(2, 3))
+    check(lambda x: x.T, dual(2, 3))
+    check(lambda x: F.group_norm(x, 2), dual(3, 4))
+    check(lambda x: F.conv2d(x, randn(2, 4, 3, 3)), dual(4, 5, 6))
+    twice = dual(2, 3)
+    twice *= y
+    torch.testing.assert_close(twice.stack, (dual(2, 3) * y).stack)
+    assert dual(3).half().dtype == torch.float16 and dual(3).bfloat16().dtype == torch.bfloat16
+    assert dual(2, 4, 5, 6).to(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
