@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "learn a subject from a folder of photos",
     "test": "generate the evaluation prompts and score them",
     "predict": "generate pictures of the learned subject",
+    "compare": "train and score several methods on several subjects, in one table",
     "plan": "predict the peak memory of every method, before anything is loaded",
     "doctor": "show versions, devices and which kernels are active",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -29,7 +30,7 @@ def recipe(name: str) -> Callable[[str, bool | None], PersonalizationModule]:
     """A maker of modules, by precision and checkpointing, as a packaged recipe describes them."""
     recipe = read_recipe(find_recipe(name))
     settings, callbacks = recipe["model"], recipe["trainer"].get("callbacks") or []
-    hollowing = [one["init_args"] for one in callbacks if one["class_path"] == HollowedActivations.__name__]
+    hollowing = [one["init_args"] for one in callbacks if _named(one) == HollowedActivations.__name__]
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PersonalizationModule, "model")
 
@@ -43,6 +44,11 @@ def recipe(name: str) -> Callable[[str, bool | None], PersonalizationModule]:
         return module
 
     return make
+
+
+def _named(part: dict[str, Any]) -> str:
+    """A part's class without its module, which config.yaml names too."""
+    return str(part["class_path"]).rpartition(".")[2]
 
 
 def available_precisions() -> list[str]:

@@ -1,0 +1,222 @@
+"""`mep compare`: trains and scores methods on subjects from seeds, and puts all of it into one table and page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mep_lightning.commands.options import Options
+from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names
+from mep_lightning.errors import SEEDS, UserError, refuse_unless
+
+if TYPE_CHECKING:
+    from mep_lightning.comparison.cells import Cell
+    from mep_lightning.comparison.folder import ComparisonFolder
+    from mep_lightning.comparison.subjects import Subject
+
+EPILOG = """\
+A cell is one method on one subject from one seed: `mep fit`, then `mep test`. What is done stays done: the same command
+again runs the cells that are missing, and with more methods, subjects or seeds those beside them. A cell that fails, or
+runs out of memory or time, is a line in the table, and the others go on; --retry runs it again.
+
+in --out: table.md, table.csv, table.json, report.html, and every cell's run below runs/
+
+examples:
+  mep compare --methods zoodip,textual_inversion,lora --subjects 3 --seeds 2 --out compared
+  mep compare --methods zoodip,qlora --data dreambooth/dataset --base ID_OR_DIR --only dog,cat2 --out dogs
+  mep compare --methods lora --fit "--model.precision bf16 --data.resolution 256" --data photos/ --base DIR --out small
+"""
+NOT_METHODS = ("quickstart",)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs `mep compare`."""
+    options = _options().parse_args(list(argv))
+    methods = _methods(options.methods)
+    _check(options)
+    from mep_lightning.bases import identify
+    from mep_lightning.commands.chatter import quiet_after_imports
+    from mep_lightning.comparison.folder import ComparisonFolder
+
+    quiet_after_imports()
+    folder = ComparisonFolder(Path(options.out).expanduser())
+    family = identify(options.base).family
+    if options.data is None and family != "tiny":
+        raise UserError(
+            "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
+        )
+    shared = _shared(options)
+    subjects = _subjects(options, folder, lambda: folder.claim(shared))
+    cells = [_cell(folder, options, *which) for which in _all(methods, subjects, options)]
+    done = folder.records()
+    todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]
+    print(
+        f"{len(methods)} methods on {len(subjects)} subjects from {options.seeds} seeds: {len(cells)} cells, "
+        f"{len(cells) - len(todo)} of them done. Everything goes to {folder.root}.",
+        flush=True,
+    )
+    try:
+        _run_all(todo, folder, options)
+    finally:
+        written = _write(folder, methods, subjects, options)
+    print(written, flush=True)
+    return 0
+
+
+def _options() -> Options:
+    parser = Options("compare", "Trains and scores methods on the same subjects, and compares them.", EPILOG)
+    parser.add_argument(
+        "--methods", nargs="+", required=True, metavar="NAME", help="recipes, or YAML files; a,b or a b"
+    )
+    parser.add_argument("--data", metavar="ROOT", help="a folder with a folder of photos a subject")
+    parser.add_argument("--subjects", type=int, metavar="N", help="how many: the first N (default: all of ROOT, or 3)")
+    parser.add_argument("--only", metavar="A,B", help="which of ROOT's subjects")
+    parser.add_argument("--seeds", type=int, default=1, metavar="S", help="how many seeds (default 1)")
+    parser.add_argument("--base", default="tiny", metavar="ID_OR_DIR", help="default: tiny")
+    parser.add_argument("--max-steps", type=int, metavar="K", help="steps of every method (default: each one's own)")
+    parser.add_argument("--fit", default="", metavar="WORDS", help="more settings for every `mep fit`, in one string")
+    parser.add_argument("--images-per-prompt", type=int, default=4, metavar="K", help="default 4")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one a line, {} where the subject goes (default: the papers')"
+    )
+    parser.add_argument("--clip", metavar="ID_OR_DIR", help="CLIP checkpoint of the scores, as for `mep test`")
+    parser.add_argument("--dino", metavar="ID_OR_DIR", help="DINO checkpoint of the scores, as for `mep test`")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--workers", type=int, default=1, metavar="W", help="cells at once, a process each (default 1)")
+    parser.add_argument("--threads", type=int, metavar="T", help="of each process (default: torch's own)")
+    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="that a cell may take")
+    parser.add_argument("--retry", action="store_true", help="run failed cells again")
+    return parser
+
+
+def _check(options: Namespace) -> None:
+    for name in ("seeds", "images_per_prompt", "workers"):
+        value = getattr(options, name)
+        refuse_unless(value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
+    for name in ("max_steps", "subjects", "threads"):
+        value = getattr(options, name)
+        refuse_unless(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
+    refuse_unless(options.seeds < SEEDS, "--seeds", options.seeds, "fewer")
+    fine = options.timeout is None or options.timeout > 0
+    refuse_unless(fine, "--timeout", options.timeout, "minutes above 0")
+
+
+def _methods(words: Sequence[str]) -> dict[str, Path]:
+    """What the table calls each method -> its recipe.
+
+    Raises:
+        UserError: one is neither a recipe nor a file; the message lists the recipes.
+    """
+    known = [name for name in recipe_names() if "/" not in name and name not in NOT_METHODS]
+    names = [name for word in words for name in word.split(",") if name]
+    found: dict[str, Path] = {}
+    for name in names:
+        is_file = Path(name).expanduser().is_file()
+        if not (is_file or name in known):
+            guess = f"did you mean {near}? " if (near := nearest(name, known)) else ""
+            raise UserError(f"--methods {name}: there is no such method; {guess}There are {', '.join(known)}.")
+        label = Path(name).stem if is_file else name
+        if label in found:
+            raise UserError(f"--methods {name}: {label} is named twice; name it once.")
+        found[label] = find_recipe(name)
+    if not found:
+        raise UserError(f"--methods names none; there are {', '.join(known)}.")
+    return found
+
+
+def _subjects(options: Namespace, folder: ComparisonFolder, claim: Callable[[], None]) -> list[Subject]:
+    """Who is compared on; the folder is claimed once they are known, and before photos are written into it."""
+    from mep_lightning.comparison.subjects import chosen, embedded, found_in
+
+    if options.data is None:
+        if options.only:
+            raise UserError(
+                "--only chooses from --data ROOT; for the tiny world's subjects say how many, --subjects N."
+            )
+        return embedded(options.subjects or 3, folder.photos, claim)
+    subjects = found_in(Path(options.data).expanduser())
+    if options.only:
+        subjects = chosen(subjects, [name for name in options.only.split(",") if name])
+    claim()
+    return subjects[: options.subjects]
+
+
+def _shared(options: Namespace) -> dict[str, Any]:
+    """What all cells of a comparison have in common."""
+    from mep_lightning.commands.test import read_prompts
+
+    return {
+        "base": options.base,
+        "data": None if options.data is None else str(Path(options.data).expanduser().resolve()),
+        "max_steps": options.max_steps,
+        "fit": options.fit,
+        "images_per_prompt": options.images_per_prompt,
+        "prompts": read_prompts(Path(options.prompts).expanduser()) if options.prompts else None,
+        "clip": options.clip,
+        "dino": options.dino,
+    }
+
+
+def _all(
+    methods: dict[str, Path], subjects: Sequence[Subject], options: Namespace
+) -> list[tuple[str, Path, Subject, int]]:
+    """Every cell, a whole round of methods on a subject after the other: a table of all methods is there early."""
+    return [
+        (method, recipe, subject, seed)
+        for seed in range(options.seeds)
+        for subject in subjects
+        for method, recipe in methods.items()
+    ]
+
+
+def _cell(folder: ComparisonFolder, options: Namespace, method: str, recipe: Path, subject: Subject, seed: int) -> Cell:
+    from mep_lightning.comparison.cells import Cell
+
+    run = folder.run(method, subject.name, seed).resolve()
+    fit = ["--config", str(recipe), "--run", str(run), "--model.base", options.base, "--model.seed", str(seed)]
+    fit += ["--data.path", str(subject.photos.resolve()), "--data.class_word", subject.class_word]
+    fit += ["--samples.count", "1", "--samples.every", "0"]
+    fit += [] if options.max_steps is None else ["--trainer.max_steps", str(options.max_steps)]
+    test = ["--run", str(run), "--images-per-prompt", str(options.images_per_prompt), "--seed", str(1000 * seed)]
+    for name in ("prompts", "clip", "dino"):
+        value = getattr(options, name)
+        test += [] if value is None else [f"--{name}", str(value)]
+    return Cell(method, subject.name, seed, run, [*fit, *shlex.split(options.fit)], test)
+
+
+def _run_all(cells: Sequence[Cell], folder: ComparisonFolder, options: Namespace) -> None:
+    from tqdm import tqdm
+
+    from mep_lightning.comparison.workers import run_all
+
+    again = "Carry on with the same command."
+    seconds = None if options.timeout is None else 60 * options.timeout
+    with tqdm(total=len(cells), desc="Cells", unit="cell", disable=None) as bar:
+        try:
+            every = run_all(cells, folder.logs, workers=options.workers, timeout=seconds, threads=options.threads)
+            with closing(every) as ended:
+                for cell, record in ended:
+                    folder.keep({"method": cell.method, "subject": cell.subject, "seed": cell.seed, **record})
+                    bar.update()
+                    bar.write(f"{cell.name}: {_told(record)}", file=sys.stdout)
+        except KeyboardInterrupt:
+            bar.write(f"Stopped; cells that are done are kept, and what the others trained. {again}", file=sys.stderr)
+            raise
+
+
+def _told(record: dict[str, Any]) -> str:
+    """What came of a cell."""
+    scores = [f"{key} {record[key]:.3f}" for key in ("clip_t", "clip_i", "dino") if record.get(key) is not None]
+    return str(record["error"]) if "error" in record else ", ".join(scores)
+
+
+def _write(folder: ComparisonFolder, methods: dict[str, Path], subjects: Sequence[Subject], options: Namespace) -> str:
+    """The table in three forms, and the page; which of them there are, in a sentence."""
+    from mep_lightning.comparison.report import write_all
+
+    return write_all(folder, list(methods), subjects, options.base)

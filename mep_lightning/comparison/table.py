@@ -1,0 +1,135 @@
+"""The table of a comparison: a row a method, with the mean and the spread of its cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from mep_lightning.errors import human
+
+Record = Mapping[str, Any]
+"""A cell's: method, subject, seed and what it came to."""
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _size(value: float) -> str:
+    return human(round(value)) if value >= 2**20 else f"{value / 1000:.2f} kB"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "clip_t": ("CLIP-T", _score),
+    "clip_i": ("CLIP-I", _score),
+    "dino": ("DINO", _score),
+    "dino_inter": ("DINO inter", _score),
+    "training_planned": ("training, planned", _size),
+    "training_bytes": ("training", _size),
+    "inference_planned": ("drawing, planned", _size),
+    "inference_bytes": ("drawing", _size),
+    "storage": ("file", _size),
+    "steps": ("steps", lambda value: f"{value:.0f}"),
+    "steps_per_second": ("steps/s", _figure),
+    "minutes": ("minutes", _figure),
+    "seconds_per_image": ("s/picture", _figure),
+}
+"""Key -> what it is called, and how it is written; bytes of tensors and files, minutes of training."""
+MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
+"""Those of which the mean and its spread over seeds are given; of the others the median, of bytes the largest."""
+LARGEST = ("training_bytes", "inference_bytes", "storage")
+
+
+def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """A row for every method, in their order.
+
+    Args:
+        records: of all cells that have one.
+        methods: in the table's order.
+        planned: `training_planned` and `inference_planned` of methods, in bytes.
+
+    Returns:
+        Rows of `method`, `cells`, `failed`, the columns' values (None where nothing is known) and, of scores, `spread`:
+        the standard deviation over seeds of the mean over subjects (None of a single seed).
+    """
+    known = list(records)
+    found = []
+    for method in methods:
+        mine = [record for record in known if record["method"] == method]
+        good = [record for record in mine if "error" not in record]
+        row: dict[str, Any] = {"method": method, "cells": len(good), "failed": len(mine) - len(good)}
+        row["spread"] = {}
+        for key in COLUMNS:
+            values = [record[key] for record in good if _is_number(record.get(key))]
+            if key in MEANS:
+                row[key], row["spread"][key] = _mean(good, key)
+            elif key in planned.get(method, {}):
+                row[key] = planned[method][key]
+            else:
+                middle = max if key in LARGEST else statistics.median
+                row[key] = middle(values) if values else None
+        found.append(row)
+    return found
+
+
+def _mean(records: Sequence[Record], key: str) -> tuple[float | None, float | None]:
+    """The mean over seeds of the mean over subjects, and the standard deviation of the latter."""
+    by_seed: dict[int, list[float]] = {}
+    for record in records:
+        if _is_number(record.get(key)):
+            by_seed.setdefault(record["seed"], []).append(record[key])
+    means = [statistics.mean(values) for values in by_seed.values()]
+    if not means:
+        return None, None
+    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def written(row: Mapping[str, Any], key: str) -> str:
+    """A value as a table shows it."""
+    if row[key] is None:
+        return "–"
+    text = COLUMNS[key][1](row[key])
+    spread = row["spread"].get(key)
+    return text if spread is None else f"{text} ± {COLUMNS[key][1](spread)}"
+
+
+def shown(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of which something is known."""
+    return [key for key in COLUMNS if any(row[key] is not None for row in found)]
+
+
+def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    keys = shown(found)
+    lines = [["method", *(COLUMNS[key][0] for key in keys), "cells"]]
+    lines += [[row["method"], *(written(row, key) for key in keys), counted(row)] for row in found]
+    head = f"| {' | '.join(lines[0])} |\n|{'---|' * len(lines[0])}\n"
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
+
+
+def counted(row: Mapping[str, Any]) -> str:
+    """How many cells there are, and how many failed."""
+    return f"{row['cells']} ({row['failed']} failed)" if row["failed"] else str(row["cells"])
+
+
+def as_csv(found: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as CSV: values in bytes, seconds and minutes, spreads in columns of their own."""
+    buffer = io.StringIO()
+    names = ["method", *(name for key in COLUMNS for name in ([key, f"{key}_spread"] if key in MEANS else [key]))]
+    writer = csv.DictWriter(buffer, [*names, "cells", "failed"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in found:
+        writer.writerow({**row, **{f"{key}_spread": row["spread"].get(key) for key in MEANS}})
+    return buffer.getvalue()

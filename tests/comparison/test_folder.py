@@ -1,0 +1,48 @@
+"""A comparison's folder: whose it is, and that no record is lost."""
+
+import pytest
+
+from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.errors import UserError
+
+WHAT = {"base": "tiny", "max_steps": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = ComparisonFolder(tmp_path / "out")
+    made.claim(WHAT)
+    return made
+
+
+def record(seed, **more):
+    return {"method": "a", "subject": "ball", "seed": seed, **more}
+
+
+def test_the_last_record_of_a_cell_counts(folder):
+    for one in (record(0, error="x"), record(1, dino=0.5), record(0, dino=0.25)):
+        folder.keep(one)
+    assert folder.records() == {("a", "ball", 0): record(0, dino=0.25), ("a", "ball", 1): record(1, dino=0.5)}
+
+
+def test_half_a_line_costs_its_own_cell_alone(folder):
+    folder.keep(record(0, dino=0.5))
+    with open(folder.cells, "a") as file:
+        file.write('{"method": "a", "subj')
+    folder.keep(record(2, dino=0.5))
+    assert {key[2] for key in folder.records()} == {0, 2}
+
+
+def test_another_comparison_is_refused(folder):
+    folder.claim(WHAT)
+    with pytest.raises(UserError, match="holds a comparison with max_steps None, not 5: give another folder"):
+        folder.claim(WHAT | {"max_steps": 5})
+    folder.described.write_text("{")
+    with pytest.raises(UserError, match="comparison.json is damaged"):
+        folder.claim(WHAT)
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds other things than a comparison: give a new folder"):
+        ComparisonFolder(tmp_path).claim(WHAT)

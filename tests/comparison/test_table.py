@@ -1,0 +1,62 @@
+"""The table: means and spreads of cells, in three forms."""
+
+import csv
+import io
+
+import pytest
+
+from mep_lightning.comparison import table
+
+FIGURES = {"training_bytes": 3 * 2**20, "inference_bytes": None, "storage": 700, "steps": 5, "steps_per_second": 2.0}
+FIGURES |= {"minutes": 0.5, "seconds_per_image": 1.25}
+
+
+def record(method, subject, seed, score, **figures):
+    scores = {"clip_t": score, "clip_i": score, "dino": score, "dino_inter": None}
+    return {"method": method, "subject": subject, "seed": seed, **scores, **FIGURES, **figures}
+
+
+RECORDS = [
+    record("a", "ball", 0, 0.2),
+    record("a", "cube", 0, 0.4),
+    record("a", "ball", 1, 0.5, training_bytes=5 * 2**20),
+    record("a", "cube", 1, 0.5, minutes=2.5),
+    {"method": "a", "subject": "fish", "seed": 1, "error": "out of memory", "kind": "memory"},
+    record("b", "ball", 0, float("nan")),
+]
+
+
+@pytest.fixture
+def rows():
+    return table.rows(RECORDS, ["b", "a", "c"], {"a": {"training_planned": 2**30, "inference_planned": 2**20}})
+
+
+def test_scores_are_means_over_seeds_of_means_over_subjects(rows):
+    _, a, _ = rows
+    assert a["clip_i"] == pytest.approx((0.3 + 0.5) / 2)
+    assert a["spread"]["clip_i"] == pytest.approx(0.2 / 2**0.5)
+    assert (a["cells"], a["failed"]) == (4, 1)
+    assert a["training_bytes"] == 5 * 2**20 and a["minutes"] == 0.5 and a["training_planned"] == 2**30
+
+
+def test_what_is_not_known_is_none(rows):
+    b, a, c = rows
+    assert [row["method"] for row in rows] == ["b", "a", "c"]
+    assert b["clip_i"] is None and b["training_planned"] is None and a["inference_bytes"] is None
+    assert c["cells"] == c["failed"] == 0 and c["dino"] is None
+
+
+def test_markdown_shows_columns_of_which_something_is_known(rows):
+    lines = table.as_markdown(rows).splitlines()
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert "DINO inter" not in header and "drawing" not in header and header[-1] == "cells"
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells[0] == "a" and cells[header.index("CLIP-I")] == "0.400 ± 0.141"
+    assert cells[header.index("training, planned")] == "1.00 GiB" and cells[-1] == "4 (1 failed)"
+    assert cells[header.index("file")] == "0.70 kB"
+
+
+def test_csv_has_plain_numbers(rows):
+    found = list(csv.DictReader(io.StringIO(table.as_csv(rows))))
+    assert float(found[1]["clip_i"]) == pytest.approx(0.4) and found[1]["clip_i_spread"].startswith("0.14")
+    assert found[1]["training_bytes"] == str(5 * 2**20) and found[0]["clip_i"] == ""
