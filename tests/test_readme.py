@@ -34,6 +34,7 @@ def parse_only(monkeypatch):
     monkeypatch.setattr(learned, "open_learned", stop)
     monkeypatch.setattr("mep_lightning.plan.plan", stop)
     monkeypatch.setattr("mep_lightning.commands.budget.plan", stop)
+    monkeypatch.setattr("mep_lightning.commands.compare._subjects", stop)
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError
-from mep_lightning.estimators.perturbation import Members
+from mep_lightning.estimators.perturbation import HERE, Members
 
 PREFIX = "mep."
 """What our keys in a file's metadata start with."""
@@ -139,6 +139,27 @@ class Adapter(nn.Module, ABC):
 
         super()._apply(move, recurse)
         return self
+
+
+class LayerAdapter(Adapter):
+    """An adapter that stands in layers of the U-Net, which read from one place who asks (`Members`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: dict[str, Any] = {}
+        self._standing: Any = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self._layers.values())
+
+    @contextmanager
+    def at(self, members: Members) -> Iterator[None]:
+        self._standing.members = members
+        try:
+            yield
+        finally:
+            self._standing.members = HERE
 
 
 def take_shapes(part: nn.ParameterDict, state_dict: Mapping[str, Tensor], prefix: str) -> None:

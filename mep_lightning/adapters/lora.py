@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_export, take_shapes
+from mep_lightning.adapters.adapter import LayerAdapter, read_export, take_shapes
 from mep_lightning.adapters.targets import keep_rows_together, matching, undotted
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
-from mep_lightning.estimators.perturbation import HERE, Members
 from mep_lightning.run_folder import replacing
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
-class LoRA(Adapter):
+class LoRA(LayerAdapter):
     """W x becomes W x + (alpha / rank) B A x in the layers that are targeted; W stays frozen, in whatever precision.
 
     Args:
@@ -64,9 +63,8 @@ class LoRA(Adapter):
         self.freeze_down, self.seed = freeze_down, seed
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.scale, self.first_id = 1.0, 0
-        self._layers: dict[str, LoRALinear | LoRAConv2d] = {}
+        self._layers: dict[str, LoRALinear | LoRAConv2d]
         self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
-        self._standing: Any = None
 
     # -- in the base ---------------------------------------------------------------------------------------------------
 
@@ -115,22 +113,10 @@ class LoRA(Adapter):
             _restore(unet, set(self._layers.values()))
         self._layers, self._within = {}, []
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        return list(self._layers.values())
-
     def numbered(self) -> dict[int, nn.Parameter]:
         """Every A, then every B."""
         both = enumerate([*self.down.values(), *self.up.values()], self.first_id)
         return {param_id: theta for param_id, theta in both if theta.requires_grad}
-
-    @contextmanager
-    def at(self, members: Members) -> Iterator[None]:
-        self._standing.members = members
-        try:
-            yield
-        finally:
-            self._standing.members = HERE
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import Adapter, read_export, take_shapes
+from mep_lightning.adapters.adapter import LayerAdapter, read_export, take_shapes
 from mep_lightning.adapters.targets import keep_rows_together, matching, undotted
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
-from mep_lightning.estimators.perturbation import HERE, Members
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 from mep_lightning.run_folder import replacing
 
@@ -30,7 +29,7 @@ FILE = "scales.safetensors"
 OUTPUT, INPUT = ".scale", ".input_scale"
 
 
-class QuantizationScales(Adapter):
+class QuantizationScales(LayerAdapter):
     """The scales of an int8 U-Net's linear layers and convolutions.
 
     Args:
@@ -53,8 +52,6 @@ class QuantizationScales(Adapter):
         self.token, self.input_channels = token, input_channels
         self.targets = None if targets is None else list(targets)
         self.output, self.input = nn.ParameterDict(), nn.ParameterDict()
-        self._layers: dict[str, Any] = {}
-        self._standing: Any = None
 
     # -- in the base ---------------------------------------------------------------------------------------------------
 
@@ -112,22 +109,10 @@ class QuantizationScales(Adapter):
             del layer.scales
         self._layers = {}
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        return list(self._layers.values())
-
     def numbered(self) -> dict[int, nn.Parameter]:
         """Those of outputs, then those of inputs."""
         both = enumerate([*self.output.values(), *self.input.values()])
         return {param_id: theta for param_id, theta in both if theta.requires_grad}
-
-    @contextmanager
-    def at(self, members: Members) -> Iterator[None]:
-        self._standing.members = members
-        try:
-            yield
-        finally:
-            self._standing.members = HERE
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -45,8 +45,7 @@ def run(argv: Sequence[str]) -> int:
 
     quiet_after_imports()
     folder = ComparisonFolder(Path(options.out).expanduser())
-    family = identify(options.base).family
-    if options.data is None and family != "tiny":
+    if options.data is None and identify(options.base).family != "tiny":
         raise UserError(
             "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -166,16 +166,10 @@ class FiniteDifferenceEstimator(ZerothOrderEstimator):
     def around(self, step: int) -> Members:
         return Members(self.probes, self.step_size, self.seed or 0, step)
 
-    def weigh(
-        self,
-        loss_fn: Callable[[Members], Tensor],
-        dims: int,
-        step: int = 0,
-        parameters: Mapping[int, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def weigh(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """As `ZerothOrderEstimator.weigh`, in whole fp32 products: TF32's 10 bits drown a difference."""
         with whole_products():
-            return super().weigh(loss_fn, dims, step, parameters)
+            return super().weigh(*given, **named)
 
     def spread(self, losses: Tensor) -> Tensor:
         """std(L) / mu, over all members (FZOO: over the perturbed ones); population standard deviation."""
