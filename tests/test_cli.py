@@ -49,7 +49,7 @@ def test_help_all_shows_every_setting(capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "mend"), [("fti", "did you mean fit?"), ("xyzzy", "there are fit, test, predict, plan, doctor.")]
+    ("word", "mend"), [("fti", "did you mean fit?"), ("xyzzy", "there are fit, test, predict, compare, plan, doctor.")]
 )
 def test_an_unknown_command(word, mend, capsys):
     assert main([word]) == 2
