@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from mep_lightning.errors import CheckpointError, UserError
-from mep_lightning.estimators import CMAES
 
 IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
@@ -29,7 +28,7 @@ def describe(module: Any) -> dict[str, Any]:
         "subspace": module.subspace.state_dict() if module.subspace else None,
         "horizon": module.horizon,
         "hollow": _hollow(module),
-        "search": module.estimator.state_dict() if isinstance(module.estimator, CMAES) else None,
+        "estimators": [one.state_dict() for one in module.estimators],
     }
 
 

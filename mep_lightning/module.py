@@ -44,7 +44,7 @@ from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import CMAES, Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
@@ -260,9 +260,8 @@ class PersonalizationModule(LightningModule):
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
         self.timesteps.follow(base.scheduler.alphas_cumprod)
         self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
-        if isinstance(self.estimator, CMAES):
-            assert isinstance(self.adapter, TokenEmbedding)
-            self.estimator.follow(partial(self.adapter.vocabulary, base))
+        for one in self.estimators:
+            one.begin(self.adapter, base)
         if self.hollow is not None:
             self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base
@@ -449,5 +448,5 @@ class PersonalizationModule(LightningModule):
         self.horizon = checkpoint["mep"].get("horizon")
         if self.subspace:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
-        if isinstance(self.estimator, CMAES):
-            self.estimator.load_state_dict(checkpoint["mep"]["search"])
+        for one, state in zip(self.estimators, checkpoint["mep"].get("estimators", []), strict=False):
+            one.load_state_dict(state)

@@ -3,7 +3,7 @@
 import pytest
 
 from mep_lightning import phases
-from mep_lightning.phases import phase
+from mep_lightning.phases import Stopwatch, phase
 
 
 class Notes:
@@ -54,3 +54,27 @@ def test_without_observers_the_body_runs(monkeypatch):
     monkeypatch.setattr(phases, "observers", [])
     with phase("load") as nothing:
         assert nothing is None
+
+
+def test_a_stopwatch_leaves_out_what_happens_between_two_steps(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def passes(name, seconds):
+        with phase(name):
+            now[0] += seconds
+
+    with Stopwatch() as watch:
+        passes("load", 5.0)
+        for _ in range(3):
+            passes("step", 0.25)
+            now[0] += 0.25  # of the loop
+        passes("sample", 8.0)
+        with phase("sample"):
+            passes("load", 1.0)
+        passes("step", 0.25)
+        passes("save", 4.0)
+    passes("step", 1.0)  # it has been put away
+    assert watch.steps == 4 and watch.steps_per_second == pytest.approx(2.0)
+    assert watch.seconds == {"load": 6.0, "step": 1.0, "sample": 9.0, "save": 4.0}
+    assert Stopwatch().steps_per_second is None

@@ -121,7 +121,7 @@ class Adapter(nn.Module, ABC):
 
     def move_in(self, base: Base) -> None:
         """Become what stands in the base's layers; whatever stood there leaves."""
-        if base.guest is not None:
+        if base.guest is not None and base.guest is not self:
             base.guest.detach()
         base.guest = self
 

@@ -100,7 +100,7 @@ def _record(cell: Cell) -> dict[str, Any]:
         **{name: scores[name] for name in SCORES},
         **measured,
         "storage": sum(path.stat().st_size for path in _exported(folder)),
-        "steps": watch.steps,
+        "steps": None if begun else watch.steps,
         "steps_per_second": watch.steps_per_second,
         "minutes": None if begun else trained / 60,
         "seconds_per_image": drawing.seconds["sample"] / max(pictures, 1),

@@ -8,6 +8,7 @@ vocabulary's standard deviation along it, so that sigma 1 draws tokens about as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -67,6 +68,9 @@ class CMAES(Estimator):
         if self.population == "auto":
             raise UserError("CMAES.population is 'auto' outside a module; set it, such as population=20")
         return int(self.population)
+
+    def begin(self, adapter: Any, base: Any) -> None:
+        self.follow(partial(adapter.vocabulary, base))
 
     def follow(self, vocabulary: Callable[[], Tensor]) -> None:
         """What the search's directions come from: answers embeddings [N, D] of words, once they are needed."""

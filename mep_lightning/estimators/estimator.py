@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,23 @@ class Estimator(ABC):
 
     seed: int | None
     """What the directions are drawn from; None is the owning module's to fill in, and 0 where there is none."""
+
+    def begin(self, adapter: Any, base: Any) -> None:
+        """Look at what will be trained, once it is attached to its base, and before the first step."""
+        return  # most need not
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside (seed, step), as tensors and plain values: nothing, mostly."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` answered.
+
+        Raises:
+            ValueError: it is another estimator's.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, and was given {', '.join(state)}")
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
 from mep_lightning.draws import Draw, step_generator
-from mep_lightning.estimators import CMAES, Backprop, Estimator, ZerothOrderEstimator
+from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
@@ -268,7 +268,7 @@ def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) ->
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
     elif isinstance(estimator, ZerothOrderEstimator):
         estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
-    elif isinstance(estimator, CMAES):  # what it computes itself is on the host
+    elif estimator.moves_itself:  # a search's own arithmetic is on the host
         with torch.no_grad():
             module.losses(module.adapter.numbered()[0].expand(estimator.members, -1, -1), draw)
     else:

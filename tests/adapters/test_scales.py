@@ -7,11 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, QuantizationScales
-from mep_lightning.bases import load_base
+from mep_lightning.bases import load_base, predict_noise
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import ForwardGradientEstimator, RandomGradientEstimator, SPSAEstimator
 from mep_lightning.estimators.perturbation import HERE, direction
 from mep_lightning.quantization import Int8Conv2d, Int8Linear, integer_products
+from tests.bases.test_streaming import Poisoned
 from tests.personalizing import fitted
 
 BOTH = pytest.mark.parametrize("both", [False, True], ids=["output", "output and input"])
@@ -176,6 +177,23 @@ def test_integer_products_multiply_with_the_trained_scales(base):
     with integer_products():
         rounded = predicted(base)
     assert not torch.equal(plain, rounded) and (plain - rounded).norm() < 0.1 * plain.norm()
+
+
+@BOTH
+def test_streamed_weights_give_the_same_gradients(both):
+    found = []
+    for streams in (False, True):
+        base = load_base("tiny", "int8", vae=False)
+        if streams:
+            Poisoned(base.unet, torch.device("cpu"))
+        adapter = QuantizationScales(input_channels=both)
+        adapter.attach(base)
+        moved(adapter)
+        for _ in range(2):  # the second pass finds its weights fetched ahead
+            adapter.zero_grad()
+            predict_noise(base.unet, *inputs(), checkpointing=True).square().sum().backward()
+        found.append([theta.grad for theta in adapter.numbered().values()])
+    assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
 
 
 @BOTH

@@ -4,39 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.func import jvp
 from torch.nn import functional as F
 
 from mep_lightning import kernels
-from mep_lightning.errors import UserError
-from mep_lightning.tangents import Dual, rule
+from mep_lightning.tangents import Dual
 from mep_lightning.tangents.dual import PLAIN, RULES
-
-N = 3
-
-
-def dual(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Dual(torch.randn(1 + N, *shape, generator=generator, dtype=torch.float64))
-
-
-def expected(function, *duals):
-    """Value and tangents by `torch.func.jvp`, one direction after the other."""
-    values = tuple(d.value.contiguous() for d in duals)  # group norm's own tangent does not bear channels last
-    along = [jvp(function, values, tuple(d.tangents[i].contiguous() for d in duals)) for i in range(N)]
-    return torch.stack([along[0][0], *(tangent for _, tangent in along)])
-
-
-def check(function, *duals, **tolerances):
-    with torch.no_grad():
-        found = function(*duals)
-    assert isinstance(found, Dual) and found.shape == found.stack.shape[1:]
-    torch.testing.assert_close(found.stack, expected(function, *duals), **tolerances)
-
-
-def randn(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-
+from tests.carried import N, check, dual, expected, randn
 
 MASK = torch.tensor([True, False, True])
 
@@ -278,51 +251,11 @@ def test_value_and_tangents_round_apart_in_w8a8():
 # -- nothing is dropped ------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_function_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="torch.*cumsum has no rule for tangents: use a finite difference"):
-        torch.cumsum(dual(3), 0)
-    with pytest.raises(NotImplementedError, match="fft_fft has no rule"):
-        torch.fft.fft(dual(3))
-    with pytest.raises(NotImplementedError, match="copy_"):
-        torch.zeros(3, dtype=torch.float64).copy_(dual(3))
-
-
-def test_a_custom_op_is_refused_where_functional_jvp_answers_zero():
-    @torch.library.custom_op("mep_test::triple", mutates_args=())
-    def triple(x: torch.Tensor) -> torch.Tensor:
-        return 3 * x
-
-    x = dual(4)
-    with pytest.raises(NotImplementedError, match="triple"):
-        triple(x)
-    rule(triple._opoverload)(lambda x: Dual(triple(x.stack)))
-    try:
-        check(triple_exact := lambda x: 3 * x, x)
-        torch.testing.assert_close(triple(x).stack, expected(triple_exact, x))
-    finally:
-        del RULES[triple._opoverload]
-
-
 def test_what_is_no_tangents_may_take_their_place_and_dtype():
     x = dual(3).to(torch.float32)
     for made in (MASK.to(x), MASK.type_as(x)):
         assert type(made) is torch.Tensor and made.dtype == torch.float32
     assert randn(3, 1).view_as(x).shape == (3,)
-
-
-def test_calls_that_no_rule_knows_are_refused_by_name():
-    x = dual(3)
-    with pytest.raises(NotImplementedError, match="softmax is called in a way that has no rule"):
-        torch.softmax(x, -1, out=torch.empty(3, dtype=torch.float64))
-    with pytest.raises(NotImplementedError, match="linear is called in a way that has no rule"):
-        F.linear(input=randn(2, 3), weight=dual(4, 3))
-    with pytest.raises(UserError, match="a norm whose own weight or bias has tangents"):
-        F.layer_norm(randn(2, 3), (3,), x)
-
-
-def test_a_backward_pass_through_them_is_refused():
-    with pytest.raises(UserError, match="under torch.no_grad"):
-        Dual(torch.randn(2, 3, requires_grad=True) * 2)
 
 
 def test_half_precisions_extremes_have_slopes():
@@ -335,16 +268,6 @@ def test_pictures_keep_their_memory_format():
     plain = randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     for y in (torch.cat([x, plain], 1), x + plain[:, :, :1, :1], x * x, F.silu(x)):
         assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_what_jvp_would_answer_with_zero_is_not():
-    q, k, v = (randn(3, 1, 2, 5, 4) for _ in range(3))
-    answer, moved = jvp(lambda x: kernels.attention_tangents(x, k, v), (q,), (randn(3, 1, 2, 5, 4) + 1,))
-    reference = jvp(lambda x: kernels.attention_tangents.reference(x, k, v), (q,), (randn(3, 1, 2, 5, 4) + 1,))
-    assert moved.abs().max() > 1e-2
-    torch.testing.assert_close((answer, moved), reference)
-    with pytest.raises(NotImplementedError, match="rounds and has no derivative"):
-        jvp(lambda x: kernels.quantize_rows(x)[1], (randn(2, 3),), (randn(2, 3),))
 
 
 def test_attention_of_unlike_shapes_is_refused_or_held_whole():
@@ -388,21 +311,6 @@ def test_arrays_as_indices_mean_what_they_mean_to_torch():
     check(lambda x: x[i], x)
 
 
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (lambda x: torch.exp(x, out=torch.empty(3, dtype=torch.float64)), "exp"),
-        (lambda x: x.H, "H has no rule"),
-        (lambda x: x.view(torch.int64), "view"),
-        (lambda x: torch.zeros(3, dtype=torch.float64).mul_(x), "mul_|in place"),
-        (lambda x: torch.clamp(x, min=torch.zeros(3)), "clamp"),
-    ],
-)
-def test_refusals_name_the_function(call, name):
-    with pytest.raises(NotImplementedError, match=name):
-        call(dual(3))
-
-
 def test_losses_by_hand_have_rules():
     y = randn(2, 3)
     for reduction in ("mean", "sum", "none"):
@@ -418,28 +326,6 @@ def test_losses_by_hand_have_rules():
     torch.testing.assert_close(twice.stack, (dual(2, 3) * y).stack)
     assert dual(3).half().dtype == torch.float16 and dual(3).bfloat16().dtype == torch.bfloat16
     assert dual(2, 4, 5, 6).to(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "drop",
-    [
-        lambda x: x.to(torch.int64),
-        lambda x: x.item(),
-        lambda x: x.numpy(),
-        lambda x: x.tolist(),
-        lambda x: float(x.sum()),
-        lambda x: torch.zeros_like(x.value).copy_(x),
-        lambda x: torch.zeros_like(x).__setitem__(0, x[0]),
-        lambda x: F.dropout(x, 0.5),
-        lambda x: torch.randn(3)[x],
-        lambda x: torch.where(x, 1.0, 2.0),
-        lambda x: x.data,
-        lambda x: bool(x.sum() > 0),
-    ],
-)
-def test_ways_out_of_the_tangents_are_closed(drop):
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        drop(dual(3))
 
 
 def test_shapes_and_places_are_the_values():
