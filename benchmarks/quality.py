@@ -113,8 +113,9 @@ LORAS: dict[str, Settings] = {
 Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
 """
 SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "forward": FORWARD, "loras": LORAS}
-SWITCHES = {"sg": ("tau", "nu"), "puts": ("puts_low", "puts_high")}
+SWITCHES = {"sg": ("tau", "nu"), "conditioning": ("share", "every"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
+SUBSPACES = {"sg": "SubspaceGradient", "conditioning": "ConditioningSubspace"}
 
 
 def resolve(settings: Settings) -> Settings:
@@ -123,7 +124,7 @@ def resolve(settings: Settings) -> Settings:
 
     bounds = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in SWITCHES["puts"]}
     resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | settings
-    unused = {key for switch, keys in SWITCHES.items() if not settings[switch] for key in keys}
+    unused = {key for switch, keys in SWITCHES.items() if not settings.get(switch) for key in keys}
     unused.add("sampling_batch")  # every cell draws in the same batches, and a picture is the same in any
     return {key: value for key, value in resolved.items() if key not in unused}
 
@@ -147,7 +148,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
         precision=settings["precision"],
         adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
         estimator=part(getattr(parts, settings["estimator"])),
-        subspace=parts.SubspaceGradient(settings["tau"], settings["nu"]) if settings["sg"] else None,
+        subspace=next((part(getattr(parts, SUBSPACES[key])) for key in SUBSPACES if settings.get(key)), None),
         selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
         low_resolution=settings.get("low_resolution"),
         checkpointing=settings.get("checkpointing", False),

@@ -44,7 +44,7 @@ from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, SubspaceGradient, ZerothOrderEstimator
+from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, Subspace, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
@@ -62,7 +62,7 @@ class PersonalizationModule(LightningModule):
         precision: what the base's weights are kept in: "fp32", "bf16", "fp16", "int8" or "int4".
         adapter: what is trained; a `TokenEmbedding` by default.
         estimator: where the gradient comes from; `Backprop` by default.
-        subspace: a `SubspaceGradient` that denoises it, or None.
+        subspace: a `SubspaceGradient` or `ConditioningSubspace` that denoises it, or None.
         timesteps: which timesteps are drawn; all by default (the `PUTS` callback narrows them).
         selector: takes a branch in every step, `estimator` at the data's resolution or `low_estimator` at
             `low_resolution`; None always takes the first.
@@ -100,7 +100,7 @@ class PersonalizationModule(LightningModule):
         precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32",
         adapter: Adapter | None = None,
         estimator: Estimator | None = None,
-        subspace: SubspaceGradient | None = None,
+        subspace: Subspace | None = None,
         timesteps: TimestepSampler | None = None,
         selector: Selector | None = None,
         low_estimator: Estimator | None = None,
@@ -149,7 +149,7 @@ class PersonalizationModule(LightningModule):
         self.predict_noise = predict_noise
         self.compiled = compile
         self.graphed: CUDAGraphed | None = None
-        self.method = method or defaults.method_of(self.adapter, self.estimator, selector)
+        self.method = method or defaults.method_of(self.adapter, self.estimator, selector, subspace)
         self.class_word: str | None = None
         self.base: Base | None = None
         self.horizon: int | None = None
@@ -262,6 +262,8 @@ class PersonalizationModule(LightningModule):
         self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
         for one in self.estimators:
             one.begin(self.adapter, base)
+        if self.subspace is not None:
+            self.subspace.begin(self.adapter, base)
         if self.hollow is not None:
             self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base
@@ -310,15 +312,20 @@ class PersonalizationModule(LightningModule):
     def _estimate(self, estimator: Estimator, draw: Draw, optimizer: Optimizer) -> Tensor:
         """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
         subspace, step, trained = self.subspace, self.global_step, self.adapter.numbered()
+        if subspace:
+            subspace.prepare(trained[0])
         size = sum(theta.numel() for theta in trained.values())
         dims = (subspace.dims_left if subspace else None) or size
         if isinstance(estimator, ZerothOrderEstimator) and weighs(estimator):
             assert isinstance(optimizer, FusedZOAdam)
-            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained)
+            seed = estimator.seed or 0
+            along = subspace.directions(seed, step, estimator.count) if subspace else None
+            along = None if along is None else along.to(trained[0].device)
+            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained, along)
             for param_id, theta in trained.items():
                 basis = subspace.basis_on(theta.device) if subspace else None
                 keep = len(trained) == 1  # to be looked at
-                optimizer.receive(theta, weights, estimator.seed or 0, step, param_id, basis, keep)
+                optimizer.receive(theta, weights, seed, step, param_id, basis, keep, along)
             return losses
         if type(estimator).estimate is Backprop.estimate:
             assert isinstance(estimator, Backprop)

@@ -8,7 +8,7 @@ import torch
 from mep_lightning import SubjectData
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import SubspaceGradient
+from mep_lightning.estimators import ConditioningSubspace, SubspaceGradient
 from tests.personalizing import StopAt, fitted, module, trainer
 
 
@@ -30,6 +30,25 @@ def test_a_resumed_run_is_bitwise_the_same(estimator, precision, lr_scheduler, t
     assert second.global_step == 14
     assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
     assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
+
+
+@pytest.mark.parametrize("stopped", [4, 6])
+def test_a_resumed_run_in_a_conditioning_subspace_is_bitwise_the_same(stopped, tmp_path):
+    """Stopped where a new basis is due, and between."""
+
+    def fresh():
+        return module(subspace=ConditioningSubspace(every=4))
+
+    whole, _ = fitted(9, tmp_path, fresh())
+    _, first = fitted(9, tmp_path, fresh(), callbacks=[StopAt(stopped)])
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fresh()
+    trainer(9, tmp_path).fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
+    assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
+    other = module(subspace=SubspaceGradient(), method="zoodip_fast")
+    with pytest.raises(UserError, match="it is damaged, or of another subspace"):
+        trainer(9, tmp_path).fit(other, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize(

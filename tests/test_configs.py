@@ -18,6 +18,7 @@ METHODS = [name for name in RECIPES if "/" not in name]
 def test_the_recipes_that_documents_promise_are_there():
     methods = {"zoodip", "textual_inversion", "textual_inversion_lite", "lora", "lora_r1", "selective", "hollowed_net"}
     assert methods | {
+        "zoodip_fast",
         "dreambooth",
         "qlora",
         "peqa",

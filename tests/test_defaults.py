@@ -15,6 +15,7 @@ EVERYWHERE = list(itertools.product(defaults.METHODS, defaults.FAMILIES, PRECISI
 
 OF_ITS_OWN = {
     "zoodip": {"n", "mu", "tau", "nu", "standardize"},
+    "zoodip_fast": {"n", "mu", "standardize"},
     "lora": {"rank"},
     "lora_r1": {"rank"},
     "qlora": {"rank"},

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mep_lightning.adapters.adapter import Adapter, read_export
-from mep_lightning.bases import Base
+from mep_lightning.bases import Base, condition_on_ids, prompt_ids
 from mep_lightning.bases.tokens import token_rows, with_tokens
 from mep_lightning.errors import UserError
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.run_folder import replacing
+from mep_lightning.tangents import Dual
 
 FILE = "learned_embeds.safetensors"
 XL_KEYS = ("clip_l", "clip_g")
@@ -93,6 +94,16 @@ class TokenEmbedding(Adapter):
         if isinstance(members, Members):
             members = members.of(self.theta)
         return {self.token: self.theta if members is None else members}
+
+    def told(self, base: Base, values: Dual) -> list[Dual]:
+        """What the U-Net is told of values of `theta`, [1, vectors, D] with tangents, in a prompt of the token alone.
+
+        Embeddings [1, T, D'], and of SDXL pooled text [1, P].
+        """
+        ids = prompt_ids(base, [f"a photo of a {self.phrase(self.origin.get('class_word'))}"], self.tokens())
+        with base.borrowed_text_encoders():
+            told = condition_on_ids(base, ids, self.tokens(values))
+        return [part for part in (told.embeds, told.pooled) if isinstance(part, Dual)]
 
     def export(self, directory: Path) -> list[Path]:
         """`learned_embeds.safetensors`: what diffusers' `load_textual_inversion` reads.

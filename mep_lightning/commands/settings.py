@@ -153,7 +153,12 @@ def _flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
 def _method(config: Namespace) -> str:
     """The method whose defaults hold: the recipe's word, or what the parts amount to."""
     if config.model.method is None:
-        parts = {"adapter": "adapters.TokenEmbedding", "estimator": "estimators.Backprop", "selector": None}
+        parts = {
+            "adapter": "adapters.TokenEmbedding",
+            "estimator": "estimators.Backprop",
+            "selector": None,
+            "subspace": None,
+        }
         kinds = [_kind(config.model[key], default) for key, default in parts.items()]
         config.model.method = defaults.method_of(*kinds)
     return str(config.model.method)

@@ -3,11 +3,12 @@
 from mep_lightning.estimators import perturbation
 from mep_lightning.estimators.backprop import Backprop
 from mep_lightning.estimators.cma_es import CMAES
+from mep_lightning.estimators.conditioning import ConditioningSubspace
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.estimators.forward_gradient import ForwardGradientEstimator
 from mep_lightning.estimators.fused_adam import FusedZOAdam
 from mep_lightning.estimators.mixin import ZerothOrderMixin
-from mep_lightning.estimators.subspace import SubspaceGradient
+from mep_lightning.estimators.subspace import Subspace, SubspaceGradient
 from mep_lightning.estimators.zeroth_order import (
     FiniteDifferenceEstimator,
     OnePointEstimator,
@@ -19,6 +20,7 @@ from mep_lightning.estimators.zeroth_order import (
 __all__ = [
     "CMAES",
     "Backprop",
+    "ConditioningSubspace",
     "Estimator",
     "FiniteDifferenceEstimator",
     "ForwardGradientEstimator",
@@ -27,6 +29,7 @@ __all__ = [
     "OnePointEstimator",
     "RandomGradientEstimator",
     "SPSAEstimator",
+    "Subspace",
     "SubspaceGradient",
     "ZerothOrderEstimator",
     "ZerothOrderMixin",

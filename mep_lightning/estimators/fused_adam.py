@@ -28,6 +28,7 @@ class _Told:
     param_id: int
     basis: Tensor | None
     keep: bool
+    along: Tensor | None
 
 
 class FusedZOAdam(Adam):
@@ -65,6 +66,7 @@ class FusedZOAdam(Adam):
         param_id: int,
         basis: Tensor | None = None,
         keep_grad: bool = True,
+        along: Tensor | None = None,
     ) -> None:
         """What the next `step` makes theta's gradient from.
 
@@ -74,8 +76,9 @@ class FusedZOAdam(Adam):
             seed, step, param_id: of the directions e_i, as in `philox_normal`; an id belongs to one parameter.
             basis: P [k, d], what is projected out of it.
             keep_grad: whether the projected gradient is left in `theta.grad`.
+            along: the directions themselves, fp32 [n, d], where they are not those of (seed, step, param_id).
         """
-        self._told[theta] = _Told(weights, seed, step, param_id, basis, keep_grad)
+        self._told[theta] = _Told(weights, seed, step, param_id, basis, keep_grad, along)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,8 +91,8 @@ class FusedZOAdam(Adam):
             if theta.grad is grad:  # that of an earlier step
                 theta.grad = None
         told = {theta: (self._told.pop(theta), group) for theta, group in self._all() if theta in self._told}
-        alone = len(told) <= ALONE or next(iter(told)).is_cuda
-        if alone:
+        drawn = all(this.along is None for this, _ in told.values())
+        if drawn and (len(told) <= ALONE or next(iter(told)).is_cuda):
             for theta, (this, group) in told.items():
                 self._update(theta, this, group)
             made = {theta: theta.grad for theta in told}
@@ -109,9 +112,14 @@ class FusedZOAdam(Adam):
         return [(theta, group) for group in self.param_groups for theta in group["params"]]
 
     def _give_gradients(self, told: dict[Tensor, _Told]) -> None:
-        """The gradients of many parameters, drawn in few sweeps."""
-        n = max(len(this.weights) for this in told.values())
-        waiting = list(told.items())
+        """The gradients of parameters whose directions are there, and of many others, drawn in few sweeps."""
+        n = max((len(this.weights) for this in told.values()), default=0)
+        waiting = []
+        for theta, this in told.items():
+            if this.along is None:
+                waiting.append((theta, this))
+            else:
+                theta.grad = (this.weights.float() @ this.along).view(theta.shape).to(theta.dtype)
         while waiting:
             together: list[tuple[Tensor, _Told]] = []
             while waiting and (not together or n * sum(theta.numel() for theta, _ in together) < DRAWN_AHEAD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,7 +41,73 @@ def low_variance_basis(path: Tensor, nu: float) -> tuple[Tensor, int]:
     return components[kept:rank], kept
 
 
-class SubspaceGradient:
+class Subspace(ABC):
+    """Where a token's gradient is kept to: what lies outside is noise."""
+
+    AUTO: ClassVar[dict[str, str]] = {}
+
+    def begin(self, adapter: Any, base: Any) -> None:
+        """Look at what will be trained, once it is attached to its base, and before the first step."""
+        return  # not all need it
+
+    def prepare(self, theta: Tensor) -> None:
+        """Get ready for a step at theta; called before every one."""
+        return  # nor this
+
+    @abstractmethod
+    def observe(self, theta: Tensor) -> None:
+        """Take notice of theta after an update."""
+
+    @property
+    @abstractmethod
+    def dims_left(self) -> int | None:
+        """Dimensions of the subspace; None before theta was ever seen."""
+
+    @abstractmethod
+    def kept(self, d: int) -> int:
+        """Numbers that it keeps on the device, of a theta of d elements."""
+
+    def directions(self, seed: int, step: int, n: int) -> Tensor | None:
+        """Directions e_i within it, [n, d] fp32 with E[e e'] the projector onto it, a pure function of (seed, step).
+
+        None where an estimator draws them everywhere, and `basis_on` is projected out afterwards.
+        """
+        return None
+
+    def basis_on(self, device: torch.device) -> Tensor | None:
+        """P [k, d] with orthonormal rows, what is projected out of a gradient along directions from everywhere."""
+        return None
+
+    @abstractmethod
+    def project_(self, grad: Tensor) -> Tensor:
+        """Remove from a gradient what lies outside, in place; returns it."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise resume needs, as tensors and numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was written.
+
+        Raises:
+            CheckpointError: it was written by another subspace, with other settings, or is not whole.
+        """
+
+    def refuse_another(self, state: dict[str, Any], settings: tuple[str, ...]) -> None:
+        """Raise CheckpointError unless a state has all that this one's has, and was written with these settings."""
+        name = type(self).__name__
+        if missing := [key for key in self.state_dict() if key not in state]:
+            raise CheckpointError(f"the checkpoint's {name} lacks {missing[0]}: it is damaged, or of another subspace")
+        for setting in settings:
+            if state[setting] != getattr(self, setting):
+                raise CheckpointError(
+                    f"the checkpoint's {name} has {setting}={state[setting]}, this one {setting}="
+                    f"{getattr(self, setting)}; resume with the same value"
+                )
+
+
+class SubspaceGradient(Subspace):
     """Remembers theta's last tau values and projects their low-variance directions out of a gradient.
 
     Call `observe(theta)` after every update and `project_(grad)` before the next. Nothing is projected until tau values
@@ -102,6 +169,10 @@ class SubspaceGradient:
             basis, self.rank_kept = low_variance_basis(self._path.cpu(), nu)
             self._basis = basis.to(self._path).contiguous()
 
+    def kept(self, d: int) -> int:
+        """The path and its basis."""
+        return 2 * int(self.tau) * d
+
     @torch.no_grad()
     def project_(self, grad: Tensor) -> Tensor:
         """g <- g - P'P g in place; returns grad."""
@@ -129,17 +200,6 @@ class SubspaceGradient:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was written.
-
-        Raises:
-            CheckpointError: it was written with another tau or nu, or is not whole.
-        """
-        if missing := [key for key in self.state_dict() if key not in state]:
-            raise CheckpointError(f"the checkpoint's SubspaceGradient lacks {missing[0]}: it is damaged")
-        if (state["tau"], state["nu"]) != (self.tau, self.nu):
-            raise CheckpointError(
-                f"the checkpoint's SubspaceGradient has tau={state['tau']} and nu={state['nu']}, this one "
-                f"tau={self.tau} and nu={self.nu}; resume with the same values"
-            )
+        self.refuse_another(state, ("tau", "nu"))
         self.seen, self.rank_kept = state["seen"], state["rank_kept"]
         self._path, self._basis = (None if t is None else t.clone() for t in (state["path"], state["basis"]))

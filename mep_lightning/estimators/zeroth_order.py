@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -102,6 +103,7 @@ class ZerothOrderEstimator(Estimator):
         dims: int,
         step: int = 0,
         parameters: Mapping[int, Tensor] | None = None,
+        along: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`estimate` without its last step, of any number of parameters.
 
@@ -110,19 +112,31 @@ class ZerothOrderEstimator(Estimator):
             dims: d, the dimensions left after projection.
             step: the same (seed, step) gives the same directions.
             parameters: parameter id -> parameter, whose noise may be drawn beforehand.
+            along: the directions e_i of one parameter, id 0, fp32 [n, numel], instead of those of (seed, step).
 
         Returns:
             weights [n], g = sum_i weights_i e_i, and the losses [V].
         """
-        heard = self.heard(loss_fn(self.around(step).drawn_for(parameters or {})))
+        members = self.around(step)
+        members = members.drawn_for(parameters or {}) if along is None else replace(members, noise={0: along})
+        heard = self.heard(loss_fn(members))
         return self.weights(heard, dims), heard[: self.members]
 
     @torch.no_grad()
-    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
-        """As `Estimator.estimate`, under no_grad."""
+    def estimate(
+        self,
+        loss_fn: LossFn,
+        theta: Tensor,
+        step: int = 0,
+        dims: int | None = None,
+        along: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Estimator.estimate`, under no_grad; `along` as for `weigh`."""
         theta = theta.detach()
         dims = theta.numel() if dims is None else dims
-        weights, losses = self.weigh(lambda members: loss_fn(members.of(theta)), dims, step)
+        weights, losses = self.weigh(lambda members: loss_fn(members.of(theta)), dims, step, along=along)
+        if along is not None:
+            return (weights.to(along) @ along).view(theta.shape).to(theta.dtype), losses
         return combine(weights, theta, self.seed or 0, step), losses
 
 

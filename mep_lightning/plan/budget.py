@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from mep_lightning.defaults import TOKENS
 from mep_lightning.errors import UserError
 from mep_lightning.plan.rows import Row
 
@@ -27,7 +28,7 @@ PREFERENCE = (
     ("tuneqdm",),
     ("peqa",),
     ("selective",),
-    ("zoodip",),
+    ("zoodip_fast", "zoodip"),
     ("gf_ti",),
     ("dreambooth",),
 )
@@ -35,7 +36,7 @@ PREFERENCE = (
 need many times the steps; a LoRA before a token, as it holds more of the subject; last the one that takes most and, in
 the papers, gives no more."""
 BITS = ("fp32", "bf16", "fp16", "int8", "int4")
-PRECISION_PREFERENCE = {"zoodip": ("fp32", "int8", "bf16", "fp16", "int4")}  # half precision drowns a small mu
+PRECISION_PREFERENCE = dict.fromkeys(TOKENS, ("fp32", "int8", "bf16", "fp16", "int4"))  # half precision drowns mu
 SWITCHES = ("method", "precision", "offload", "checkpointing")
 
 

@@ -216,7 +216,7 @@ def state(module: PersonalizationModule) -> list[Tensor]:
         for _ in range(2)
     ]
     if module.subspace is not None:
-        kept += [torch.zeros(int(module.subspace.tau), theta.numel()) for theta in trained for _ in range(2)]
+        kept += [torch.zeros(module.subspace.kept(theta.numel())) for theta in trained]
     return kept
 
 

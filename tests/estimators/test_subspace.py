@@ -162,7 +162,7 @@ def test_a_saved_state_does_not_change_as_the_run_goes_on():
 
 @pytest.mark.parametrize("other", [SubspaceGradient(tau=5, nu=1e-3), SubspaceGradient(tau=4, nu=1e-2)])
 def test_a_checkpoint_of_other_settings_is_refused(other):
-    with pytest.raises(UserError, match=r"tau=4 and nu=0.001, this one tau="):
+    with pytest.raises(UserError, match=r"has (tau|nu)=.*, this one (tau|nu)="):
         other.load_state_dict(filled(walk(4, 6)).state_dict())
 
 
