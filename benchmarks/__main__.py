@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
         suite.add_argument("--split", choices=["test", "tune"], default="test")
+    suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
@@ -151,6 +152,12 @@ def _branches(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return branches.run()
 
 
+def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import published
+
+    return published.run()
+
+
 def _tiny(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import tiny
 
@@ -176,6 +183,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "memory": _memory,
     "kernels": _kernels,
     "fidelity": _fidelity,
+    "published": _published,
     "branches": _branches,
     "tiny": _tiny,
     "quality": _cells,

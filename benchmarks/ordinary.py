@@ -50,7 +50,8 @@ def as_it_comes_(unet: UNet2DConditionModel) -> None:
     for part in unet.modules():
         if isinstance(part, FeedForward):
             part.__class__ = FeedForward
-    unet.to(memory_format=torch.contiguous_format)
+    for weight in unet.parameters():
+        weight.data = weight.data.contiguous()
 
 
 def plainly_dequantizing_(module: nn.Module) -> None:

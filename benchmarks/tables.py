@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.fidelity import CARRIED
+from benchmarks.published import OURS, USED
 from benchmarks.quality import SCORES
 from benchmarks.rows import Row
 
@@ -131,6 +132,24 @@ def measured(rows: list[Row]) -> str:
     return markdown(["recipe and phase", "measured, GiB", "planned, GiB", "difference"], lines)
 
 
+def published(rows: list[Row]) -> str:
+    """A method a line, GB: the paper's figure, that of a public script and what it is made of, and ours."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        by = {row["metric"]: row for row in rows if row["case"] == case}
+        size = {name: by[name]["value"] for name in ("resident", "gradients", "optimizer", "peak")}
+        rest = size["peak"] - size["resident"] - size["gradients"] - size["optimizer"]
+        used, paper = by[USED]["value"], by[USED]["baseline"]
+        parts = (size["resident"], size["gradients"], size["optimizer"], rest, by[OURS]["value"])
+        lines.append([case, _gb(paper), _gb(used), f"{used / paper - 1:+.0%}", *map(_gb, parts)])
+    header = ["method", "the paper", "a public script", "difference"]
+    return markdown([*header, "of it models", "gradients", "optimizer", "activations and temporaries", "ours"], lines)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
 def _gib(count: float) -> str:
     return f"{count / 2**30:.3f}"
 
@@ -197,6 +216,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory-sd21:planned": planned,
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
+    "published": published,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,
