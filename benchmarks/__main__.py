@@ -70,20 +70,25 @@ def parser() -> argparse.ArgumentParser:
 
     quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
     ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
+    subspace = suites.add_parser("subspace", help="ZOODiP with other settings of Subspace Gradient, likewise")
+    timesteps = suites.add_parser("timesteps", help="Textual Inversion on part of the timesteps, likewise")
     precision = suites.add_parser("precision", help="ZOODiP on the base in every precision, likewise")
     forward = suites.add_parser("forward", help="finite differences and tangents in half precision, likewise")
     loras = suites.add_parser("loras", help="LoRA whole, hollowed and selectively optimised, likewise")
-    for suite in (quality, ablation, precision, forward, loras):
+    for suite in (quality, ablation, subspace, timesteps, precision, forward, loras):
         suite.add_argument(
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
         suite.add_argument("--split", choices=["test", "tune"], default="test")
     suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
+    suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
         (ablation, 3, 3, 2),
+        (subspace, 3, 1, 2),
+        (timesteps, 3, 3, 2),
         (tune, 3, 1, 2),
     ]
     for suite, subjects, seeds, images in sizes:
@@ -152,6 +157,12 @@ def _branches(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return branches.run()
 
 
+def _conditioning(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import conditioning
+
+    return conditioning.run()
+
+
 def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import published
 
@@ -185,9 +196,12 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "fidelity": _fidelity,
     "published": _published,
     "branches": _branches,
+    "conditioning": _conditioning,
     "tiny": _tiny,
     "quality": _cells,
     "ablation": _cells,
+    "subspace": _cells,
+    "timesteps": _cells,
     "precision": _cells,
     "forward": _cells,
     "loras": _cells,

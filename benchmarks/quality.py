@@ -1,4 +1,4 @@
-"""`quality`, `ablation`, `precision`, `forward`, `loras`: train and score methods on subjects of the tiny world.
+"""`quality`, `ablation`, `subspace`, `timesteps` and more: train and score methods on subjects of the tiny world.
 
 A cell is (variant, subject, seed). Every cell trains through `Trainer.fit`, generates the evaluation prompts and is
 scored by the embedded metric encoders; its row is kept at once, so that a stopped run carries on where it was.
@@ -41,6 +41,7 @@ ZOODIP: Settings = {
     "sg": True,
     "puts": True,
 }
+FAST: Settings = ZOODIP | {"method": "zoodip_fast", "normalize": False, "sg": False, "conditioning": True}
 LORA: Settings = BACKPROP | {"method": "lora", "adapter": "LoRA"}
 SELECTIVE: Settings = LORA | {
     "method": "selective",
@@ -55,6 +56,7 @@ METHODS: dict[str, Settings] = {
     "textual_inversion_lite": BACKPROP
     | {"method": "textual_inversion_lite", "precision": "int8", "checkpointing": True},
     "zoodip": ZOODIP,
+    "zoodip_fast": FAST,
 }
 """Every method with its own values and budget."""
 SHORT: Settings = ZOODIP | {"max_steps": 1_000, "puts": False}
@@ -69,11 +71,31 @@ ABLATION: dict[str, Settings] = {
     "n=4": SHORT | {"n": 4},
     "SPSA": SHORT | {"estimator": "SPSAEstimator"},
     "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
+    "SNR timesteps": SHORT | {"timesteps": "SNRTimesteps"},
+    "μ 1e-4": SHORT | {"mu": 1e-4},
+    "μ 1e-2": SHORT | {"mu": 1e-2},
 }
 """ZOODiP with one part changed, in steps that suffice to tell them apart; the first is what the others vary.
 
 On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here.
 """
+SUBSPACES: dict[str, Settings] = {
+    f"τ {tau}, ν {nu:g}": SHORT | {"tau": tau, "nu": nu}
+    for tau in (8, 16, 32, 64, 128)
+    for nu in (1e-1, 1e-2, 1e-3, 1e-4)
+}
+"""The settings of Subspace Gradient (ZOODiP's Table 4), for a token of 128 dimensions instead of 768."""
+RANGES: dict[str, Settings] = {
+    f"{low}..{high}": BACKPROP | {"puts": True, "puts_low": low, "puts_high": high}
+    for low in range(0, 1000, 250)
+    for high in range(low + 250, 1001, 250)
+}
+TIMESTEPS: dict[str, Settings] = RANGES | {
+    "dreambooth": BACKPROP | {"method": "dreambooth", "adapter": "FullUNet"},
+    "dreambooth, 500..1000": BACKPROP
+    | {"method": "dreambooth", "adapter": "FullUNet", "puts": True, "puts_low": 500, "puts_high": 1000},
+}
+"""Textual Inversion on part of the timesteps (ZOODiP's Figures 4 and 7), and DreamBooth (its Table S7)."""
 PRECISIONS: dict[str, Settings] = {
     precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
 }
@@ -112,10 +134,18 @@ LORAS: dict[str, Settings] = {
 
 Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
 """
-SUITES = {"quality": METHODS, "ablation": ABLATION, "precision": PRECISIONS, "forward": FORWARD, "loras": LORAS}
+SUITES = {
+    "quality": METHODS,
+    "ablation": ABLATION,
+    "subspace": SUBSPACES,
+    "timesteps": TIMESTEPS,
+    "precision": PRECISIONS,
+    "forward": FORWARD,
+    "loras": LORAS,
+}
 SWITCHES = {"sg": ("tau", "nu"), "conditioning": ("share", "every"), "puts": ("puts_low", "puts_high")}
 """Parts that a variant may lack, and the settings that are theirs."""
-SUBSPACES = {"sg": "SubspaceGradient", "conditioning": "ConditioningSubspace"}
+PROJECTIONS = {"sg": "SubspaceGradient", "conditioning": "ConditioningSubspace"}
 
 
 def resolve(settings: Settings) -> Settings:
@@ -136,7 +166,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
     """
     from lightning import Trainer
 
-    from mep_lightning import PersonalizationModule, adapters, selection
+    from mep_lightning import PersonalizationModule, adapters, selection, timesteps
     from mep_lightning import estimators as parts
     from mep_lightning.callbacks import PUTS, HollowedActivations
 
@@ -148,7 +178,8 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
         precision=settings["precision"],
         adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
         estimator=part(getattr(parts, settings["estimator"])),
-        subspace=next((part(getattr(parts, SUBSPACES[key])) for key in SUBSPACES if settings.get(key)), None),
+        subspace=next((part(getattr(parts, PROJECTIONS[key])) for key in PROJECTIONS if settings.get(key)), None),
+        timesteps=getattr(timesteps, settings["timesteps"])() if "timesteps" in settings else None,
         selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
         low_resolution=settings.get("low_resolution"),
         checkpointing=settings.get("checkpointing", False),

@@ -200,6 +200,8 @@ def _path_and_way(case: str) -> tuple[str, str]:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": scores,
     "ablation": scores,
+    "subspace": scores,
+    "timesteps": scores,
     "precision": scores,
     "forward": scores,
     "loras": scores,
