@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
+    suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
@@ -163,6 +164,12 @@ def _conditioning(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return conditioning.run()
 
 
+def _paths(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import paths
+
+    return paths.run()
+
+
 def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import published
 
@@ -196,6 +203,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "fidelity": _fidelity,
     "published": _published,
     "branches": _branches,
+    "paths": _paths,
     "conditioning": _conditioning,
     "tiny": _tiny,
     "quality": _cells,

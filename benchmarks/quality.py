@@ -159,10 +159,18 @@ def resolve(settings: Settings) -> Settings:
     return {key: value for key, value in resolved.items() if key not in unused}
 
 
-def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
-    """One run of one method through a Trainer, with resolved settings; `folder` is for what it keeps meanwhile.
+def train(settings: Settings, data: Any, seed: int, folder: str, watching: Iterable[Any] = ()) -> Any:
+    """One run of one method through a Trainer, with resolved settings.
 
-    Returns the trained module.
+    Args:
+        settings: as `resolve` answers.
+        data: a `SubjectData`.
+        seed: of everything that is drawn.
+        folder: for what the run keeps meanwhile.
+        watching: more callbacks.
+
+    Returns:
+        The trained module.
     """
     from lightning import Trainer
 
@@ -199,7 +207,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str) -> Any:
         callbacks.append(HollowedActivations(settings["fraction"], settings["samples"], folder=folder))
     trainer = Trainer(
         max_steps=settings["max_steps"],
-        callbacks=callbacks,
+        callbacks=[*callbacks, *watching],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -1,0 +1,103 @@
+"""`paths`: how tokens get where they go, on subjects of the tiny world: fast or slowly, and in how few dimensions.
+
+Of every run the held-out loss after so many forward passes (ZOODiP's Figure S5, with a number in the place of a
+picture), the share of its path's dimensions that Subspace Gradient keeps (its Figure 8), and how good the learned token
+still is when only the first principal components of its path are left (its Figure 3).
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from benchmarks.quality import BACKPROP, FAST, ZOODIP, Settings, heldout_loss, resolve, train
+from benchmarks.rows import Row, row
+from mep_lightning import SubjectData
+from mep_lightning.tiny.subjects import Subject, subject
+
+BUDGET = 13_500
+"""Forward passes: a quarter of ZOODiP's."""
+MARKS = (450, 900, 1_800, 3_600, 5_400, 7_200, 10_200, BUDGET)
+DIMS = (1, 2, 4, 8, 16, 32, 64, 128)
+NAIVE: Settings = ZOODIP | {"sg": False, "standardize": False, "eps": 1e-8, "max_steps": BUDGET // 9}
+RUNS: dict[str, tuple[Settings, int]] = {
+    "textual_inversion": (BACKPROP, 3),
+    "naive ZO": (NAIVE, 9),
+    "zoodip": (ZOODIP | {"max_steps": BUDGET // 9}, 9),
+    "zoodip, the paper's τ and ν": (ZOODIP | {"max_steps": BUDGET // 9, "tau": 128, "nu": 1e-3}, 9),
+    "zoodip_fast": (FAST, 9),
+}
+"""What is run, and what a step of it counts as in forward passes: a backward pass as two."""
+
+
+class Watch(Callback):
+    """Notes a run's path, its loss at the marks, and what its subspace keeps.
+
+    Args:
+        who: whose unseen photos the loss is of.
+        passes: of a step.
+    """
+
+    def __init__(self, who: Subject, passes: int) -> None:
+        self.who, self.passes = who, passes
+        self.path: list[Tensor] = []
+        self.losses: dict[int, float] = {}
+        self.kept: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.path.append(module.adapter.theta.detach().flatten().double().clone())
+        done = trainer.global_step * self.passes
+        for mark in MARKS:
+            if done >= mark and mark not in self.losses:
+                self.losses[mark] = heldout_loss(module, self.who)
+        subspace = module.subspace
+        if getattr(subspace, "rank_kept", 0) and subspace.seen % subspace.tau == 0:
+            self.kept.append(subspace.rank_kept / subspace.tau)
+
+
+def run(subjects: int = 3) -> list[Row]:
+    """Means over subjects."""
+    found: dict[tuple[str, str], list[float]] = {}
+
+    def note(case: str, metric: str, value: float) -> None:
+        found.setdefault((case, metric), []).append(value)
+
+    for index in range(subjects):
+        who = subject(index)
+        with tempfile.TemporaryDirectory() as folder:
+            for i, photo in enumerate(who.photos()):
+                photo.save(Path(folder) / f"{i}.png")
+            for name, (settings, passes) in RUNS.items():
+                watch = Watch(who, passes)
+                data = SubjectData(folder, class_word=who.class_word, seed=0)
+                module = train(resolve(settings), data, 0, f"{folder}/kept", [watch])
+                for mark, loss in watch.losses.items():
+                    note(f"{name}, {mark} forward passes", "held-out loss", loss)
+                for share in watch.kept:
+                    note(name, "share of the path's dimensions kept", share)
+                if name in ("textual_inversion", "zoodip_fast"):
+                    for k, loss in _truncated(module, who, torch.stack(watch.path)).items():
+                        note(f"{name}, {k} components of its path", "held-out loss", loss)
+                print(f"{who.name}, {name}: {list(watch.losses.values())[-1]:.4f}", flush=True)
+    return [row("paths", case, metric, statistics.mean(values), "") for (case, metric), values in found.items()]
+
+
+def _truncated(module: Any, who: Subject, path: Tensor) -> dict[int, float]:
+    """Held-out loss of the learned token with its first k principal components alone; 0 is where it began."""
+    theta = module.adapter.theta
+    learned, start = theta.detach().clone(), path[0]
+    components = torch.linalg.svd(path - start, full_matrices=False).Vh
+    losses = {}
+    for k in (0, *DIMS):
+        kept = components[:k]
+        values = start + (learned.flatten().double() - start) @ kept.T @ kept
+        theta.data.copy_(values.view_as(theta))
+        losses[k] = heldout_loss(module, who)
+    theta.data.copy_(learned)
+    return losses
