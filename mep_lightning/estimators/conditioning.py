@@ -49,7 +49,7 @@ class ConditioningSubspace(Subspace):
         UserError: a setting out of range.
     """
 
-    def __init__(self, share: float = 0.9, every: int = 50) -> None:
+    def __init__(self, share: float = 0.97, every: int = 50) -> None:
         refuse_unless(0 < share <= 1, "ConditioningSubspace.share", share, "a number above 0 and up to 1")
         refuse_unless(every >= 1, "ConditioningSubspace.every", every, "1 or more")
         self.share, self.every = share, every
