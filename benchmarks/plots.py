@@ -70,6 +70,38 @@ def tangents(figures: Path, picture: Path) -> None:
     pyplot.close(figure)
 
 
+ORDERS = {
+    "the gradients' own": ("#777777", ":"),
+    "the conditioning's Jacobian": ("#1b6ca8", "-"),
+    "random directions": ("#d9822b", "--"),
+}
+"""Which directions are counted first, and how their curves are drawn."""
+
+
+def conditioning(figures: Path, picture: Path) -> None:
+    """How much of a token's gradient lies in the first k directions, in every order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[Row] = json.loads(figures.read_text())["rows"]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for order, (colour, style) in ORDERS.items():
+        found = [row for row in rows if row["case"].startswith(order) and row["metric"] == "of single draws"]
+        dims = [int(row["case"].split(", ")[1].split(" ")[0]) for row in found]
+        axes.plot(dims, [row["value"] for row in found], style, color=colour, marker="o", label=order)
+    axes.set(
+        xscale="log", xlabel="first k of 128 dimensions", ylabel="share of a gradient's squared length", ylim=(0, 1)
+    )
+    axes.set_xticks(ticks := [2, 4, 8, 16, 32, 64], [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(loc="lower right", frameon=False)
+    axes.grid(alpha=0.25)
+    figure.savefig(picture, dpi=130)
+    pyplot.close(figure)
+
+
 def _curve(rows: list[Row], case: str, error: str) -> tuple[list[float], list[float]]:
     found = [row for row in rows if row["case"].startswith(case) and row["metric"].startswith(error)]
     return [float(row["case"].removeprefix(case)) for row in found], [row["value"] for row in found]

@@ -16,7 +16,10 @@ from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENTS = tuple(DOCS / f"{name}.md" for name in ("reproduction", "performance", "memory", "forward-gradients"))
+DOCUMENTS = tuple(
+    DOCS / f"{name}.md"
+    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace")
+)
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "clip_t": "CLIP-T",
@@ -54,6 +57,16 @@ def branches(rows: list[Row]) -> str:
         for way in dict.fromkeys(w for _, w in cosines)
     ]
     return markdown(["gradient", *timesteps], lines)
+
+
+def listened(rows: list[Row]) -> str:
+    """A share a line: how many dimensions hold it, and how much of a gradient is in them."""
+    values = {(row["case"], row["metric"]): row["value"] for row in rows if row["case"].startswith("share ")}
+    lines = [
+        [case.removeprefix("share "), f"{values[case, 'dimensions']:.0f}", f"{values[case, 'of single draws']:.1%}"]
+        for case in dict.fromkeys(case for case, _ in values)
+    ]
+    return markdown(["share of ‖J‖²", "dimensions of 128", "of a gradient's squared length"], lines)
 
 
 def objectives(rows: list[Row]) -> str:
@@ -206,6 +219,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "forward": scores,
     "loras": scores,
     "branches": branches,
+    "conditioning": listened,
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
     "step": speeds,
@@ -256,5 +270,5 @@ def write() -> None:
     """All documents and their plots."""
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
-    for name in ("fidelity", "tangents"):
-        getattr(plots, name)(results("fidelity"), DOCS / "images" / f"{name}.png")
+    for name, figures in (("fidelity", "fidelity"), ("tangents", "fidelity"), ("conditioning", "conditioning")):
+        getattr(plots, name)(results(figures), DOCS / "images" / f"{name}.png")

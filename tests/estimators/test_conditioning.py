@@ -39,7 +39,7 @@ def following(lengths, share=0.9, every=50):
 
 @pytest.mark.parametrize(
     ("lengths", "share", "k"),
-    [([3.0, 1.0], 0.9, 1), ([3.0, 1.0], 0.95, 2), ([1.0] * 10, 0.45, 5), ([1.0] * 10, 1.0, 10), ([2.0], 1.0, 1)],
+    [([3.0, 1.0], 0.85, 1), ([3.0, 1.0], 0.95, 2), ([1.0] * 10, 0.45, 5), ([1.0] * 10, 1.0, 10), ([2.0], 1.0, 1)],
 )
 def test_as_many_dimensions_as_hold_the_share(lengths, share, k):
     turn, made = following(lengths, share)
