@@ -87,20 +87,26 @@ class ConditioningSubspace(Subspace):
         self._made = self.seen
 
     def _gram(self, theta: Tensor) -> Tensor:
-        """J'J of the sketched conditioning, float64 [d, d]."""
+        """J'J of the sketched conditioning, float64 [d, d], on the CPU."""
+        rows = [self._along(theta, first) for first in range(0, theta.numel(), TOGETHER)]
+        jacobian = torch.cat([row.cpu() for row in rows]).double()  # [d, parts * WIDTH]
+        return jacobian @ jacobian.T
+
+    @torch.no_grad()
+    def _along(self, theta: Tensor, first: int) -> Tensor:
+        """Sketched derivatives of what is told along TOGETHER of theta's coordinates, fp32 [.., parts * WIDTH]."""
         if self._conditioned is None:
             raise UserError("ConditioningSubspace has nothing to follow: call begin(adapter, base) or follow()")
-        d, rows = theta.numel(), []
-        for first in range(0, d, TOGETHER):
-            count = min(TOGETHER, d - first)
-            stack = theta.new_zeros(1 + count, d)
-            stack[0] = theta.detach().flatten()
-            stack[range(1, 1 + count), range(first, first + count)] = TANGENT
-            told = self._conditioned(Dual(stack.view(1 + count, 1, *theta.shape)))
-            parts = [sketch(part.stack[1:].flatten(1), index) for index, part in enumerate(told)]
-            rows.append(torch.cat([part.cpu() for part in parts], dim=1))
-        jacobian = torch.cat(rows).double() / TANGENT  # [d, parts * WIDTH]
-        return jacobian @ jacobian.T
+        d = theta.numel()
+        count = min(TOGETHER, d - first)
+        stack = theta.new_zeros(1 + count, d)
+        stack[0] = theta.detach().flatten()
+        stack[1:, first : first + count].fill_diagonal_(TANGENT)
+        told = self._conditioned(Dual(stack.view(1 + count, 1, *theta.shape)))
+        return torch.cat([sketch(part.tangents.flatten(1), i) for i, part in enumerate(told)], dim=1) / TANGENT
+
+    def rehearse(self, theta: Tensor) -> None:
+        self._along(theta, 0)
 
     # -- what it is for ------------------------------------------------------------------------------------------------
 

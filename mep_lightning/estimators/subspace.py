@@ -54,6 +54,10 @@ class Subspace(ABC):
         """Get ready for a step at theta; called before every one."""
         return  # nor this
 
+    def rehearse(self, theta: Tensor) -> None:
+        """Compute as much at once as `prepare` does, for a plan of memory."""
+        return  # nor that
+
     @abstractmethod
     def observe(self, theta: Tensor) -> None:
         """Take notice of theta after an update."""

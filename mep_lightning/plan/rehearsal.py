@@ -264,6 +264,8 @@ def draw_of(module: PersonalizationModule, estimator: Estimator, batch: dict[str
 def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) -> None:
     """What one training step computes, but for the optimizer's part."""
     trained = module.adapter.numbered()
+    if module.subspace is not None:
+        module.subspace.rehearse(trained[0])
     if isinstance(estimator, Backprop):
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
     elif isinstance(estimator, ZerothOrderEstimator):

@@ -28,6 +28,6 @@ def test_a_hollowed_net_on_int8():
 
 
 def test_tokens_and_selective_optimisation_on_int8():
-    small = peaks("sd15", "int8", ["zoodip", "textual_inversion_lite", "selective"])
-    assert small["zoodip"] <= 1.2 * 2**30 and small["textual_inversion_lite"] <= 1.4 * 2**30
+    small = peaks("sd15", "int8", ["zoodip", "zoodip_fast", "textual_inversion_lite", "selective"])
+    assert max(small["zoodip"], small["zoodip_fast"]) <= 1.2 * 2**30 and small["textual_inversion_lite"] <= 1.4 * 2**30
     assert small["selective"] <= 0.32 * peaks("sd15", "fp32", ["lora"])["lora"]  # 68 % below, as the paper's best
