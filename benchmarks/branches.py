@@ -8,15 +8,13 @@ draws of what a step does go along.
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality import LORA, SELECTIVE, resolve, train
+from benchmarks.quality import LORA, SELECTIVE, photos_of, resolve, train
 from benchmarks.rows import Row, row
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.draws import Draw
@@ -60,9 +58,7 @@ def run(draws: int = 64) -> list[Row]:
 
 def _trained() -> tuple[PersonalizationModule, SubjectData]:
     who = subject(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for i, photo in enumerate(who.photos()):
-            photo.save(Path(folder) / f"{i}.png")
+    with photos_of(who) as folder:
         data = SubjectData(folder, class_word=who.class_word, seed=0)
         settings = resolve(LORA | {"max_steps": STEPS, "lr": resolve(SELECTIVE)["lr"]})
         module = train(settings, data, 0, folder)

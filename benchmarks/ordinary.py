@@ -50,8 +50,8 @@ def as_it_comes_(unet: UNet2DConditionModel) -> None:
     for part in unet.modules():
         if isinstance(part, FeedForward):
             part.__class__ = FeedForward
-    for weight in unet.parameters():
-        weight.data = weight.data.contiguous()
+    for tensor in (*unet.parameters(), *unet.buffers()):  # int8 weights are buffers
+        tensor.data = tensor.data.contiguous()
 
 
 def plainly_dequantizing_(module: nn.Module) -> None:

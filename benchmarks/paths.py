@@ -8,15 +8,13 @@ still is when only the first principal components of its path are left (its Figu
 from __future__ import annotations
 
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from benchmarks.quality import BACKPROP, FAST, ZOODIP, Settings, heldout_loss, resolve, train
+from benchmarks.quality import BACKPROP, FAST, ZOODIP, Settings, heldout_loss, photos_of, resolve, train
 from benchmarks.rows import Row, row
 from mep_lightning import SubjectData
 from mep_lightning.tiny.subjects import Subject, subject
@@ -70,9 +68,7 @@ def run(subjects: int = 3) -> list[Row]:
 
     for index in range(subjects):
         who = subject(index)
-        with tempfile.TemporaryDirectory() as folder:
-            for i, photo in enumerate(who.photos()):
-                photo.save(Path(folder) / f"{i}.png")
+        with photos_of(who) as folder:
             for name, (settings, passes) in RUNS.items():
                 watch = Watch(who, passes)
                 data = SubjectData(folder, class_word=who.class_word, seed=0)

@@ -28,6 +28,7 @@ from mep_lightning.commands.budget import recipe
 from mep_lightning.plan.budget import overhead
 from mep_lightning.plan.tracker import LiveBytes
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.quantization.int4 import Int4Linear
 
 GB = 1e9
 LENGTH = 77
@@ -72,7 +73,11 @@ def table(base: Base) -> list[nn.Parameter]:
 
 
 def low_rank(base: Base) -> list[nn.Parameter]:
-    """QLoRA: bitsandbytes packs linear layers, convolutions stay as they are; a LoRA of r = 2."""
+    """QLoRA: bitsandbytes packs the U-Net's linear layers, convolutions stay as they are; a LoRA of r = 2."""
+    for module in list(base.unet.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Int4Linear.from_float(child))
     adapter = LoRA(rank=2)
     adapter.attach(base, "ball")
     return list(adapter.parameters())

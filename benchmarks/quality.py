@@ -14,8 +14,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,13 +151,28 @@ PROJECTIONS = {"sg": "SubspaceGradient", "conditioning": "ConditioningSubspace"}
 
 def resolve(settings: Settings) -> Settings:
     """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
-    from mep_lightning import defaults
+    from mep_lightning import defaults, estimators
 
     bounds = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in SWITCHES["puts"]}
-    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | settings
+    part = parameters_of(estimators.ConditioningSubspace) if settings.get("conditioning") else {}
+    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | part | settings
     unused = {key for switch, keys in SWITCHES.items() if not settings.get(switch) for key in keys}
     unused.add("sampling_batch")  # every cell draws in the same batches, and a picture is the same in any
     return {key: value for key, value in resolved.items() if key not in unused}
+
+
+def parameters_of(kind: Any) -> Settings:
+    """A part's settings with their default values."""
+    return {key: one.default for key, one in signature(kind).parameters.items()}
+
+
+@contextmanager
+def photos_of(who: Any) -> Iterator[str]:
+    """A subject's photos in a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, photo in enumerate(who.photos()):
+            photo.save(Path(folder) / f"{i}.png")
+        yield folder
 
 
 def train(settings: Settings, data: Any, seed: int, folder: str, watching: Iterable[Any] = ()) -> Any:
@@ -252,9 +268,7 @@ def cell(variant: str, settings: Settings, split: str, index: int, seed: int, im
 
     torch.set_num_threads(1)
     who = subject(index, split)
-    with tempfile.TemporaryDirectory() as folder:
-        for i, photo in enumerate(who.photos()):
-            photo.save(Path(folder) / f"{i}.png")
+    with photos_of(who) as folder:
         data = SubjectData(folder, class_word=who.class_word, seed=seed)
         began = time.monotonic()
         module = train(settings, data, seed, f"{folder}/kept")

@@ -161,7 +161,9 @@ class PersonalizationModule(LightningModule):
             if one.seed is None:
                 one.seed = seed
         if self.subspace is not None and not isinstance(self.adapter, TokenEmbedding):
-            raise UserError("model.subspace is for a TokenEmbedding, the path of one vector: leave it out")
+            raise UserError(
+                f"model.subspace is for a TokenEmbedding, not for a {type(self.adapter).__name__}: leave it out"
+            )
         advice.refuse_integers(self)
         advice.refuse_search(self)
         advice.refuse_compiled_tangents(self)
@@ -263,7 +265,9 @@ class PersonalizationModule(LightningModule):
         for one in self.estimators:
             one.begin(self.adapter, base)
         if self.subspace is not None:
-            self.subspace.begin(self.adapter, base)
+            data = getattr(self._trainer, "datamodule", None)
+            texts = data.texts if isinstance(data, SubjectData) else [None]
+            self.subspace.begin(self.adapter, base, self.named(texts[0]) if texts[0] else None)
         if self.hollow is not None:
             self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base
@@ -321,7 +325,8 @@ class PersonalizationModule(LightningModule):
             seed = estimator.seed or 0
             along = subspace.directions(seed, step, estimator.count) if subspace else None
             along = None if along is None else along.to(trained[0].device)
-            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained, along)
+            own = {} if along is None else {"along": along}
+            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained, **own)
             for param_id, theta in trained.items():
                 basis = subspace.basis_on(theta.device) if subspace else None
                 keep = len(trained) == 1  # to be looked at

@@ -47,7 +47,7 @@ def test_a_resumed_run_in_a_conditioning_subspace_is_bitwise_the_same(stopped, t
     assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
     assert torch.equal(whole.subspace.basis, resumed.subspace.basis)
     other = module(subspace=SubspaceGradient(), method="zoodip_fast")
-    with pytest.raises(UserError, match="it is damaged, or of another subspace"):
+    with pytest.raises(UserError, match="it is damaged, or another's"):
         trainer(9, tmp_path).fit(other, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
 
 

@@ -95,12 +95,14 @@ class TokenEmbedding(Adapter):
             members = members.of(self.theta)
         return {self.token: self.theta if members is None else members}
 
-    def told(self, base: Base, values: Dual) -> list[Dual]:
-        """What the U-Net is told of values of `theta`, [1, vectors, D] with tangents, in a prompt of the token alone.
+    def told(self, base: Base, values: Dual, text: str | None = None) -> list[Dual]:
+        """What the U-Net is told of values of `theta`, [1, vectors, D] with tangents.
 
-        Embeddings [1, T, D'], and of SDXL pooled text [1, P].
+        Embeddings [1, T, D'], and of SDXL pooled text [1, P]; `text` is a prompt that holds the token, by default
+        "a photo of a <sks> ball".
         """
-        ids = prompt_ids(base, [f"a photo of a {self.phrase(self.origin.get('class_word'))}"], self.tokens())
+        text = text or f"a photo of a {self.phrase(self.origin.get('class_word'))}"
+        ids = prompt_ids(base, [text], self.tokens())
         with base.borrowed_text_encoders():
             told = condition_on_ids(base, ids, self.tokens(values))
         return [part for part in (told.embeds, told.pooled) if isinstance(part, Dual)]

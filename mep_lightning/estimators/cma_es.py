@@ -7,8 +7,8 @@ vocabulary's standard deviation along it, so that sigma 1 draws tokens about as 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -70,7 +70,8 @@ class CMAES(Estimator):
         return int(self.population)
 
     def begin(self, adapter: Any, base: Any) -> None:
-        self.follow(partial(adapter.vocabulary, base))
+        held = weakref.ref(base)  # a base that is replaced must not be held here
+        self.follow(lambda: adapter.vocabulary(held()))
 
     def follow(self, vocabulary: Callable[[], Tensor]) -> None:
         """What the search's directions come from: answers embeddings [N, D] of words, once they are needed."""

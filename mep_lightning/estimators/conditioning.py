@@ -2,18 +2,19 @@
 
 A loss sees a token through what the U-Net is told alone, L(theta) = F(c(theta)), so that its gradient J' grad F lies
 where J = dc/dtheta is not small. Text encoders answer to few of a token's hundreds of dimensions, and are small beside
-a U-Net: all of J costs a handful of the U-Net's forward passes, as tangents, without a backward pass. Its right
-singular vectors tell beforehand, for all photos, noises and timesteps, where a gradient can be.
+a U-Net: all of J costs about as much as a dozen of the U-Net's forward passes (SD1.5), as tangents, without a backward
+pass. Its right singular vectors tell beforehand, for all photos, noises and timesteps, where a gradient can be.
 
-Directions drawn there, orthogonal to one another, leave sqrt(k / n) of an estimate's length to chance, instead of
-sqrt((d + n - 1) / n); SG (`SubspaceGradient`) looks for such dimensions in the token's noisy path.
+An estimate along n directions drawn there, orthogonal to one another, is sqrt(k / n) times as long as the gradient's
+part in those k dimensions; along n independent ones of all d, sqrt((d + n + 1) / n) times. SG (`SubspaceGradient`)
+looks for such dimensions in the token's noisy path.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.estimators.perturbation import TANGENT
 from mep_lightning.estimators.subspace import Subspace
 from mep_lightning.kernels import philox_normal
-from mep_lightning.tangents import Dual
+from mep_lightning.tangents import Dual, NoRuleError
 
 TOGETHER = 32
 """Tangents that are carried in one pass: a text encoder's activations stay small beside a U-Net's."""
 WIDTH = 4096
-"""What a tangent of the conditioning is sketched to: SDXL's would take 1.3 GB, 2,048 of 159,000 numbers each."""
+"""Numbers to which a tangent of the conditioning is sketched, at least: SDXL's 2,048 of 159,000 would take 1.3 GB."""
+PER_DIMENSION = 8
+"""Or this many for each of theta's elements: a sketch cannot hold more dimensions than it has numbers."""
 ROUNDING = 1e-6
 """Of the energy, in fp32: what is less is not listened to, whatever the share."""
 TOKEN = 0
@@ -60,9 +63,10 @@ class ConditioningSubspace(Subspace):
 
     # -- where it comes from -------------------------------------------------------------------------------------------
 
-    def begin(self, adapter: Any, base: Any) -> None:
-        """Follow what a base is told of a token."""
-        self.follow(partial(adapter.told, base))
+    def begin(self, adapter: Any, base: Any, text: str | None = None) -> None:
+        """Follow what a base is told of a token, in a prompt such as a step's."""
+        held = weakref.ref(base)  # a base that is replaced must not be held here
+        self.follow(lambda theta: adapter.told(held(), theta, text))
 
     def follow(self, conditioned: Conditioned) -> None:
         """What theta becomes before the costly part; it must carry tangents."""
@@ -73,13 +77,17 @@ class ConditioningSubspace(Subspace):
         """Make the basis at theta, where one is due.
 
         Raises:
-            UserError: nothing was given to follow, or what is told does not hang on theta.
+            UserError: nothing was given to follow, what is told does not hang on theta, or theta is not finite.
         """
         if self._basis is not None and (self.seen % self.every or self._made == self.seen):
             return
+        if not theta.isfinite().all():
+            raise UserError("the trained values are no longer finite; lower lr, or raise a mu")
         gram = self._gram(theta)
-        if not (gram.isfinite().all() and gram.trace() > 0):
-            raise UserError("what the text encoders answer is not finite, or not of the token: is it in the prompts?")
+        if not gram.isfinite().all():
+            raise UserError("what the text encoders answer is not finite: set model.activations fp32, or lower lr")
+        if not gram.trace() > 0:
+            raise UserError("ConditioningSubspace follows what does not change with theta: follow() something else")
         energy, vectors = torch.linalg.eigh(gram)
         held = energy.flip(0).clamp_min(0).cumsum(0) / energy.clamp_min(0).sum()
         k = min(int((held < self.share * (1 - ROUNDING)).sum()) + 1, len(gram))
@@ -88,13 +96,13 @@ class ConditioningSubspace(Subspace):
 
     def _gram(self, theta: Tensor) -> Tensor:
         """J'J of the sketched conditioning, float64 [d, d], on the CPU."""
-        rows = [self._along(theta, first) for first in range(0, theta.numel(), TOGETHER)]
-        jacobian = torch.cat([row.cpu() for row in rows]).double()  # [d, parts * WIDTH]
+        rows = [self._along(theta, first).cpu() for first in range(0, theta.numel(), TOGETHER)]
+        jacobian = torch.cat(rows).double()  # [d, widths added up]
         return jacobian @ jacobian.T
 
     @torch.no_grad()
     def _along(self, theta: Tensor, first: int) -> Tensor:
-        """Sketched derivatives of what is told along TOGETHER of theta's coordinates, fp32 [.., parts * WIDTH]."""
+        """Sketched derivatives of what is told along TOGETHER of theta's elements, fp32 [TOGETHER, widths added up]."""
         if self._conditioned is None:
             raise UserError("ConditioningSubspace has nothing to follow: call begin(adapter, base) or follow()")
         d = theta.numel()
@@ -102,8 +110,15 @@ class ConditioningSubspace(Subspace):
         stack = theta.new_zeros(1 + count, d)
         stack[0] = theta.detach().flatten()
         stack[1:, first : first + count].fill_diagonal_(TANGENT)
-        told = self._conditioned(Dual(stack.view(1 + count, 1, *theta.shape)))
-        return torch.cat([sketch(part.tangents.flatten(1), i) for i, part in enumerate(told)], dim=1) / TANGENT
+        try:
+            told = list(self._conditioned(Dual(stack.view(1 + count, 1, *theta.shape))))
+        except NoRuleError as error:
+            why = str(error).partition(":")[0]
+            raise UserError(f"ConditioningSubspace cannot follow this base: {why}; set model.subspace null") from error
+        if not told or not all(isinstance(part, Dual) for part in told):
+            raise UserError("ConditioningSubspace follows what lost its tangents: follow() what is computed of theta")
+        width = max(WIDTH, PER_DIMENSION * d)
+        return torch.cat([sketch(part.tangents.flatten(1), width, i) for i, part in enumerate(told)], dim=1) / TANGENT
 
     def rehearse(self, theta: Tensor) -> None:
         self._along(theta, 0)
@@ -143,7 +158,11 @@ class ConditioningSubspace(Subspace):
         if self._basis is None:
             return grad
         basis = self._basis.to(grad)
-        return grad.copy_((basis.T @ (basis @ grad.flatten())).view_as(grad))
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad.copy_((basis.T @ (basis @ grad.flatten())).view_as(grad))
+
+    def basis_on(self, device: torch.device) -> Tensor | None:
+        return None  # directions lie within
 
     def state_dict(self) -> dict[str, Any]:
         basis = None if self._basis is None else self._basis.clone()
@@ -151,18 +170,21 @@ class ConditioningSubspace(Subspace):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.refuse_another(state, ("share", "every"))
-        self.seen, self._made, self._basis = state["seen"], state["made"], state["basis"]
+        self.seen, self._made = state["seen"], state["made"]
+        self._basis = None if state["basis"] is None else state["basis"].clone()
 
 
-def sketch(x: Tensor, index: int = 0) -> Tensor:
-    """A count sketch, [N, M] -> [N, WIDTH] fp32, which keeps inner products up to a few percent; as it is if shorter.
+def sketch(x: Tensor, width: int, index: int = 0) -> Tensor:
+    """A count sketch, [N, M] -> [N, width] fp32, which keeps inner products up to a few percent; as it is if shorter.
 
-    Every column is added with a random sign to one of WIDTH (Charikar, Chen and Farach-Colton 2002).
+    Columns in random order and with random signs are dealt round `width` sums (Charikar, Chen and Farach-Colton 2002),
+    in an order that does not hang on a GPU's threads.
     """
-    x = x.float()
-    if x.shape[1] <= WIDTH:
+    x, count = x.float(), x.shape[1]
+    if count <= width:
         return x
     generator = torch.Generator().manual_seed(index)
-    place = torch.randint(WIDTH, (x.shape[1],), generator=generator).to(x.device)
-    sign = (2.0 * torch.randint(2, (x.shape[1],), generator=generator) - 1).to(x.device)
-    return x.new_zeros(len(x), WIDTH).index_add_(1, place, x * sign)
+    order = torch.randperm(count, generator=generator).to(x.device)
+    sign = (2.0 * torch.randint(2, (count,), generator=generator) - 1).to(x.device)
+    dealt = torch.nn.functional.pad((x * sign)[:, order], (0, -count % width))
+    return dealt.view(len(x), -1, width).sum(1)

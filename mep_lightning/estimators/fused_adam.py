@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from mep_lightning.estimators.perturbation import DRAWN_AHEAD
-from mep_lightning.kernels import philox_normals, zo_step_
+from mep_lightning.kernels import philox_normals, subspace_project_, zo_step_
 
 ALONE = 4
 """Parameters up to which each has its own launch on a CPU; more are updated together."""
@@ -35,7 +35,8 @@ class FusedZOAdam(Adam):
     """`torch.optim.Adam`, to which a gradient may also be told by what the losses said about each direction.
 
     `receive` what an estimator's `weigh` answered, then `step`: parameters that were told of are updated by
-    `kernels.zo_step_`, those with a `grad` as ever, with the same state. A checkpoint of either optimizer is read by
+    `kernels.zo_step_` (or, with directions of one's own, by a gradient made of them), those with a `grad` as ever, with
+    the same state. A checkpoint of either optimizer is read by
     the other.
 
     Args:
@@ -120,6 +121,8 @@ class FusedZOAdam(Adam):
                 waiting.append((theta, this))
             else:
                 theta.grad = (this.weights.float() @ this.along).view(theta.shape).to(theta.dtype)
+                if this.basis is not None:
+                    subspace_project_(theta.grad, this.basis)
         while waiting:
             together: list[tuple[Tensor, _Told]] = []
             while waiting and (not together or n * sum(theta.numel() for theta, _ in together) < DRAWN_AHEAD):

@@ -46,8 +46,14 @@ class Subspace(ABC):
 
     AUTO: ClassVar[dict[str, str]] = {}
 
-    def begin(self, adapter: Any, base: Any) -> None:
-        """Look at what will be trained, once it is attached to its base, and before the first step."""
+    def begin(self, adapter: Any, base: Any, text: str | None = None) -> None:
+        """Look at what will be trained, once it is attached to its base, and before the first step.
+
+        Args:
+            adapter: what is trained.
+            base: what it is attached to.
+            text: a prompt of a step's, with the subject in it; None where there are no data.
+        """
         return  # not all need it
 
     def prepare(self, theta: Tensor) -> None:
@@ -71,16 +77,17 @@ class Subspace(ABC):
     def kept(self, d: int) -> int:
         """Numbers that it keeps on the device, of a theta of d elements."""
 
+    @abstractmethod
     def directions(self, seed: int, step: int, n: int) -> Tensor | None:
         """Directions e_i within it, [n, d] fp32 with E[e e'] the projector onto it, a pure function of (seed, step).
 
-        None where an estimator draws them everywhere, and `basis_on` is projected out afterwards.
+        Orthogonal to one another, `dims_left` at a time; None where an estimator draws them everywhere, and `basis_on`
+        is projected out afterwards.
         """
-        return None
 
+    @abstractmethod
     def basis_on(self, device: torch.device) -> Tensor | None:
         """P [k, d] with orthonormal rows, what is projected out of a gradient along directions from everywhere."""
-        return None
 
     @abstractmethod
     def project_(self, grad: Tensor) -> Tensor:
@@ -102,7 +109,9 @@ class Subspace(ABC):
         """Raise CheckpointError unless a state has all that this one's has, and was written with these settings."""
         name = type(self).__name__
         if missing := [key for key in self.state_dict() if key not in state]:
-            raise CheckpointError(f"the checkpoint's {name} lacks {missing[0]}: it is damaged, or of another subspace")
+            raise CheckpointError(
+                f"the checkpoint's {name} lacks {missing[0]}: it is damaged, or another's; resume with the run's own"
+            )
         for setting in settings:
             if state[setting] != getattr(self, setting):
                 raise CheckpointError(
@@ -182,6 +191,9 @@ class SubspaceGradient(Subspace):
         """g <- g - P'P g in place; returns grad."""
         basis = self.basis_on(grad.device)
         return grad if basis is None else subspace_project_(grad, basis)
+
+    def directions(self, seed: int, step: int, n: int) -> Tensor | None:
+        return None
 
     def basis_on(self, device: torch.device) -> Tensor | None:
         """P on a device, where a basis from a checkpoint may not be yet; None while nothing is projected out."""

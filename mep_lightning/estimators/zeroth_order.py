@@ -27,7 +27,7 @@ class ZerothOrderEstimator(Estimator):
 
     Args:
         n: how many directions, at least 1; "auto" is what a module takes from its defaults.
-        normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP).
+        normalize: divide by sqrt((d + n - 1) / n), the length of g over that of the gradient it estimates (ZOODiP's).
         standardize: divide by the losses' spread (`spread`), as FZOO (arXiv 2506.09034) does. Differences then make
             steps of about the same length, so that timesteps with small slopes count as much as those with large ones;
             with n = 1 only the slope's sign is left. "auto" as for n.
@@ -81,8 +81,14 @@ class ZerothOrderEstimator(Estimator):
             raise UserError(f"{type(self).__name__}.{setting} is 'auto' outside a module; set it, such as {example}")
         return value
 
-    def weights(self, losses: Tensor, dims: int) -> Tensor:
+    def weights(self, losses: Tensor, dims: int, orthogonal: bool = False) -> Tensor:
         """c_i / n, normalised and standardised where asked for: g = sum_i weights_i e_i. What is heard -> [n].
+
+        Args:
+            losses: what is heard.
+            dims: d, the dimensions left after projection.
+            orthogonal: whether directions are so to one another, d at a time: g is then sqrt(d / n) times as long as
+                the gradient for n up to d, and as long for more.
 
         Raises:
             UserError: standardize still is "auto".
@@ -90,7 +96,7 @@ class ZerothOrderEstimator(Estimator):
         n = self.count
         weights = self.coefficients(losses) / n
         if self.normalize:
-            weights = weights / math.sqrt((dims + n - 1) / n)
+            weights = weights / math.sqrt(max(dims / n, 1.0) if orthogonal else (dims + n - 1) / n)
         if self._known("standardize", "standardize=False"):
             spread = self.spread(losses)
             weights = torch.where(spread == 0, 0.0, weights / spread)  # equal losses tell no direction
@@ -112,15 +118,18 @@ class ZerothOrderEstimator(Estimator):
             dims: d, the dimensions left after projection.
             step: the same (seed, step) gives the same directions.
             parameters: parameter id -> parameter, whose noise may be drawn beforehand.
-            along: the directions e_i of one parameter, id 0, fp32 [n, numel], instead of those of (seed, step).
+            along: the directions e_i of one parameter, id 0, fp32 [n, numel], instead of those of (seed, step);
+                orthogonal to one another, `dims` at a time.
 
         Returns:
             weights [n], g = sum_i weights_i e_i, and the losses [V].
         """
         members = self.around(step)
+        if along is not None and len(along) != self.count:
+            raise UserError(f"{type(self).__name__} asks along {self.count} directions, and was given {len(along)}")
         members = members.drawn_for(parameters or {}) if along is None else replace(members, noise={0: along})
         heard = self.heard(loss_fn(members))
-        return self.weights(heard, dims), heard[: self.members]
+        return self.weights(heard, dims, along is not None), heard[: self.members]
 
     @torch.no_grad()
     def estimate(

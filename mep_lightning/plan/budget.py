@@ -28,7 +28,7 @@ PREFERENCE = (
     ("tuneqdm",),
     ("peqa",),
     ("selective",),
-    ("zoodip_fast", "zoodip"),
+    ("zoodip", "zoodip_fast"),
     ("gf_ti",),
     ("dreambooth",),
 )

@@ -32,6 +32,12 @@ def test_what_the_optimizer_of_a_whole_unet_takes():
     assert rest == pytest.approx(weights, rel=0.1)
 
 
+def test_qloras_linears_are_packed_and_its_convolutions_are_not():
+    linears, packed = 270_000_000 * 4, 270_000_000 * (0.5 + 4 / 64)  # NF4 with an fp32 scale for 64
+    less = rehearsed("dreambooth")["resident"] - rehearsed("qlora")["resident"]
+    assert less == pytest.approx(linears - packed, rel=0.03)
+
+
 def test_scales_in_autograds_sight_keep_every_factor_of_a_weight():
     """Half-precision copies: of the integers, and with a scale per input channel of the product as well."""
     factor = 859_000_000 * 2
