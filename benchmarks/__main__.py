@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import rows, tables
 from benchmarks.quality import SUITES
+from benchmarks.tune import AXES
 
 RESULTS = Path(__file__).parent / "results"
 PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity")
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
     suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
-    tune.add_argument("--method", choices=["textual_inversion", "zoodip"], required=True)
+    tune.add_argument("--method", choices=list(AXES), required=True)
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
         (ablation, 3, 3, 2),
         (subspace, 3, 1, 2),

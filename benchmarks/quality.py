@@ -60,6 +60,14 @@ METHODS: dict[str, Settings] = {
     "zoodip_fast": FAST,
 }
 """Every method with its own values and budget."""
+SCALES: Settings = BACKPROP | {"method": "peqa", "adapter": "QuantizationScales", "precision": "int8"}
+BASELINES: dict[str, Settings] = {
+    "qlora": LORA | {"method": "qlora", "precision": "int4"},
+    "peqa": SCALES,
+    "tuneqdm": SCALES | {"method": "tuneqdm", "input_channels": True},
+    "gf_ti": BACKPROP | {"method": "gf_ti", "estimator": "CMAES", "precision": "int8"},
+}
+"""Methods of ZOODiP's Table 1 whose values are searched here, and that `mep compare` compares."""
 SHORT: Settings = ZOODIP | {"max_steps": 1_000, "puts": False}
 PUTS: Settings = {"puts": True, "puts_low": 500, "puts_high": 900}
 ABLATION: dict[str, Settings] = {
@@ -153,7 +161,8 @@ def resolve(settings: Settings) -> Settings:
     """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
     from mep_lightning import defaults, estimators
 
-    bounds = {key: defaults.lookup("zoodip", "tiny", "int8")[key] for key in SWITCHES["puts"]}
+    narrowing = settings["method"] if settings["method"] in defaults.TOKENS else "zoodip"
+    bounds = {key: defaults.lookup(narrowing, "tiny", "int8")[key] for key in SWITCHES["puts"]}
     part = parameters_of(estimators.ConditioningSubspace) if settings.get("conditioning") else {}
     resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | part | settings
     unused = {key for switch, keys in SWITCHES.items() if not settings.get(switch) for key in keys}

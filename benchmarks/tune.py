@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import METHODS, Settings, run_cells
+from benchmarks.quality import BASELINES, METHODS, Settings, run_cells
 from benchmarks.rows import Row, row
 
 Axis = list[Settings]
@@ -29,6 +29,19 @@ START: dict[str, Settings] = {
         "lr_scheduler": "linear",
         "max_steps": 1_000,
     },
+    "zoodip_fast": {
+        "n": 8,
+        "share": 0.97,
+        "every": 50,
+        "standardize": False,
+        "lr": 1e-2,
+        "lr_scheduler": "linear",
+        "max_steps": 1_500,
+    },
+    "qlora": {"lr": 1e-3},
+    "peqa": {"lr": 1e-5},
+    "tuneqdm": {"lr": 1e-5},
+    "gf_ti": {"dims": 64, "sigma": 1.0},
 }
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
 AXES: dict[str, list[Axis]] = {
@@ -54,6 +67,20 @@ AXES: dict[str, list[Axis]] = {
         ],
         [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (200, 800), (100, 600))],
     ],
+    "zoodip_fast": [
+        [
+            {"lr": lr, "lr_scheduler": name}
+            for lr, name in ((1e-2, "linear"), (5e-3, "linear"), (2e-2, "linear"), (5e-3, "constant"))
+        ],
+        [{"share": share} for share in (0.9, 0.97, 0.99, 1.0)],
+        [{"n": n, "max_steps": steps} for n, steps in ((8, 1_500), (4, 2_700), (16, 800))],  # 13,500 forward passes
+        [{"standardize": one} for one in (False, True)],
+        [{"every": steps} for steps in (50, 200)],
+    ],
+    "qlora": [[{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]],
+    "peqa": [[{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4)]],
+    "tuneqdm": [[{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4)]],
+    "gf_ti": [[{"sigma": sigma} for sigma in (0.3, 1.0, 2.0)], [{"dims": dims} for dims in (16, 64, 128)]],
 }
 
 
@@ -74,7 +101,7 @@ def run(method: str, path: Path, **kwargs: Any) -> list[Row]:
         A row a trial, its objective; the last one repeats the best's, with its settings.
     """
     rows: list[Row] = []
-    best, score = METHODS[method] | START[method], -math.inf
+    best, score = (METHODS | BASELINES)[method] | START[method], -math.inf
     for axis in AXES[method]:
         trials = {" ".join(f"{key}={value}" for key, value in change.items()): best | change for change in axis}
         new = {name: trial for name, trial in trials.items() if trial != best or score == -math.inf}

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import quality, rows, step, tune
 from benchmarks.__main__ import PERFORMANCE, RESULTS, RUN, default_path, main, parser
-from mep_lightning import defaults
+from benchmarks.ordinary import as_it_comes_
+from mep_lightning import defaults, load_base
 
 
 def test_results_say_where_and_with_what_they_were_measured(tmp_path):
@@ -57,6 +58,21 @@ def test_a_default_counts_as_much_as_a_setting(monkeypatch):
     monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"lr": 0.5})])
     assert quality.resolve(quality.ZOODIP) == before | {"lr": 0.5}
     assert quality.resolve(quality.ZOODIP | {"lr": before["lr"]}) == before
+
+
+def test_a_parts_own_default_counts_as_much_as_a_setting(monkeypatch):
+    before = quality.resolve(quality.FAST)
+    assert before["share"] == 0.97 and before["every"] == 50
+    assert quality.resolve(quality.FAST | {"share": 0.5}) == before | {"share": 0.5}
+    assert "share" not in quality.resolve(quality.ZOODIP)
+
+
+def test_the_ordinary_step_has_weights_in_the_common_order():
+    """Ours are channels-last on a CPU, int8 ones too, which are buffers."""
+    base = load_base("tiny", "int8")
+    as_it_comes_(base.unet)
+    weights = [tensor for tensor in (*base.unet.parameters(), *base.unet.buffers()) if tensor.dim() == 4]
+    assert weights and all(tensor.is_contiguous() for tensor in weights)
 
 
 def test_the_step_suite_compares_equal_losses():
@@ -147,5 +163,5 @@ def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", tune.AXES)
 def test_a_search_tries_only_settings_that_there_are(method):
-    known = quality.resolve(quality.METHODS[method]).keys()
+    known = quality.resolve((quality.METHODS | quality.BASELINES)[method]).keys()
     assert all(change.keys() <= known for axis in tune.AXES[method] for change in (*axis, tune.START[method]))
