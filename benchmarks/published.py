@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from benchmarks import made_up
+from benchmarks import made_up, papers
 from benchmarks.ordinary import as_it_comes_, plainly_dequantizing_
 from benchmarks.rows import Row, row
 from mep_lightning import plan
@@ -41,7 +41,6 @@ class Script:
     """How a method is commonly run.
 
     Attributes:
-        paper: GB, ZOODiP's Table 1 (of nvidia-smi, context included).
         ours: the recipe and its precision.
         precision: of U-Net and text encoder.
         dtype: of activations.
@@ -50,7 +49,6 @@ class Script:
         backward: whether there is a backward pass.
     """
 
-    paper: float
     ours: tuple[str, str]
     precision: str
     dtype: torch.dtype
@@ -127,17 +125,22 @@ def nothing(base: Base) -> list[nn.Parameter]:
 
 
 SCRIPTS = {
-    "dreambooth": Script(19.4, ("dreambooth", "fp32"), "fp32", torch.float32, whole, batch=2),
-    "qlora": Script(7.56, ("qlora", "int4"), "fp32", torch.float32, low_rank, batch=2),
-    "peqa": Script(6.31, ("peqa", "int8"), "int8", torch.float16, partial(scales, inputs=False), batch=2),
-    "tuneqdm": Script(8.96, ("tuneqdm", "int8"), "int8", torch.float16, partial(scales, inputs=True), batch=2),
-    "textual_inversion": Script(6.75, ("textual_inversion", "fp32"), "fp32", torch.float32, table),
-    "gf_ti": Script(2.37, ("gf_ti", "int8"), "int8", torch.float32, nothing, backward=False),
-    "zoodip": Script(2.37, ("zoodip", "int8"), "int8", torch.float32, nothing, backward=False),
-    "zoodip, fp16 activations": Script(2.37, ("zoodip", "int8"), "int8", torch.float16, nothing, backward=False),
-    "zoodip, int4": Script(1.9, ("zoodip", "int4"), "int4", torch.bfloat16, nothing, backward=False),
+    "dreambooth": Script(("dreambooth", "fp32"), "fp32", torch.float32, whole, batch=2),
+    "qlora": Script(("qlora", "int4"), "fp32", torch.float32, low_rank, batch=2),
+    "peqa": Script(("peqa", "int8"), "int8", torch.float16, partial(scales, inputs=False), batch=2),
+    "tuneqdm": Script(("tuneqdm", "int8"), "int8", torch.float16, partial(scales, inputs=True), batch=2),
+    "textual_inversion": Script(("textual_inversion", "fp32"), "fp32", torch.float32, table),
+    "gf_ti": Script(("gf_ti", "int8"), "int8", torch.float32, nothing, backward=False),
+    "zoodip": Script(("zoodip", "int8"), "int8", torch.float32, nothing, backward=False),
+    "zoodip, fp16 activations": Script(("zoodip", "int8"), "int8", torch.float16, nothing, backward=False),
+    "zoodip, int4": Script(("zoodip", "int4"), "int4", torch.bfloat16, nothing, backward=False),
 }
 """ZOODiP's Table 1, and its int4. The paper does not say which activations its int8 has; both are here."""
+
+
+def paper(name: str) -> float:
+    """Bytes, of nvidia-smi, context included."""
+    return papers.MEMORY.get(name, papers.MEMORY[name.partition(",")[0]]) * GB
 
 
 def rehearse(script: Script) -> dict[str, int]:
@@ -191,8 +194,8 @@ def run(names: Iterable[str] = SCRIPTS) -> list[Row]:
     for name in names:
         script = SCRIPTS[name]
         found = rehearse(script)
-        rows.append(row("published", name, USED, found["peak"] + overhead("cuda"), "B", script.paper * GB))
+        rows.append(row("published", name, USED, found["peak"] + overhead("cuda"), "B", paper(name)))
         rows += [row("published", name, part, size, "B") for part, size in found.items()]
-        rows.append(row("published", name, OURS, ours(*script.ours) + overhead("cuda"), "B", script.paper * GB))
-        print(f"{name}: {rows[-6]['value'] / GB:.2f} GB, the paper {script.paper:g}", flush=True)
+        rows.append(row("published", name, OURS, ours(*script.ours) + overhead("cuda"), "B", paper(name)))
+        print(f"{name}: {rows[-6]['value'] / GB:.2f} GB, the paper {paper(name) / GB:g}", flush=True)
     return rows

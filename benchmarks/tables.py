@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import papers, plots
 from benchmarks.fidelity import CARRIED
 from benchmarks.published import OURS, USED
 from benchmarks.quality import SCORES
@@ -46,6 +48,35 @@ def scores(rows: list[Row]) -> str:
         lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
     header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
     return markdown([*header, "training, s"] if timed else header, lines)
+
+
+def beside(paper: papers.Table, rows: list[Row]) -> str:
+    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order."""
+    ours = {name: {row["metric"]: row for row in rows if row["case"] == name} for name in paper.rows}
+    metrics = list(next(iter(paper.rows.values())))
+    lines = [
+        [name, *(f"{ours[name][metric]['value']:.3f} ({paper.rows[name][metric]:.3f})" for metric in metrics)]
+        for name in paper.rows
+        if ours[name]
+    ]
+    if len(lines) < len(paper.rows):
+        return "Not measured yet.\n"
+    counts = []
+    for metric in metrics:
+        pairs = [
+            (paper.rows[one][metric] - paper.rows[two][metric], ours[one][metric], ours[two][metric])
+            for one, two in combinations(paper.rows, 2)
+        ]
+        plain = [
+            (theirs, a, b) for theirs, a, b in pairs if abs(a["value"] - b["value"]) > max(a["spread"], b["spread"])
+        ]
+        same, of_plain = (
+            sum(theirs * (a["value"] - b["value"]) > 0 for theirs, a, b in some) for some in (pairs, plain)
+        )
+        counts.append(f"{NAMES[metric]} {same} of {len(pairs)} ({of_plain} of {len(plain)})")
+    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
+    note = "Pairs in the paper's order, and of them those that differ by more than the spread over seeds: "
+    return f"{table}\n{note}{', '.join(counts)}.\n"
 
 
 def branches(rows: list[Row]) -> str:
@@ -220,6 +251,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "loras": scores,
     "branches": branches,
     "conditioning": listened,
+    **{name: partial(beside, table) for name, table in papers.TABLES.items()},
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
     "step": speeds,

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from benchmarks import published
-from benchmarks.published import GB, SCRIPTS, ours
+from benchmarks.published import SCRIPTS, ours, paper
 from mep_lightning.plan.budget import overhead
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def rehearsed(name):
 def test_a_public_script_takes_what_the_paper_says(name):
     """Within 15 %, CUDA's context included, as nvidia-smi's figures are."""
     used = rehearsed(name)["peak"] + overhead("cuda")
-    assert used == pytest.approx(SCRIPTS[name].paper * GB, rel=0.15)
+    assert used == pytest.approx(paper(name), rel=0.15)
 
 
 def test_what_the_optimizer_of_a_whole_unet_takes():
@@ -48,4 +48,4 @@ def test_scales_in_autograds_sight_keep_every_factor_of_a_weight():
 @pytest.mark.parametrize("name", ["textual_inversion", "zoodip"])
 def test_ours_take_less(name):
     script = SCRIPTS[name]
-    assert ours(*script.ours) + overhead("cuda") < script.paper * GB
+    assert ours(*script.ours) + overhead("cuda") < paper(name)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.quality import SCORES
+from benchmarks import papers, tables
+from benchmarks.quality import SCORES, SUITES
 
 TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
 
@@ -41,6 +41,21 @@ def test_a_table_without_figures_says_so(tmp_path):
 def test_every_table_has_a_place():
     texts = [path.read_text() for path in tables.DOCUMENTS]
     assert not [name for name in tables.TABLES if not any(f"<!-- table: {name} -->\n" in text for text in texts)]
+
+
+def test_a_papers_table_stands_beside_ours():
+    paper = papers.Table("Table 9", {"a": {"dino": 0.5}, "b": {"dino": 0.6}, "c": {"dino": 0.7}})
+    values = {"a": (0.10, 0.05), "b": (0.12, 0.01), "c": (0.08, 0.01)}
+    rows = [{"case": k, "metric": "dino", "value": v, "spread": spread} for k, (v, spread) in values.items()]
+    text = tables.beside(paper, rows)
+    assert "| ours (Table 9) | DINO |\n" in text and "| b | 0.120 (0.600) |\n" in text
+    assert text.endswith("DINO 1 of 3 (0 of 1).\n")  # a < b is chance, c < a too, c < b is plainly the other way round
+    assert tables.beside(paper, rows[:2]) == "Not measured yet.\n"
+
+
+@pytest.mark.parametrize("place", papers.TABLES)
+def test_a_papers_variants_are_those_of_the_suite(place):
+    assert set(papers.TABLES[place].rows) <= set(SUITES[place.partition(":")[0]])
 
 
 def test_memory_tables_tell_plan_and_measurement_apart():

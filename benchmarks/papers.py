@@ -1,0 +1,107 @@
+"""What the papers report, to stand beside what is measured here: their tables, by the names that ours have.
+
+ZOODiP: arXiv 2503.14868, SD1.5 on DreamBooth's set. Hollowed Net: arXiv 2411.01179, SD2.1 on the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Scores = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A paper's table.
+
+    Attributes:
+        name: as the paper calls it.
+        rows: a variant of a suite here -> scores.
+    """
+
+    name: str
+    rows: Mapping[str, Scores]
+
+
+def _scores(clip_t: float, clip_i: float, dino: float) -> dict[str, float]:
+    return {"clip_t": clip_t, "clip_i": clip_i, "dino": dino}
+
+
+MEMORY = {
+    "dreambooth": 19.4,
+    "qlora": 7.56,
+    "peqa": 6.31,
+    "tuneqdm": 8.96,
+    "textual_inversion": 6.75,
+    "gf_ti": 2.37,
+    "zoodip": 2.37,
+    "zoodip, int4": 1.9,
+}
+"""GB while training SD1.5 at 512 px, of nvidia-smi: ZOODiP's Table 1, and its text for int4."""
+PARTS = Table(
+    "ZOODiP's Table 3",
+    {
+        "no SG": _scores(0.273, 0.736, 0.505),
+        "SG": _scores(0.265, 0.747, 0.527),
+        "PUTS 500..900, no SG": _scores(0.277, 0.744, 0.562),
+        "SG, PUTS 500..900": _scores(0.266, 0.759, 0.569),
+    },
+)
+SAMPLING = Table(
+    "ZOODiP's Table 5",
+    {
+        "SG": _scores(0.265, 0.747, 0.527),
+        "SNR timesteps": _scores(0.271, 0.719, 0.545),
+        "SG, PUTS 500..900": _scores(0.266, 0.759, 0.569),
+    },
+)
+ESTIMATORS = Table(
+    "ZOODiP's Table S4",
+    {
+        "SG": _scores(0.266, 0.759, 0.569),
+        "SPSA": _scores(0.277, 0.732, 0.506),
+        "one-point": _scores(0.296, 0.703, 0.393),
+    },
+)
+DIRECTIONS = Table(
+    "ZOODiP's Table S6",
+    {
+        "n=1": _scores(0.298, 0.736, 0.495),
+        "n=2": _scores(0.277, 0.796, 0.613),
+        "n=4": _scores(0.282, 0.784, 0.584),
+        "SG": _scores(0.282, 0.798, 0.627),
+    },
+)
+NARROWING = Table(
+    "ZOODiP's Table S7",
+    {
+        "dreambooth": _scores(0.266, 0.853, 0.751),
+        "dreambooth, 500..1000": _scores(0.272, 0.854, 0.758),
+        "0..1000": _scores(0.241, 0.798, 0.584),
+        "500..1000": _scores(0.247, 0.825, 0.661),
+    },
+)
+PRECISIONS = Table(
+    "ZOODiP's Table S8",
+    {"int8": _scores(0.288, 0.834, 0.657), "int4": _scores(0.212, 0.835, 0.647)},
+)
+LORAS = Table(
+    "Hollowed Net's table",
+    {
+        "dreambooth": _scores(0.302, 0.802, 0.663),
+        "lora": _scores(0.299, 0.806, 0.658),
+        "lora_r1": _scores(0.314, 0.738, 0.516),
+        "hollowed 43%": _scores(0.300, 0.805, 0.660),
+    },
+)
+TABLES = {
+    "ablation:parts": PARTS,
+    "ablation:sampling": SAMPLING,
+    "ablation:estimators": ESTIMATORS,
+    "ablation:directions": DIRECTIONS,
+    "timesteps:narrowing": NARROWING,
+    "precision:precisions": PRECISIONS,
+    "loras:paper": LORAS,
+}
+"""SUITE:PART -> the table that stands beside ours. On tiny ZOODiP draws all timesteps, so "SG" is its own best."""
