@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
+    suites.add_parser("pairs", help="whether antithetic draws or control variates could help, on tiny")
     suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=list(AXES), required=True)
@@ -165,6 +166,12 @@ def _conditioning(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return conditioning.run()
 
 
+def _pairs(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import pairs
+
+    return pairs.run()
+
+
 def _paths(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import paths
 
@@ -204,6 +211,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "fidelity": _fidelity,
     "published": _published,
     "branches": _branches,
+    "pairs": _pairs,
     "paths": _paths,
     "conditioning": _conditioning,
     "tiny": _tiny,

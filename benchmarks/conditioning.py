@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.quality import BACKPROP, photos_of, resolve, train
 from benchmarks.rows import Row, row
 from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.draws import Draw
 from mep_lightning.estimators import Backprop, ConditioningSubspace
 from mep_lightning.tiny.subjects import subject
 
@@ -28,7 +29,7 @@ def run(subjects: int = 4, draws: int = 200) -> list[Row]:
     found: dict[tuple[str, str], list[float]] = {}
     for index in range(subjects):
         for steps in STEPS:
-            module, data = _trained(index, steps)
+            module, data = trained(index, steps)
             theta = module.adapter.numbered()[0]
             gradients = _gradients(module, data, draws)
             mean = gradients.mean(0, keepdim=True)
@@ -71,17 +72,20 @@ def _inside(rows: Tensor, directions: Tensor) -> float:
 
 def _gradients(module: PersonalizationModule, data: SubjectData, draws: int) -> Tensor:
     """Exact, of single draws, float64 [draws, d]."""
-    theta, found = module.adapter.numbered()[0], []
-    for index in range(draws):
-        draw = module.draw_at(data.batch(index), 10_000 + index)
-        theta.grad = None
-        Backprop().backward(lambda members, draw=draw: module.losses(members, draw), [theta])  # type: ignore[misc]
-        assert theta.grad is not None
-        found.append(theta.grad.flatten().double())
-    return torch.stack(found)
+    return torch.stack([gradient_of(module, module.draw_at(data.batch(i), 10_000 + i)) for i in range(draws)])
 
 
-def _trained(index: int, steps: int) -> tuple[PersonalizationModule, SubjectData]:
+def gradient_of(module: PersonalizationModule, draw: Draw) -> Tensor:
+    """A token's exact gradient, float64 [d]."""
+    theta = module.adapter.numbered()[0]
+    theta.grad = None
+    Backprop().backward(lambda members: module.losses(members, draw), [theta])
+    assert theta.grad is not None
+    return theta.grad.flatten().double()
+
+
+def trained(index: int, steps: int) -> tuple[PersonalizationModule, SubjectData]:
+    """Textual Inversion of a subject that is not reported, after so many steps."""
     who = subject(index, "tune")
     with photos_of(who) as folder:
         data = SubjectData(folder, class_word=who.class_word, seed=0)

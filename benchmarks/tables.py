@@ -100,6 +100,12 @@ def listened(rows: list[Row]) -> str:
     return markdown(["share of ‖J‖²", "dimensions of 128", "of a gradient's squared length"], lines)
 
 
+def paired(rows: list[Row]) -> str:
+    """A partner a line: what of a draw's variance it shares."""
+    lines = [[row["case"], f"{row['value']:.2f} ± {row['spread']:.2f}"] for row in rows if row["case"] != "itself"]
+    return markdown(["a draw and", "of its variance"], lines)
+
+
 def objectives(rows: list[Row]) -> str:
     """A trial a line."""
     return markdown(
@@ -251,6 +257,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "loras": scores,
     "branches": branches,
     "conditioning": listened,
+    "pairs": paired,
     **{name: partial(beside, table) for name, table in papers.TABLES.items()},
     "tune-textual_inversion": objectives,
     "tune-zoodip": objectives,
