@@ -35,9 +35,8 @@ class FusedZOAdam(Adam):
     """`torch.optim.Adam`, to which a gradient may also be told by what the losses said about each direction.
 
     `receive` what an estimator's `weigh` answered, then `step`: parameters that were told of are updated by
-    `kernels.zo_step_` (or, with directions of one's own, by a gradient made of them), those with a `grad` as ever, with
-    the same state. A checkpoint of either optimizer is read by
-    the other.
+    `kernels.zo_step_` (or, with directions of one's own, by a gradient made of them), those with a `grad` as ever,
+    with the same state. A checkpoint of either optimizer is read by the other.
 
     Args:
         params: what is trained, in fp32.
