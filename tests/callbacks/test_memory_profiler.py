@@ -423,8 +423,8 @@ class LoadsLate(Tiny):
 def test_weights_that_found_their_owner_after_loading_are_weights_of_loading(trainer_of, tmp_path):
     trainer_of(MemoryProfiler(), max_steps=1).fit(LoadsLate(), numbers())
     load = read(tmp_path)["phases"]["load"]
-    pages = 16 * 4096  # weights are no more than what the process grew by, and it may reuse a few freed pages
-    assert load["breakdown"]["weights"] >= 80 * MIB - pages
+    # weights are no more than what the process grew by, and a long-lived worker frees up to a MiB meanwhile
+    assert load["breakdown"]["weights"] >= 79 * MIB
     assert sum(load["breakdown"].values()) == load["peak_bytes"]
 
 
