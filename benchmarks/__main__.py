@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import rows, tables
-from benchmarks.quality import SUITES
 from benchmarks.tune import AXES
+from benchmarks.variants import SUITES
 
 RESULTS = Path(__file__).parent / "results"
 PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
-UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "device", "base")
+UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "folder", "device", "base")
 """Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
 
 
@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
     timesteps = suites.add_parser("timesteps", help="Textual Inversion on part of the timesteps, likewise")
     precision = suites.add_parser("precision", help="ZOODiP on the base in every precision, likewise")
     forward = suites.add_parser("forward", help="finite differences and tangents in half precision, likewise")
+    estimators = suites.add_parser("estimators", help="ways to a token in as many forward passes, likewise")
     loras = suites.add_parser("loras", help="LoRA whole, hollowed and selectively optimised, likewise")
-    for suite in (quality, ablation, subspace, timesteps, precision, forward, loras):
+    for suite in (quality, ablation, subspace, timesteps, precision, forward, estimators, loras):
         suite.add_argument(
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
@@ -88,11 +89,15 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=list(AXES), required=True)
+    compare = suites.add_parser("compare", help="all methods of the papers' tables, through `mep compare`, on tiny")
+    compare.add_argument("--folder", type=Path, default=Path("runs/compare"), help="the comparison's, to carry on with")
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
         (ablation, 3, 3, 2),
         (subspace, 3, 1, 2),
         (timesteps, 3, 3, 2),
+        (estimators, 4, 2, 2),
         (tune, 3, 1, 2),
+        (compare, 10, 3, 2),
     ]
     for suite, subjects, seeds, images in sizes:
         suite.add_argument("--subjects", type=int, default=subjects)
@@ -184,6 +189,16 @@ def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return published.run()
 
 
+def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
+    from benchmarks import comparison
+
+    size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
+    found = comparison.run(args.folder, **size)
+    if path.parent == RESULTS:
+        comparison.matrix(args.folder)
+    return found
+
+
 def _tiny(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import tiny
 
@@ -221,8 +236,10 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "timesteps": _cells,
     "precision": _cells,
     "forward": _cells,
+    "estimators": _cells,
     "loras": _cells,
     "tune": _cells,
+    "compare": _compare,
 }
 
 

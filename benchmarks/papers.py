@@ -24,10 +24,23 @@ class Table:
     rows: Mapping[str, Scores]
 
 
-def _scores(clip_t: float, clip_i: float, dino: float) -> dict[str, float]:
-    return {"clip_t": clip_t, "clip_i": clip_i, "dino": dino}
+def _scores(clip_t: float, clip_i: float, dino: float, dino_inter: float | None = None) -> dict[str, float]:
+    inter = {} if dino_inter is None else {"dino_inter": dino_inter}
+    return {"clip_t": clip_t, "clip_i": clip_i, "dino": dino, **inter}
 
 
+COMPARISON = Table(
+    "ZOODiP's Tables 1 and S9",
+    {
+        "dreambooth": _scores(0.281, 0.782, 0.592, 0.825),
+        "qlora": _scores(0.297, 0.762, 0.607, 0.731),
+        "peqa": _scores(0.275, 0.791, 0.604, 0.806),
+        "tuneqdm": _scores(0.289, 0.788, 0.555, 0.778),
+        "textual_inversion": _scores(0.285, 0.778, 0.559, 0.679),
+        "gf_ti": _scores(0.253, 0.540, 0.011, 0.150),
+        "zoodip": _scores(0.287, 0.772, 0.558, 0.671),
+    },
+)
 MEMORY = {
     "dreambooth": 19.4,
     "qlora": 7.56,
@@ -96,6 +109,7 @@ LORAS = Table(
     },
 )
 TABLES = {
+    "compare:paper": COMPARISON,
     "ablation:parts": PARTS,
     "ablation:sampling": SAMPLING,
     "ablation:estimators": ESTIMATORS,

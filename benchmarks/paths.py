@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from benchmarks.quality import BACKPROP, FAST, ZOODIP, Settings, heldout_loss, photos_of, resolve, train
+from benchmarks.quality import heldout_loss, photos_of, train
 from benchmarks.rows import Row, row
+from benchmarks.variants import BACKPROP, FAST, ZOODIP, Settings, resolve
 from mep_lightning import SubjectData
 from mep_lightning.tiny.subjects import Subject, subject
 

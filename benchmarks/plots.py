@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import Row
 
@@ -105,3 +106,28 @@ def conditioning(figures: Path, picture: Path) -> None:
 def _curve(rows: list[Row], case: str, error: str) -> tuple[list[float], list[float]]:
     found = [row for row in rows if row["case"].startswith(case) and row["metric"].startswith(error)]
     return [float(row["case"].removeprefix(case)) for row in found], [row["value"] for row in found]
+
+
+def compare_memory(figures: Path, picture: Path) -> None:
+    """Peaks of training, a pair of bars a method (ZOODiP's Figure 1a)."""
+    from mep_lightning.comparison.plots import memory_bars
+
+    _save(memory_bars(_compared(figures)), picture)
+
+
+def compare_quality(figures: Path, picture: Path) -> None:
+    """Image alignment over the peak of training, a point a method (ZOODiP's Figure 1b)."""
+    from mep_lightning.comparison.plots import tradeoff
+
+    _save(tradeoff(_compared(figures)), picture)
+
+
+def _compared(figures: Path) -> list[dict[str, Any]]:
+    from benchmarks.comparison import lines
+
+    return lines(json.loads(figures.read_text())["rows"])
+
+
+def _save(figure: Any, picture: Path) -> None:
+    if figure is not None:
+        figure.savefig(picture, dpi=130)

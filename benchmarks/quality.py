@@ -23,156 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row, measured_with, row
+from benchmarks.variants import PROJECTIONS, SUITES, Settings, resolve
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
-Settings = dict[str, Any]
-
-BACKPROP: Settings = {
-    "method": "textual_inversion",
-    "estimator": "Backprop",
-    "precision": "fp32",
-    "sg": False,
-    "puts": False,
-}
-ZOODIP: Settings = {
-    "method": "zoodip",
-    "estimator": "RandomGradientEstimator",
-    "precision": "int8",
-    "normalize": True,
-    "sg": True,
-    "puts": True,
-}
-FAST: Settings = ZOODIP | {"method": "zoodip_fast", "normalize": False, "sg": False, "conditioning": True}
-LORA: Settings = BACKPROP | {"method": "lora", "adapter": "LoRA"}
-SELECTIVE: Settings = LORA | {
-    "method": "selective",
-    "estimator": "SPSAEstimator",
-    "precision": "int8",
-    "normalize": True,
-    "selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1}],
-}
-METHODS: dict[str, Settings] = {
-    "untrained": BACKPROP | {"max_steps": 0},
-    "textual_inversion": BACKPROP,
-    "textual_inversion_lite": BACKPROP
-    | {"method": "textual_inversion_lite", "precision": "int8", "checkpointing": True},
-    "zoodip": ZOODIP,
-    "zoodip_fast": FAST,
-}
-"""Every method with its own values and budget."""
-SCALES: Settings = BACKPROP | {"method": "peqa", "adapter": "QuantizationScales", "precision": "int8"}
-BASELINES: dict[str, Settings] = {
-    "qlora": LORA | {"method": "qlora", "precision": "int4"},
-    "peqa": SCALES,
-    "tuneqdm": SCALES | {"method": "tuneqdm", "input_channels": True},
-    "gf_ti": BACKPROP | {"method": "gf_ti", "estimator": "CMAES", "precision": "int8"},
-}
-"""Methods of ZOODiP's Table 1 whose values are searched here, and that `mep compare` compares."""
-SHORT: Settings = ZOODIP | {"max_steps": 1_000, "puts": False}
-PUTS: Settings = {"puts": True, "puts_low": 500, "puts_high": 900}
-ABLATION: dict[str, Settings] = {
-    "SG": SHORT,
-    "no SG": SHORT | {"sg": False},
-    "PUTS 500..900, no SG": SHORT | PUTS | {"sg": False},
-    "SG, PUTS 500..900": SHORT | PUTS,
-    "n=1": SHORT | {"n": 1},
-    "n=2": SHORT | {"n": 2},
-    "n=4": SHORT | {"n": 4},
-    "SPSA": SHORT | {"estimator": "SPSAEstimator"},
-    "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
-    "SNR timesteps": SHORT | {"timesteps": "SNRTimesteps"},
-    "μ 1e-4": SHORT | {"mu": 1e-4},
-    "μ 1e-2": SHORT | {"mu": 1e-2},
-}
-"""ZOODiP with one part changed, in steps that suffice to tell them apart; the first is what the others vary.
-
-On tiny it draws all timesteps, so PUTS has the paper's bounds for SD1.5 here.
-"""
-SUBSPACES: dict[str, Settings] = {
-    f"τ {tau}, ν {nu:g}": SHORT | {"tau": tau, "nu": nu}
-    for tau in (8, 16, 32, 64, 128)
-    for nu in (1e-1, 1e-2, 1e-3, 1e-4)
-}
-"""The settings of Subspace Gradient (ZOODiP's Table 4), for a token of 128 dimensions instead of 768."""
-RANGES: dict[str, Settings] = {
-    f"{low}..{high}": BACKPROP | {"puts": True, "puts_low": low, "puts_high": high}
-    for low in range(0, 1000, 250)
-    for high in range(low + 250, 1001, 250)
-}
-TIMESTEPS: dict[str, Settings] = RANGES | {
-    "dreambooth": BACKPROP | {"method": "dreambooth", "adapter": "FullUNet"},
-    "dreambooth, 500..1000": BACKPROP
-    | {"method": "dreambooth", "adapter": "FullUNet", "puts": True, "puts_low": 500, "puts_high": 1000},
-}
-"""Textual Inversion on part of the timesteps (ZOODiP's Figures 4 and 7), and DreamBooth (its Table S7)."""
-PRECISIONS: dict[str, Settings] = {
-    precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
-}
-"""ZOODiP on the base in every precision, with the mu that each wants."""
-CARRIED: Settings = SHORT | {"estimator": "ForwardGradientEstimator"}
-FORWARD: dict[str, Settings] = {
-    "fp32, finite difference": SHORT | {"precision": "fp32"},
-    "fp32, tangents": CARRIED | {"precision": "fp32"},
-    "bf16, finite difference, μ 1e-3": SHORT | {"precision": "bf16", "mu": 1e-3},
-    "bf16, finite difference, its best μ": SHORT | {"precision": "bf16"},
-    "bf16, tangents": CARRIED | {"precision": "bf16"},
-    "int8, bf16 activations, tangents": CARRIED | {"activations": "bf16"},
-    "int8, int8 activations, tangents": CARRIED | {"activations": "int8"},
-}
-"""What half precision does to a training by finite differences and by tangents; otherwise as `PRECISIONS`."""
-FRACTIONS = (0.202, 0.43, 0.502, 0.702, 0.901)
-"""Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
-FALLING = {"selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1, "falling": True}]}
-LORAS: dict[str, Settings] = {
-    "untrained": LORA | {"max_steps": 0},
-    "dreambooth": LORA | {"method": "dreambooth", "adapter": "FullUNet"},
-    "lora": LORA,
-    "lora_r1": LORA | {"method": "lora_r1"},
-    **{f"hollowed {share:.0%}": LORA | {"method": "hollowed_net", "fraction": share} for share in FRACTIONS},
-    "selective": SELECTIVE,
-    "BP-low alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.0}]},
-    "ZO-high alone": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 1.0}]},
-    "constant probability": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.25}]},
-    "step-wise switch": SELECTIVE | {"selector": ["StepwiseSelector", {"switch": 0.75}]},
-    "selective, falling with t": SELECTIVE | FALLING,
-    "selective, low at 32 px": SELECTIVE | {"low_resolution": 32},
-    "BP-low alone, at 32 px": SELECTIVE | {"selector": ["ConstantSelector", {"chance": 0.0}], "low_resolution": 32},
-    "selective, falling with t, low at 32 px": SELECTIVE | FALLING | {"low_resolution": 32},
-}
-"""LoRA whole, hollowed, and selectively optimised; the selectors take ZO-high about as often as one another.
-
-Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
-"""
-SUITES = {
-    "quality": METHODS,
-    "ablation": ABLATION,
-    "subspace": SUBSPACES,
-    "timesteps": TIMESTEPS,
-    "precision": PRECISIONS,
-    "forward": FORWARD,
-    "loras": LORAS,
-}
-SWITCHES = {"sg": ("tau", "nu"), "conditioning": ("share", "every"), "puts": ("puts_low", "puts_high")}
-"""Parts that a variant may lack, and the settings that are theirs."""
-PROJECTIONS = {"sg": "SubspaceGradient", "conditioning": "ConditioningSubspace"}
-
-
-def resolve(settings: Settings) -> Settings:
-    """Everything that a variant's figures depend on: its settings, and the defaults where it has none."""
-    from mep_lightning import defaults, estimators
-
-    narrowing = settings["method"] if settings["method"] in defaults.TOKENS else "zoodip"
-    bounds = {key: defaults.lookup(narrowing, "tiny", "int8")[key] for key in SWITCHES["puts"]}
-    part = parameters_of(estimators.ConditioningSubspace) if settings.get("conditioning") else {}
-    resolved = defaults.lookup(settings["method"], "tiny", settings["precision"]) | bounds | part | settings
-    unused = {key for switch, keys in SWITCHES.items() if not settings.get(switch) for key in keys}
-    unused.add("sampling_batch")  # every cell draws in the same batches, and a picture is the same in any
-    return {key: value for key, value in resolved.items() if key not in unused}
-
-
-def parameters_of(kind: Any) -> Settings:
-    """A part's settings with their default values."""
-    return {key: one.default for key, one in signature(kind).parameters.items()}
 
 
 @contextmanager
@@ -199,19 +52,22 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
     """
     from lightning import Trainer
 
-    from mep_lightning import PersonalizationModule, adapters, selection, timesteps
-    from mep_lightning import estimators as parts
+    from benchmarks import literature
+    from mep_lightning import PersonalizationModule, adapters, estimators, selection, timesteps
     from mep_lightning.callbacks import PUTS, HollowedActivations
 
     def part(kind: Any) -> Any:
         return kind(**{key: settings[key] for key in signature(kind).parameters if key in settings})
 
+    def way(name: str) -> Any:
+        return part(getattr(estimators, name, None) or getattr(literature, name))
+
     selector = settings.get("selector")
     module = PersonalizationModule(
         precision=settings["precision"],
         adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
-        estimator=part(getattr(parts, settings["estimator"])),
-        subspace=next((part(getattr(parts, PROJECTIONS[key])) for key in PROJECTIONS if settings.get(key)), None),
+        estimator=way(settings["estimator"]),
+        subspace=next((way(PROJECTIONS[key]) for key in PROJECTIONS if settings.get(key)), None),
         timesteps=getattr(timesteps, settings["timesteps"])() if "timesteps" in settings else None,
         selector=getattr(selection, selector[0])(**selector[1]) if selector else None,
         low_resolution=settings.get("low_resolution"),
@@ -219,6 +75,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
         activations=settings.get("activations", "auto"),
         lr=settings["lr"],
         lr_scheduler=settings["lr_scheduler"],
+        betas=settings.get("betas", (0.9, 0.999)),
         eps=settings["eps"],
         seed=seed,
         method=settings["method"],
@@ -228,6 +85,8 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
         module.load()
         return module
     callbacks: list[Any] = [PUTS(settings["puts_low"], settings["puts_high"])] if settings["puts"] else []
+    if settings.get("searched"):
+        callbacks.append(literature.PromptSearch())
     if "fraction" in settings:
         callbacks.append(HollowedActivations(settings["fraction"], settings["samples"], folder=folder))
     trainer = Trainer(

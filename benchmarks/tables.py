@@ -79,6 +79,14 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     return f"{table}\n{note}{', '.join(counts)}.\n"
 
 
+def compared(rows: list[Row]) -> str:
+    """A method a line, as `mep compare` writes it."""
+    from benchmarks.comparison import lines
+    from mep_lightning.comparison.table import as_markdown
+
+    return as_markdown(lines(rows))
+
+
 def branches(rows: list[Row]) -> str:
     """A way to a gradient a line, a timestep a column."""
     cosines = {tuple(row["case"].split(", ", 1)): row["value"] for row in rows if row["metric"].startswith("cosine")}
@@ -248,12 +256,14 @@ def _path_and_way(case: str) -> tuple[str, str]:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "compare": compared,
     "quality": scores,
     "ablation": scores,
     "subspace": scores,
     "timesteps": scores,
     "precision": scores,
     "forward": scores,
+    "estimators": scores,
     "loras": scores,
     "branches": branches,
     "conditioning": listened,
@@ -280,6 +290,14 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/fidelity:tangents": tangents,
 }
 """FILE or FILE:PART -> what writes its table."""
+PLOTS = {
+    "fidelity": "fidelity",
+    "tangents": "fidelity",
+    "conditioning": "conditioning",
+    "compare_memory": "compare",
+    "compare_quality": "compare",
+}
+"""A picture in docs/images, and what draws it -> the file of its figures."""
 
 
 def results(name: str, folder: Path = RESULTS) -> Path:
@@ -309,5 +327,6 @@ def write() -> None:
     """All documents and their plots."""
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
-    for name, figures in (("fidelity", "fidelity"), ("tangents", "fidelity"), ("conditioning", "conditioning")):
-        getattr(plots, name)(results(figures), DOCS / "images" / f"{name}.png")
+    for name, figures in PLOTS.items():
+        if results(figures).exists():
+            getattr(plots, name)(results(figures), DOCS / "images" / f"{name}.png")

@@ -11,8 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import BASELINES, METHODS, Settings, run_cells
+from benchmarks.quality import run_cells
 from benchmarks.rows import Row, row
+from benchmarks.variants import BASELINES, METHODS, Settings
 
 Axis = list[Settings]
 START: dict[str, Settings] = {

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import quality, rows, step, tune
+from benchmarks import quality, rows, step, tune, variants
 from benchmarks.__main__ import PERFORMANCE, RESULTS, RUN, default_path, main, parser
 from benchmarks.ordinary import as_it_comes_
 from mep_lightning import defaults, load_base
@@ -42,7 +42,7 @@ def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
 
 
 def test_a_cell_counts_only_for_the_settings_it_was_measured_with():
-    settings = quality.resolve(quality.ZOODIP)
+    settings = variants.resolve(variants.ZOODIP)
     base = quality.fingerprint(settings, "test", 2)
     assert base == quality.fingerprint(dict(settings), "test", 2)
     others = [
@@ -54,17 +54,17 @@ def test_a_cell_counts_only_for_the_settings_it_was_measured_with():
 
 
 def test_a_default_counts_as_much_as_a_setting(monkeypatch):
-    before = quality.resolve(quality.ZOODIP)
+    before = variants.resolve(variants.ZOODIP)
     monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"lr": 0.5})])
-    assert quality.resolve(quality.ZOODIP) == before | {"lr": 0.5}
-    assert quality.resolve(quality.ZOODIP | {"lr": before["lr"]}) == before
+    assert variants.resolve(variants.ZOODIP) == before | {"lr": 0.5}
+    assert variants.resolve(variants.ZOODIP | {"lr": before["lr"]}) == before
 
 
 def test_a_parts_own_default_counts_as_much_as_a_setting(monkeypatch):
-    before = quality.resolve(quality.FAST)
+    before = variants.resolve(variants.FAST)
     assert before["share"] == 0.97 and before["every"] == 50
-    assert quality.resolve(quality.FAST | {"share": 0.5}) == before | {"share": 0.5}
-    assert "share" not in quality.resolve(quality.ZOODIP)
+    assert variants.resolve(variants.FAST | {"share": 0.5}) == before | {"share": 0.5}
+    assert "share" not in variants.resolve(variants.ZOODIP)
 
 
 def test_the_ordinary_step_has_weights_in_the_common_order():
@@ -102,22 +102,22 @@ def test_a_search_goes_on_from_the_best_of_every_axis(monkeypatch, tmp_path):
     found = tune.run("zoodip", tmp_path / "cells.jsonl")
     assert [trial["lr"] for trial in tried[0].values()] == [0.1, 0.2, 0.3]
     assert [(trial["lr"], trial["mu"]) for trial in tried[1].values()] == [(0.2, 5)]  # mu=4 was tried already
-    assert found[-1]["settings"] == quality.METHODS["zoodip"] | {"lr": 0.2, "mu": 5}
+    assert found[-1]["settings"] == variants.METHODS["zoodip"] | {"lr": 0.2, "mu": 5}
     assert [r["value"] for r in found] == pytest.approx([-0.55, -0.5, -0.55, -0.5, 0, 0])
 
 
 def test_bounds_that_a_variant_does_not_use_are_none_of_its_settings(monkeypatch):
-    variants = quality.METHODS | {"without PUTS": quality.ZOODIP | {"puts": False}}
-    before = {name: quality.resolve(settings) for name, settings in variants.items()}
+    some = variants.METHODS | {"without PUTS": variants.ZOODIP | {"puts": False}}
+    before = {name: variants.resolve(settings) for name, settings in some.items()}
     monkeypatch.setattr(defaults, "_TABLE", [*defaults._TABLE, ("zoodip", "tiny", "*", {"puts_high": 321})])
-    assert {name for name, settings in variants.items() if quality.resolve(settings) != before[name]} == {"zoodip"}
+    assert {name for name, settings in some.items() if variants.resolve(settings) != before[name]} == {"zoodip"}
 
 
 def test_no_two_variants_train_alike():
-    for suite in quality.SUITES.values():
-        resolved = [quality.resolve(settings) for settings in suite.values()]
+    for suite in variants.SUITES.values():
+        resolved = [variants.resolve(settings) for settings in suite.values()]
         assert all(one != other for i, one in enumerate(resolved) for other in resolved[:i])
-    narrowed = [quality.resolve(settings) for settings in quality.ABLATION.values() if settings["puts"]]
+    narrowed = [variants.resolve(settings) for settings in variants.ABLATION.values() if settings["puts"]]
     assert narrowed and all((one["puts_low"], one["puts_high"]) != (0, 1000) for one in narrowed)
 
 
@@ -163,5 +163,5 @@ def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", tune.AXES)
 def test_a_search_tries_only_settings_that_there_are(method):
-    known = quality.resolve((quality.METHODS | quality.BASELINES)[method]).keys()
+    known = variants.resolve((variants.METHODS | variants.BASELINES)[method]).keys()
     assert all(change.keys() <= known for axis in tune.AXES[method] for change in (*axis, tune.START[method]))

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import papers, tables
-from benchmarks.quality import SCORES, SUITES
+from benchmarks.quality import SCORES
+from benchmarks.variants import SUITES
 
 TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
 

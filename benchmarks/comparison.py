@@ -1,0 +1,113 @@
+"""`compare`: all methods of the papers' tables on subjects of the tiny world, through `mep compare`.
+
+The comparison's folder keeps what is done, so that the same command carries on; the figures and pictures that docs/
+shows are taken from it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from benchmarks.rows import Row, row
+from mep_lightning.commands import compare
+from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.comparison.table import COLUMNS, MEANS
+from mep_lightning.photos import find_photos
+
+METHODS = (
+    "dreambooth",
+    "lora",
+    "qlora",
+    "hollowed_net",
+    "selective",
+    "peqa",
+    "tuneqdm",
+    "textual_inversion",
+    "gf_ti",
+    "zoodip",
+    "zoodip_fast",
+)
+"""In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
+SIDE, GAP = 64, 2
+"""Pixels of a picture in the matrix, and between two."""
+MATRIX = Path(__file__).parents[1] / "docs" / "images" / "compare-pictures.png"
+PROMPT = "in the snow"
+"""How the prompt of the matrix ends: the first of such."""
+LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
+"""Names that are longer than a picture is wide."""
+
+
+def run(folder: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, workers: int = 2) -> list[Row]:
+    """Run the cells that are missing.
+
+    Args:
+        folder: the comparison's.
+        subjects, seeds: how many.
+        images: pictures a prompt.
+        workers: processes of one thread each.
+
+    Returns:
+        A row for each of a method's columns: `value`, and of scores `spread`; `subjects` and `seeds` are how many there
+        are of its cells.
+    """
+    words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(folder)]
+    words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
+    compare.run(words)
+    return rows(json.loads(ComparisonFolder(folder).table.with_suffix(".json").read_text()))
+
+
+def rows(content: dict[str, Any]) -> list[Row]:
+    """The rows of a comparison's table.json, a row a figure."""
+    found = []
+    for line in content["rows"]:
+        size = {"cells": line["cells"], "failed": line["failed"]}
+        for key in COLUMNS:
+            if line[key] is not None:
+                spread = {"spread": line["spread"][key] or 0.0} if key in MEANS else {}
+                found.append(row("compare", line["method"], key, line[key], "") | spread | size)
+    return found
+
+
+def lines(found: list[Row]) -> list[dict[str, Any]]:
+    """`rows` undone: a dictionary a method, as `mep_lightning.comparison.table` has it."""
+    methods = {}
+    for one in found:
+        size = {"cells": one["cells"], "failed": one["failed"]}
+        line = methods.setdefault(one["case"], dict.fromkeys(COLUMNS) | {"method": one["case"], "spread": {}} | size)
+        line[one["metric"]] = one["value"]
+        if "spread" in one:
+            line["spread"][one["metric"]] = one["spread"]
+    return list(methods.values())
+
+
+def matrix(folder: Path, path: Path = MATRIX, methods: tuple[str, ...] = METHODS) -> None:
+    """A picture of the same prompt by every method, a line a subject, its first photo ahead."""
+    comparison = ComparisonFolder(folder)
+    names = sorted(photos.name for photos in comparison.photos.iterdir())
+    step = SIDE + GAP
+    head = 14
+    sheet = Image.new("RGB", ((1 + len(methods)) * step - GAP, head + len(names) * step - GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(["photo", *(LABELS.get(method, method) for method in methods)]):
+        draw.text((column * step + SIDE / 2, 1), title, fill="black", anchor="ma", font_size=10)
+    for line, name in enumerate(names):
+        photo = find_photos(comparison.photos / name)[0].read(SIDE)
+        drawn = [_picture(comparison.run(method, name, 0) / "evaluation") for method in methods]
+        for column, picture in enumerate([photo, *drawn]):
+            if picture is not None:
+                sheet.paste(picture.convert("RGB").resize((SIDE, SIDE)), (column * step, head + line * step))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _picture(folder: Path) -> Image.Image | None:
+    """The first that a run drew of the matrix's prompt."""
+    for path in sorted(folder.glob("*-seed*.png")):
+        with Image.open(path) as opened:
+            if str(opened.info.get("prompt", "")).endswith(PROMPT):
+                return opened.copy()
+    return None
