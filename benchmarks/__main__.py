@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import rows, tables
+from benchmarks import rows, sheets, tables
 from benchmarks.tune import AXES
 from benchmarks.variants import SUITES
 
@@ -27,6 +27,9 @@ def main() -> None:
     args = suites.parse_args()
     if args.suite == "tables":
         tables.write()
+        return
+    if args.suite == "precisions":
+        sheets.precisions()
         return
     names = PERFORMANCE if args.suite == "all" else [args.suite]
     if args.out is None and not _is_whole(args, suites):
@@ -109,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
     for suite in suites.choices.values():
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
+    suites.add_parser("precisions", help="draw docs/images/precisions.png, the embedded base in every precision")
     suites.add_parser("tables", help="write the tables and plots of docs/ anew from benchmarks/results")
     return top
 
@@ -195,7 +199,8 @@ def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
     found = comparison.run(args.folder, **size)
     if path.parent == RESULTS:
-        comparison.matrix(args.folder)
+        sheets.methods(args.folder, comparison.METHODS)
+        sheets.diversity(args.folder, comparison.METHODS)
     return found
 
 

@@ -10,13 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
-
 from benchmarks.rows import Row, row
 from mep_lightning.commands import compare
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.table import COLUMNS, MEANS
-from mep_lightning.photos import find_photos
 
 METHODS = (
     "dreambooth",
@@ -32,13 +29,6 @@ METHODS = (
     "zoodip_fast",
 )
 """In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
-SIDE, GAP = 64, 2
-"""Pixels of a picture in the matrix, and between two."""
-MATRIX = Path(__file__).parents[1] / "docs" / "images" / "compare-pictures.png"
-PROMPT = "in the snow"
-"""How the prompt of the matrix ends: the first of such."""
-LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
-"""Names that are longer than a picture is wide."""
 
 
 def run(folder: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, workers: int = 2) -> list[Row]:
@@ -82,32 +72,3 @@ def lines(found: list[Row]) -> list[dict[str, Any]]:
         if "spread" in one:
             line["spread"][one["metric"]] = one["spread"]
     return list(methods.values())
-
-
-def matrix(folder: Path, path: Path = MATRIX, methods: tuple[str, ...] = METHODS) -> None:
-    """A picture of the same prompt by every method, a line a subject, its first photo ahead."""
-    comparison = ComparisonFolder(folder)
-    names = sorted(photos.name for photos in comparison.photos.iterdir())
-    step = SIDE + GAP
-    head = 14
-    sheet = Image.new("RGB", ((1 + len(methods)) * step - GAP, head + len(names) * step - GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(["photo", *(LABELS.get(method, method) for method in methods)]):
-        draw.text((column * step + SIDE / 2, 1), title, fill="black", anchor="ma", font_size=10)
-    for line, name in enumerate(names):
-        photo = find_photos(comparison.photos / name)[0].read(SIDE)
-        drawn = [_picture(comparison.run(method, name, 0) / "evaluation") for method in methods]
-        for column, picture in enumerate([photo, *drawn]):
-            if picture is not None:
-                sheet.paste(picture.convert("RGB").resize((SIDE, SIDE)), (column * step, head + line * step))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _picture(folder: Path) -> Image.Image | None:
-    """The first that a run drew of the matrix's prompt."""
-    for path in sorted(folder.glob("*-seed*.png")):
-        with Image.open(path) as opened:
-            if str(opened.info.get("prompt", "")).endswith(PROMPT):
-                return opened.copy()
-    return None

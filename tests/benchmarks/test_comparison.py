@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks import comparison, tables
+from benchmarks import comparison, sheets, tables
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
 
@@ -33,18 +33,37 @@ def test_a_method_without_a_cell_has_no_row():
     assert comparison.rows(content("zoodip") | {"rows": table.rows([], ["zoodip"], {})}) == []
 
 
-def test_the_matrix_shows_one_prompt_of_every_method(tmp_path):
+def drawn(folder, method, seed, *pictures):
+    """The folder of a run on `dog`, with pictures of prompts."""
+    to = folder.run(method, "dog", seed) / "evaluation"
+    to.mkdir(parents=True)
+    for number, (prompt, color) in enumerate(pictures):
+        about = PngInfo()
+        about.add_text("prompt", prompt)
+        Image.new("RGB", (64, 64), color).save(to / f"{number}-seed{seed}.png", pnginfo=about)
+
+
+def colors(path):
+    """Of the pictures of a sheet, line by line."""
+    step = sheets.SIDE + sheets.GAP
+    with Image.open(path) as sheet:
+        lines, columns = (sheet.height - sheets.HEAD) // step + 1, sheet.width // step + 1
+        return [
+            [sheet.getpixel((x * step + 32, sheets.HEAD + y * step + 32)) for x in range(columns)] for y in range(lines)
+        ]
+
+
+def test_sheets_show_one_prompt_of_every_method(tmp_path):
     folder = ComparisonFolder(tmp_path)
     (folder.photos / "dog").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(folder.photos / "dog" / "0.png")
-    drawn = folder.run("zoodip", "dog", 0) / "evaluation"
-    drawn.mkdir(parents=True)
-    for number, prompt, color in ((0, "a <sks> dog on grass", "green"), (1, "a <sks> dog in the snow", "blue")):
-        about = PngInfo()
-        about.add_text("prompt", prompt)
-        Image.new("RGB", (64, 64), color).save(drawn / f"{number}-seed0.png", pnginfo=about)
-    comparison.matrix(tmp_path, tmp_path / "sheet.png", ("zoodip", "lora"))
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        middle = sheet.height - 32
-        seen = [sheet.getpixel((column * (comparison.SIDE + comparison.GAP) + 32, middle)) for column in range(3)]
-    assert seen == [(255, 0, 0), (0, 0, 255), (255, 255, 255)]
+    snow = "a <sks> dog in the snow"
+    drawn(
+        folder, "zoodip", 0, ("a <sks> dog on grass", "lime"), (snow, "blue"), ("a blue <sks> dog in the snow", "lime")
+    )
+    drawn(folder, "zoodip", 1, (snow, "yellow"))
+    sheets.methods(tmp_path, ["zoodip", "lora"], tmp_path / "methods.png")
+    red, blue, yellow, white = (255, 0, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
+    assert colors(tmp_path / "methods.png") == [[red, blue, white]]
+    sheets.diversity(tmp_path, ["zoodip", "lora"], tmp_path / "diversity.png")
+    assert colors(tmp_path / "diversity.png") == [[blue, white], [yellow, white]]

@@ -1,0 +1,86 @@
+"""Small pictures in a table, for people to judge: methods beside one another, and precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.photos import find_photos
+
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+SIDE, GAP, HEAD, FONT = 64, 2, 14, 10
+"""Pixels: of a picture's side, between two, of the line above them, and of its letters."""
+PROMPT = "in the snow"
+"""How the prompt ends that methods are shown with: the first of such."""
+LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
+"""Names that are longer than a picture is wide."""
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+SEEDS = 8
+
+Line = Sequence[Image.Image | None]
+
+
+def save(path: Path, titles: Sequence[str], lines: Sequence[Line]) -> None:
+    """Write lines of pictures with a title over each column; a column that is missing stays white."""
+    step = SIDE + GAP
+    sheet = Image.new("RGB", (len(titles) * step - GAP, HEAD + len(lines) * step - GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * step + SIDE / 2, 1), title, "black", anchor="ma", font_size=FONT)
+    for number, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            if picture is not None:
+                sheet.paste(picture.convert("RGB").resize((SIDE, SIDE)), (column * step, HEAD + number * step))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def methods(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare_pictures.png") -> None:
+    """A picture of one prompt by every method of a comparison, a line a subject, its first photo ahead."""
+    comparison = ComparisonFolder(folder)
+    lines = []
+    for photos in sorted(comparison.photos.iterdir()):
+        drawn = [_drawn(comparison.run(name, photos.name, 0)) for name in names]
+        lines.append([find_photos(photos)[0].read(SIDE), *(pictures[0] if pictures else None for pictures in drawn)])
+    save(path, ["photo", *(LABELS.get(name, name) for name in names)], lines)
+
+
+def diversity(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare_diversity.png") -> None:
+    """All that the runs of the first subject drew of one prompt: a column a method, a line a seed (Figure S3)."""
+    comparison = ComparisonFolder(folder)
+    subject = min(photos.name for photos in comparison.photos.iterdir())
+    columns = []
+    for name in names:
+        runs = sorted(comparison.run(name, subject, 0).parent.glob(f"{subject}-*"))
+        columns.append([picture for run in runs for picture in _drawn(run)])
+    longest = max(map(len, columns), default=0)
+    lines = [[column[row] if row < len(column) else None for column in columns] for row in range(longest)]
+    save(path, [LABELS.get(name, name) for name in names], lines)
+
+
+def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a dog") -> None:
+    """What the embedded base draws of a caption in every precision: a column each, a line a seed (Figure S1)."""
+    from mep_lightning import defaults, load_base
+    from mep_lightning.evaluation import generate
+
+    values = defaults.lookup("zoodip", "tiny", "fp32")
+    steps, guidance = values["sampling_steps"], values["guidance"]
+    drawn = [
+        generate(load_base("tiny", precision), [caption] * SEEDS, list(range(SEEDS)), steps=steps, guidance=guidance)
+        for precision in PRECISIONS
+    ]
+    save(path, PRECISIONS, list(zip(*drawn, strict=True)))
+
+
+def _drawn(run: Path) -> list[Image.Image]:
+    """What a run drew of the prompt that methods are shown with."""
+    by_prompt: dict[str, list[Image.Image]] = {}
+    for picture in sorted((run / "evaluation").glob("*-seed*.png")):
+        with Image.open(picture) as opened:
+            prompt = str(opened.info.get("prompt", ""))
+            if prompt.endswith(PROMPT):
+                by_prompt.setdefault(prompt, []).append(opened.copy())
+    return next(iter(by_prompt.values()), [])
