@@ -19,10 +19,14 @@ from mep_lightning.plan.rehearsal import PROMPT, branches, draw_of
 
 RECIPES: dict[str, tuple[str, bool | None]] = {
     "zoodip": ("zoodip", None),
+    "zoodip_fast": ("zoodip_fast", None),
+    "gf_ti": ("gf_ti", None),
     "textual_inversion": ("textual_inversion", None),
     "textual_inversion_lite": ("textual_inversion_lite", None),
     "lora": ("lora", None),
     "lora, checkpointing": ("lora", True),
+    "peqa": ("peqa", None),
+    "tuneqdm": ("tuneqdm", None),
     "hollowed_net": ("hollowed_net", None),
     "selective": ("selective", None),
 }
