@@ -21,7 +21,7 @@ from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
 from mep_lightning.errors import UserError, human
-from mep_lightning.plan import Budget, Row, best, free_bytes, parse_size, plan, rehearse
+from mep_lightning.plan import Budget, Row, first_fit, free_bytes, parse_size, plan, rehearse
 from mep_lightning.plan.budget import overhead
 from mep_lightning.quantization import why_not_int4
 
@@ -81,20 +81,23 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
         int(value) if str(value).isdecimal() else None
         for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
-    rows = plan(
-        {name: recipe(name) for name in METHODS if named in (None, name)},
-        request.value("model.base") or "tiny",
-        resolution=resolution,
-        batch_size=batch_size or 1,
-        pictures=pictures,
-        device=device,
-        precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
-        activations=str(request.value("model.activations") or "auto"),
-    )
-    rows = [row for row in rows if all(w is None or _same(getattr(row, key), w) for key, w in wanted.items())]
+
+    def rehearsed(methods: Sequence[str]) -> list[Row]:
+        rows = plan(
+            {name: recipe(name) for name in methods},
+            request.value("model.base") or "tiny",
+            resolution=resolution,
+            batch_size=batch_size or 1,
+            pictures=pictures,
+            device=device,
+            precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
+            activations=str(request.value("model.activations") or "auto"),
+        )
+        return [row for row in rows if all(w is None or _same(getattr(row, key), w) for key, w in wanted.items())]
+
+    taken, rows = first_fit(METHODS if named is None else [named], rehearsed, budget)
     if not rows:
         raise UserError(f"--budget {size}: no method runs with what is asked for; leave one of its switches out.")
-    taken = best(rows, budget)
     if taken is None:
         raise UserError(f"--budget {size}: {least(rows, device)}; give more, or a lower --data.resolution.")
     if not request.says("print_config"):
@@ -179,14 +182,16 @@ def _mend(module: PersonalizationModule, device: torch.device, resolution: int, 
     """What would fit."""
     if resumed:
         return "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
-    recipes = {name: recipe(name) for name in METHODS}
-    rows = plan(
-        recipes,
-        module.base_name,
-        resolution=resolution,
-        device=device.type,
-        precisions=available_precisions(),
-        activations=module.activations,
-    )
-    fitting = best(rows, Budget(free, device.type))
+
+    def rehearsed(methods: Sequence[str]) -> list[Row]:
+        return plan(
+            {name: recipe(name) for name in methods},
+            module.base_name,
+            resolution=resolution,
+            device=device.type,
+            precisions=available_precisions(),
+            activations=module.activations,
+        )
+
+    fitting, rows = first_fit(METHODS, rehearsed, Budget(free, device.type))
     return f"--budget {human(free).replace(' ', '')} takes what fits" if fitting else least(rows, device.type)

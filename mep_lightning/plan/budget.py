@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ PREFERENCE = (
 """Methods from the one to take first, those that train alike together: exact gradients before estimated ones, which
 need many times the steps; a LoRA before a token, as it holds more of the subject; last the one that takes most and, in
 the papers, gives no more."""
+STAGES = (PREFERENCE[:1], PREFERENCE[1:5], PREFERENCE[5:])
+"""What `first_fit` rehearses together: mostly the first fits, and one base that is set up serves several."""
 BITS = ("fp32", "bf16", "fp16", "int8", "int4")
 PRECISION_PREFERENCE = dict.fromkeys(TOKENS, ("fp32", "int8", "bf16", "fp16", "int4"))  # half precision drowns mu
 SWITCHES = ("method", "precision", "offload", "checkpointing")
@@ -87,6 +89,28 @@ def best(rows: Iterable[Row], budget: Budget) -> Row | None:
         return place, row.offload != "none", bits, row.checkpointing, alike.index(row.method)
 
     return min(filter(budget.fits, rows), key=rank, default=None)
+
+
+def first_fit(
+    names: Collection[str], rehearsed: Callable[[Sequence[str]], Iterable[Row]], budget: Budget
+) -> tuple[Row | None, list[Row]]:
+    """`best` of some methods, of which no more are rehearsed than it takes.
+
+    Args:
+        names: the methods that may be taken.
+        rehearsed: some of them -> their rows.
+        budget: what the row must fit into.
+
+    Returns:
+        The recipe to take, and the rows that were rehearsed: all of them where nothing fits.
+    """
+    rows: list[Row] = []
+    for stage in STAGES:
+        if some := [name for alike in stage for name in alike if name in names]:
+            rows += rehearsed(some)
+            if taken := best(rows, budget):
+                return taken, rows
+    return None, rows
 
 
 def savings(rows: Sequence[Row], taken: Row) -> Iterator[tuple[str, int]]:

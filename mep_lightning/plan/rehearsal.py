@@ -47,6 +47,10 @@ class Peak:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+Phases = dict[str, Peak]
+"""Of a run, in their order."""
+
+
 @dataclass(frozen=True)
 class _Setting:
     """What a rehearsal is of: `found` the base, `resolution` in px, `pictures` denoised at once, `live` the bytes."""
@@ -56,11 +60,6 @@ class _Setting:
     resolution: int
     batch_size: int
     pictures: int
-
-    @property
-    def streams(self) -> bool:
-        """Whether weights wait outside the device's memory; a CPU's are in its own, as long as there is room."""
-        return self.found.offload == "stream" and self.found.device.type == "cuda"
 
     @property
     def on_gpu(self) -> bool:
@@ -81,12 +80,12 @@ def rehearse(
     *,
     batch_size: int = 1,
     pictures: int = 1,
-) -> list[dict[str, Peak]]:
+) -> list[Phases]:
     """Play runs through that differ in their module alone.
 
     Args:
         modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards.
-        found: the base, its precision, and its dtype and device as they will be.
+        found: the base, its precision, and its dtype, device and offload as they will be.
         resolution: side of the photos and of the pictures in px.
         batch_size: samples a step.
         pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
@@ -94,6 +93,23 @@ def rehearse(
     Returns:
         For every module the peak of every phase: encode, load, step, denoise, decode; text where prompts are embedded
         beforehand, "low step" where there is a branch of low resolution, precompute where the U-Net is hollowed.
+    """
+    runs = rehearse_offloads(modules, found, resolution, batch_size=batch_size, pictures=pictures)
+    return [phases[found.offload] for phases in runs]
+
+
+def rehearse_offloads(
+    modules: Iterable[PersonalizationModule],
+    found: BaseFolder,
+    resolution: int,
+    *,
+    batch_size: int = 1,
+    pictures: int = 1,
+) -> list[dict[str, Phases]]:
+    """As `rehearse`, for every offload: only the place of weights differs, so that one play tells of all.
+
+    Returns:
+        For every module: offload -> the peak of every phase.
     """
     live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
     # Fakes of a CUDA device would need a CUDA build of torch.
@@ -107,61 +123,67 @@ def rehearse(
         gc.unfreeze()
 
 
-def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Peak]]:
+def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Phases]]:
     live = setting.live
     readers = {id(module): module.adapter.trains_text for module in modules}
-    phases: dict[int, dict[str, Peak]] = {}
+    found: dict[int, dict[str, Phases]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        encode, decode = _autoencoder(setting, host)
+        encode, decode, vae_arena = _autoencoder(setting, host)
         gc.collect()
         live.reset_peak()
         base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
         packing = live.peak - live.now
         for reads_text in (True, False):
-            text = {} if reads_text else {"text": _read_once(setting, base)}
-            parts = (base.unet, *base.text_encoders)
-            streamed = sum(map(streamed_bytes, parts)) if setting.streams else None
+            text, text_arena = ({}, 0) if reads_text else _read_once(setting, base)
+            arena = sum(map(streamed_bytes, (base.unet, *base.text_encoders)))
             gc.collect()
-            load = Peak(weights=live.now, activations=packing) if streamed is None else Peak(streamed, 0)
+            resident, drawn = live.now, {}  # type: tuple[int, dict[object, int]]
             # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
-            beside = streamed if streamed is not None else 0 if setting.on_gpu else live.now
+            beside = 0 if setting.on_gpu else resident
+            before = {"encode": encode, **text, "load": Peak(resident, packing)}
             for module in modules:
-                if readers[id(module)] is reads_text:
-                    phases[id(module)] = {
-                        "encode": encode,
-                        **text,
-                        "load": load,
-                        **_training(setting, module, base, streamed),
-                        "decode": replace(decode, weights=decode.weights + beside),
-                    }
-    return [phases[id(module)] for module in modules]
+                if readers[id(module)] is not reads_text:
+                    continue
+                training = _training(setting, module, base, drawn)
+                whole = {**before, **training, "decode": replace(decode, weights=decode.weights + beside)}
+                streamed = {
+                    name: replace(peak, weights=peak.weights - resident + arena) for name, peak in training.items()
+                }
+                streamed = {
+                    "encode": replace(encode, weights=vae_arena),
+                    **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
+                    "load": Peak(arena, 0),
+                    **streamed,
+                    "decode": replace(decode, weights=vae_arena + arena),
+                }
+                # A CPU's weights are in its own memory either way, as long as there is room.
+                found[id(module)] = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+    return [found[id(module)] for module in modules]
 
 
 @torch.no_grad()
-def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak]:
-    """Encoding a photo and decoding a picture."""
+def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak, int]:
+    """Encoding a photo and decoding a picture, and what streamed weights take on the device."""
     vae = skeleton_vae(host, unwritten)
     weights, resolution, side = setting.live.now, setting.resolution, setting.resolution // host.vae_factor
     pixels = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype)
     latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype)
     encode = setting.peak(lambda: vae.encode(pixels), weights=weights)
     decode = setting.peak(lambda: vae.decode(latent), weights=weights)
-    held = streamed_bytes(vae) if setting.streams else weights
-    return replace(encode, weights=held), replace(decode, weights=held)
+    return encode, decode, streamed_bytes(vae)
 
 
-def _read_once(setting: _Setting, base: Base) -> Peak:
-    """Embedding prompts beforehand: the text encoders come alone, and are gone afterwards."""
-    weights = sum(_bytes(encoder) for encoder in base.text_encoders)
-    held = sum(map(streamed_bytes, base.text_encoders)) if setting.streams else weights
+def _read_once(setting: _Setting, base: Base) -> tuple[Phases, int]:
+    """Embedding prompts beforehand: the text encoders come alone, and are gone afterwards; and as `_autoencoder`."""
+    weights, arena = (sum(map(size, base.text_encoders)) for size in (_bytes, streamed_bytes))
     reading = setting.peak(lambda: remember(base, [PROMPT]), weights=setting.live.now)
     base.release_text_encoders()
-    return replace(reading, weights=held)
+    return {"text": replace(reading, weights=weights)}, arena
 
 
-def _training(setting: _Setting, module: PersonalizationModule, base: Base, streamed: int | None) -> dict[str, Peak]:
-    """A step of every branch, and drawing samples; `streamed` is what streamed weights take on the device."""
-    live, resident = setting.live, setting.live.now
+def _training(setting: _Setting, module: PersonalizationModule, base: Base, drawn: dict[object, int]) -> Phases:
+    """A step of every branch, and drawing samples; `drawn` keeps what drawing takes with the same things trained."""
+    live = setting.live
     module.class_word = WORD
     for part in module.adapter.parts:
         if isinstance(part, TokenEmbedding):
@@ -185,14 +207,19 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, stre
         peaks[name] = replace(peak, weights=peak.weights - hollowed)
         for theta in module.adapter.numbered().values():
             theta.grad = None
-    side = setting.resolution // base.vae_factor
-    peaks["denoise"] = setting.peak(lambda: denoise(module, side, setting.pictures), **held)
+    trained = module.adapter.numbered()
+    kind = (
+        *map(type, module.adapter.parts),
+        *((id, theta.shape, theta.dtype) for id, theta in trained.items()),
+        hollowed,
+    )
+    if kind not in drawn:
+        side = setting.resolution // base.vae_factor
+        drawn[kind] = setting.peak(lambda: denoise(module, side, setting.pictures), **held).activations
+    peaks["denoise"] = Peak(**held, activations=drawn[kind])
     module.adapter.detach()
-    del kept, module.adapter  # what it trains is gone before the next one comes
+    del kept, trained, module.adapter  # what it trains is gone before the next one comes
     module.base = None
-    if streamed is not None:
-        waiting = resident - streamed
-        peaks = {name: replace(peak, weights=peak.weights - waiting) for name, peak in peaks.items()}
     return peaks
 
 

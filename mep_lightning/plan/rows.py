@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.module import PersonalizationModule
-from mep_lightning.plan.rehearsal import Peak, rehearse
+from mep_lightning.plan.rehearsal import Peak, Phases, rehearse_offloads
 
 Recipe = Callable[[str, bool | None], PersonalizationModule]
 """(precision, checkpointing) -> a fresh module; None leaves the latter to the recipe."""
@@ -131,25 +130,24 @@ def plan(
             activation_dtype("fp32", where, info.family, activations)  # says what is wrong
     pictures = pictures or defaults.lookup(next(iter(recipes)), info.family, precisions[0])["sampling_batch"]
     rows: list[Row] = []
-    known: dict[object, list[dict[str, Peak]]] = {}
-    for precision, offload in product(precisions, OFFLOADS if device == "cuda" else OFFLOADS[:1]):
+    known: dict[object, list[dict[str, Phases]]] = {}
+    for precision in precisions:
         dtype = activation_dtype(precision, where, info.family, activations)
-        found = BaseFolder(
-            name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where, offload=offload
-        )
+        found = BaseFolder(name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where)
         side = resolution or found.resolution
-        ways = [way for way in _ways(recipes, precision) if offload == "none" or _streams(way[2])]
+        ways = list(_ways(recipes, precision))
+        streams = [device == "cuda" and _streams(module) for _, _, module in ways]
         widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
-        kind = (precision if precision in QUANTIZED else "", *widths, offload)
+        kind = (precision if precision in QUANTIZED else "", *widths)
         if kind not in known:
-            progress(f"{precision}, streamed" if offload == "stream" else precision)
-            known[kind] = rehearse(
-                (module for _, _, module in ways), found, side, batch_size=batch_size, pictures=pictures
-            )
-        peaks = known[kind]
+            progress(precision)
+            modules = (module for _, _, module in ways)
+            known[kind] = rehearse_offloads(modules, found, side, batch_size=batch_size, pictures=pictures)
         rows += [
-            Row(name, str(base), precision, side, offload, checkpointing, phases)
-            for (name, checkpointing, _), phases in zip(ways, peaks, strict=True)
+            Row(name, str(base), precision, side, offload, checkpointing, phases[offload])
+            for offload in OFFLOADS
+            for (name, checkpointing, _), streamed, phases in zip(ways, streams, known[kind], strict=True)
+            if offload == "none" or streamed
         ]
     return rows
 

@@ -4,7 +4,7 @@ import pytest
 
 from mep_lightning.defaults import METHODS
 from mep_lightning.errors import UserError
-from mep_lightning.plan import Budget, Peak, Row, best, parse_size, savings
+from mep_lightning.plan import Budget, Peak, Row, best, first_fit, parse_size, savings
 from mep_lightning.plan.budget import PREFERENCE
 
 GIB = 2**30
@@ -57,6 +57,27 @@ def test_the_overhead_is_part_of_the_budget():
 def test_the_method_to_take_first_and_then_the_most_bits_is_taken(gib, taken):
     found = best(ROWS, Budget(int(gib * GIB), "cuda"))
     assert (found.method, found.precision, found.checkpointing) == taken
+
+
+@pytest.mark.parametrize(("gib", "stages"), [(9, 1), (3, 2), (1.5, 3), (0.7, 3)])
+def test_no_more_is_rehearsed_than_it_takes(gib, stages):
+    rows = [*ROWS, row("lora", "fp32", 8), row("gf_ti", "int8", 1)]
+    asked = []
+
+    def rehearsed(names):
+        asked.append(names)
+        return [one for one in rows if one.method in names]
+
+    budget = Budget(int(gib * GIB), "cuda")
+    taken, seen = first_fit(METHODS, rehearsed, budget)
+    assert taken == best(rows, budget) and len(asked) == stages
+    assert taken in seen if taken else len(seen) == len(rows)
+
+
+def test_a_method_that_may_not_be_taken_is_not_rehearsed():
+    asked = []
+    assert first_fit(["peqa"], lambda names: asked.append(names) or [], Budget(GIB, "cuda")) == (None, [])
+    assert asked == [["peqa"]]
 
 
 def test_every_method_has_its_place():

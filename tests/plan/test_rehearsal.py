@@ -131,6 +131,14 @@ def test_streamed_weights_take_an_arena():
         assert streamed["decode"].weights == on_device + held_by_stream(vae)
 
 
+def test_what_was_trained_before_is_none_of_a_streamed_runs_weights():
+    found = dataclasses.replace(open_base("tiny", "int8"), device=torch.device("cuda"), offload="stream")
+    lora, low = (PersonalizationModule("tiny", "int8", adapter=LoRA(rank=rank), checkpointing=True) for rank in (16, 1))
+    _, after = rehearse([lora, low], found, 64)
+    (alone,) = rehearse([PersonalizationModule("tiny", "int8", adapter=LoRA(rank=1), checkpointing=True)], found, 64)
+    assert after == alone and 0 < after["step"].weights - after["load"].weights < 2**18
+
+
 def held_by_stream(module) -> int:
     """The arena, and what is neither streamed nor a table that stays on the host."""
     tables = sum(part.weight.nbytes for part in module.modules() if isinstance(part, torch.nn.Embedding))
