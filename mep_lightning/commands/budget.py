@@ -76,24 +76,26 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
     named = request.value("model.method")
     if named not in (None, *METHODS):
         raise UserError(f"method {named!r} is unknown: choose one of {', '.join(METHODS)}.")
-    wanted = {key: request.own(f"model.{key}") for key in ("precision", "checkpointing", "offload")}
+    precision, *wanted = (request.own(f"model.{key}") for key in ("precision", "offload", "checkpointing"))
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}.")
     resolution, batch_size, pictures = (
         int(value) if str(value).isdecimal() else None
         for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
 
     def rehearsed(methods: Sequence[str]) -> list[Row]:
-        rows = plan(
+        return plan(
             {name: recipe(name) for name in methods},
             request.value("model.base") or "tiny",
             resolution=resolution,
             batch_size=batch_size or 1,
             pictures=pictures,
             device=device,
-            precisions=[wanted["precision"]] if wanted["precision"] in PRECISIONS else available_precisions(),
+            precisions=[precision] if precision else available_precisions(),
             activations=str(request.value("model.activations") or "auto"),
+            asked=lambda *switches: all(w is None or _same(s, w) for s, w in zip(switches, wanted, strict=True)),
         )
-        return [row for row in rows if all(w is None or _same(getattr(row, key), w) for key, w in wanted.items())]
 
     taken, rows = first_fit(METHODS if named is None else [named], rehearsed, budget)
     if not rows:

@@ -101,6 +101,7 @@ def plan(
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     activations: str = "auto",
+    asked: Callable[[str, bool], bool] = lambda offload, checkpointing: True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Rehearse every recipe in every precision: with and without checkpointing where there is a backward pass, and
@@ -116,6 +117,7 @@ def plan(
         precisions: which.
         activations: what quantised weights compute in, as for `load_base`; precisions that compute in another dtype are
             left out.
+        asked: offload and checkpointing -> whether there is to be a row.
         progress: told each precision before its turn.
 
     Raises:
@@ -135,21 +137,46 @@ def plan(
         dtype = activation_dtype(precision, where, info.family, activations)
         found = BaseFolder(name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where)
         side = resolution or found.resolution
-        ways = list(_ways(recipes, precision))
-        streams = [device == "cuda" and _streams(module) for _, _, module in ways]
+        ways = list(_ways(recipes, precision, device, asked))
         widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
         kind = (precision if precision in QUANTIZED else "", *widths)
-        if kind not in known:
+        if ways and kind not in known:
             progress(precision)
-            modules = (module for _, _, module in ways)
+            modules = (way.module for way in ways)
             known[kind] = rehearse_offloads(modules, found, side, batch_size=batch_size, pictures=pictures)
         rows += [
-            Row(name, str(base), precision, side, offload, checkpointing, phases[offload])
+            Row(way.name, str(base), precision, side, offload, way.checkpointing, phases[offload])
             for offload in OFFLOADS
-            for (name, checkpointing, _), streamed, phases in zip(ways, streams, known[kind], strict=True)
-            if offload == "none" or streamed
+            for way, phases in zip(ways, known.get(kind, []), strict=True)
+            if offload in way.offloads
         ]
     return rows
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What is rehearsed once: a recipe with or without checkpointing, for a row an offload."""
+
+    name: str
+    checkpointing: bool
+    module: PersonalizationModule
+    offloads: Sequence[str]
+
+
+def _ways(
+    recipes: Mapping[str, Recipe], precision: str, device: str, asked: Callable[[str, bool], bool]
+) -> Iterator[_Way]:
+    for name, make in recipes.items():
+        module = make(precision, None)
+        if precision not in module.adapter.precisions:
+            continue
+        modules = [module]
+        if not (module.forward_only or module.checkpointing):
+            modules.append(make(precision, True))
+        for one in modules:
+            possible = OFFLOADS if device == "cuda" and _streams(one) else OFFLOADS[:1]
+            if offloads := [offload for offload in possible if asked(offload, one.checkpointing)]:
+                yield _Way(name, one.checkpointing, one, offloads)
 
 
 def _streams(module: PersonalizationModule) -> bool:
@@ -157,13 +184,3 @@ def _streams(module: PersonalizationModule) -> bool:
     if "stream" not in module.adapter.offloads or module.hollow is not None:
         return False
     return module.forward_only or (module.checkpointing and module.precision in QUANTIZED)
-
-
-def _ways(recipes: Mapping[str, Recipe], precision: str) -> Iterator[tuple[str, bool, PersonalizationModule]]:
-    for name, make in recipes.items():
-        module = make(precision, None)
-        if precision not in module.adapter.precisions:
-            continue
-        yield name, module.checkpointing, module
-        if not (module.forward_only or module.checkpointing):
-            yield name, True, make(precision, True)

@@ -66,7 +66,7 @@ def test_a_method_that_is_named_stays(config_of):
 
 
 def test_nothing_fits(said):
-    status, sentence = said(["fit", "--budget", "1MB", *INT8])
+    status, sentence = said(["fit", "--budget", "1MB", *INT8, "--model.checkpointing", "true"])
     assert status == 2
     assert sentence.startswith("mep fit: --budget 1MB: the least, ")
     assert sentence.endswith("; give more, or a lower --data.resolution.")
@@ -78,6 +78,10 @@ def test_nothing_fits(said):
         (["--budget", "lots"], "mep fit: --budget is 'lots'; give a size such as 4GB or 3.5GiB."),
         (["--budget", "1GB", "--run", "r", "--resume"], "mep fit: --budget chooses how a run begins; leave it out"),
         (["--budget", "1GB", "--model.method", "magic"], "mep fit: method 'magic' is unknown: choose one of"),
+        (
+            ["--budget", "1GB", "--model.precision", "int3"],
+            "mep fit: precision 'int3' is unknown: choose one of fp32, ",
+        ),
         (["--budget", "1GB", *INT8, "--model.offload", "stream"], "mep fit: --budget 1GB: no method runs with what is"),
     ],
 )
@@ -96,6 +100,7 @@ def crowded(monkeypatch):
 @pytest.mark.usefixtures("crowded")
 def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded(said, quick, monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "available_precisions", lambda: ["int8"])
+    monkeypatch.setattr(budget, "METHODS", ("zoodip", "lora_r1"))
     monkeypatch.setattr("mep_lightning.module.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     status, sentence = said(["fit", "--config", "zoodip", *quick, "--run", "r"])
     assert status == 2

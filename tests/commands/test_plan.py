@@ -10,6 +10,7 @@ from mep_lightning.cli import main
 
 def test_the_table_says_what_fits(capsys, tmp_path):
     words = ["plan", "--base", "tiny", "--precision", "fp32", "int8", "--budget", "600MB", "--device", "cpu"]
+    words += ["--methods", "zoodip", "textual_inversion", "lora"]
     assert main([*words, "--picture", str(tmp_path / "plan.png")]) == 0
     said = capsys.readouterr().out
     assert "Peak memory on tiny at 64 px" in said
@@ -42,7 +43,8 @@ def test_without_a_budget_nothing_is_said_to_fit(capsys):
 
 
 def test_a_budget_for_nothing_says_what_the_least_needs(capsys):
-    assert main(["plan", "--base", "tiny", "--precision", "int8", "--budget", "1MB"]) == 0
+    words = ["plan", "--base", "tiny", "--precision", "int8", "--methods", "zoodip", "lora_r1"]
+    assert main([*words, "--budget", "1MB"]) == 0
     assert "Nothing fits into 977 KiB: the least, " in capsys.readouterr().out
 
 
