@@ -41,6 +41,28 @@ COMPARISON = Table(
         "zoodip": _scores(0.287, 0.772, 0.558, 0.671),
     },
 )
+SPEED = Table(
+    "ZOODiP's Table 2",
+    {
+        method: {"steps_per_second": speed}
+        for method, speed in (("textual_inversion", 9.42), ("tuneqdm", 4.94), ("gf_ti", 0.74), ("zoodip", 16.1))
+    },
+)
+MINUTES = Table(
+    "ZOODiP's Table S10",
+    {
+        method: {"minutes": minutes}
+        for method, minutes in (
+            ("dreambooth", 2),
+            ("qlora", 1.1),
+            ("peqa", 1.5),
+            ("tuneqdm", 1.4),
+            ("textual_inversion", 8.8),
+            ("gf_ti", 293),
+            ("zoodip", 31),
+        )
+    },
+)
 MEMORY = {
     "dreambooth": 19.4,
     "qlora": 7.56,
@@ -110,6 +132,8 @@ LORAS = Table(
 )
 TABLES = {
     "compare:paper": COMPARISON,
+    "compare:speed": SPEED,
+    "compare:minutes": MINUTES,
     "ablation:parts": PARTS,
     "ablation:sampling": SAMPLING,
     "ablation:estimators": ESTIMATORS,

@@ -29,6 +29,8 @@ NAMES = {
     "dino": "DINO",
     "dino_inter": "DINO inter",
     "heldout_loss": "held-out loss",
+    "steps_per_second": "steps/s",
+    "minutes": "minutes",
 }
 
 
@@ -55,7 +57,7 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     ours = {name: {row["metric"]: row for row in rows if row["case"] == name} for name in paper.rows}
     metrics = list(next(iter(paper.rows.values())))
     lines = [
-        [name, *(f"{ours[name][metric]['value']:.3f} ({paper.rows[name][metric]:.3f})" for metric in metrics)]
+        [name, *(f"{_figure(ours[name][metric]['value'])} ({_figure(paper.rows[name][metric])})" for metric in metrics)]
         for name in paper.rows
         if ours[name]
     ]
@@ -68,7 +70,9 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
             for one, two in combinations(paper.rows, 2)
         ]
         plain = [
-            (theirs, a, b) for theirs, a, b in pairs if abs(a["value"] - b["value"]) > max(a["spread"], b["spread"])
+            (theirs, a, b)
+            for theirs, a, b in pairs
+            if abs(a["value"] - b["value"]) > max(one.get("spread", 0.0) for one in (a, b))
         ]
         same, of_plain = (
             sum(theirs * (a["value"] - b["value"]) > 0 for theirs, a, b in some) for some in (pairs, plain)
@@ -77,6 +81,11 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     note = "Pairs in the paper's order, and of them those that differ by more than the spread over seeds: "
     return f"{table}\n{note}{', '.join(counts)}.\n"
+
+
+def _figure(value: float) -> str:
+    """Scores to the third place, other figures to the third digit."""
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 
 def compared(rows: list[Row]) -> str:
