@@ -45,6 +45,10 @@ START: dict[str, Settings] = {
     "gf_ti": {"dims": 64, "sigma": 1.0},
 }
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
+SCALES: list[Axis] = [
+    [{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4)],
+    [{"lr": lr, "max_steps": 1_200} for lr in (3e-6, 1e-5)],
+]
 AXES: dict[str, list[Axis]] = {
     "textual_inversion": [
         [{"lr": lr} for lr in (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)],
@@ -79,8 +83,8 @@ AXES: dict[str, list[Axis]] = {
         [{"every": steps} for steps in (50, 200)],
     ],
     "qlora": [[{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]],
-    "peqa": [[{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4)]],
-    "tuneqdm": [[{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4)]],
+    "peqa": SCALES,
+    "tuneqdm": SCALES,
     "gf_ti": [[{"sigma": sigma} for sigma in (0.3, 1.0, 2.0)], [{"dims": dims} for dims in (16, 64, 128)]],
 }
 
@@ -112,7 +116,8 @@ def run(method: str, path: Path, **kwargs: Any) -> list[Row]:
         }
         rows += [row("tune", f"{method} {name}", "objective", round(value, 5), "") for name, value in scores.items()]
         winner = max(scores, key=scores.__getitem__)
-        best, score = trials[winner], scores[winner]
+        if scores[winner] > score:
+            best, score = trials[winner], scores[winner]
         print(f"{method}: {winner} of {', '.join(f'{name} {v:.4f}' for name, v in scores.items())}", flush=True)
     rows.append(row("tune", method, "objective of the best", round(score, 5), "") | {"settings": best})
     return rows
