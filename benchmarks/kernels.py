@@ -20,6 +20,7 @@ from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import kernels
 from mep_lightning.kernels.dispatch import SWITCH
 from mep_lightning.kernels.products import linear
+from mep_lightning.tangents import Dual
 
 MEMBERS = 3  # RGE with n = 2
 HEADS = 8
@@ -105,6 +106,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield from convolutions(dtype, device)
     yield from attentions(dtype, device)
     yield from tangents(dtype, device)
+    yield from rules(dtype, device)
     yield from lora(dtype, device)
     yield from updates(device)
 
@@ -203,6 +205,33 @@ def tangents(dtype: torch.dtype, device: str) -> Iterator[Case]:
             return torch.stack([found[0][0], *(tangent for _, tangent in found)])
 
         yield Case(name, ours, theirs, 5e-3, flops, moved)
+
+
+def rules(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Norms, activations and GEGLU's product with two tangents, beside forward-mode AD, a direction after the other."""
+    for width, tokens in TOKENS.items():
+        side = round(tokens**0.5)
+        image = torch.randn(MEMBERS, 1, side, side, width, device=device, dtype=dtype).permute(0, 1, 4, 2, 3)
+        rows = torch.randn(MEMBERS, 1, tokens, width, device=device, dtype=dtype)
+        halves = torch.randn(MEMBERS, 1, tokens, 8 * width, device=device, dtype=dtype)
+        gain = torch.ones(width, device=device, dtype=dtype)
+        layers: list[tuple[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor], float]] = [
+            ("group_norm_tangents", image, lambda x, gain=gain: F.group_norm(x, 32, gain, gain), 1),
+            ("layer_norm_tangents", rows, lambda x, gain=gain, width=width: F.layer_norm(x, [width], gain, gain), 1),
+            ("activation_tangents", image, F.silu, 1),
+            ("product_tangents", halves, lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), 0.5),
+        ]
+        for name, x, layer, share in layers:
+
+            def ours(x=x, layer=layer):
+                return layer(Dual(x)).stack
+
+            def theirs(x=x.contiguous(), layer=layer):  # its group norm takes no other order
+                found = [jvp(layer, (x[0],), (x[i],)) for i in range(1, MEMBERS)]
+                return torch.stack([found[0][0], *(tangent for _, tangent in found)])
+
+            moved = (1 + share) * x.numel() * x.element_size()
+            yield Case(f"{name} {list(x.shape)}", ours, theirs, 5e-3, 10.0 * x.numel(), moved)
 
 
 def lora(dtype: torch.dtype, device: str) -> Iterator[Case]:

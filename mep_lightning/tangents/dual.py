@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mep_lightning.errors import UserError
+from mep_lightning.kernels.stacks import room
 
 Rule = Callable[..., Any]
 
@@ -124,17 +125,8 @@ def stacked(x: Any, like: Tensor) -> Tensor:
     if isinstance(x, Dual):
         return x.stack
     value = x if isinstance(x, Tensor) else like.new_full((), x)  # (a copy from the host would end a graph's capture)
-    stack = made(value, len(like) - 1).zero_()
+    stack = room(value, len(like) - 1).zero_()
     stack[0] = value
-    return stack
-
-
-def made(value: Tensor, tangents: int) -> Tensor:
-    """Room for a value like this one and for its tangents, channels last where it is."""
-    stack = torch.empty(1 + tangents, *value.shape, dtype=value.dtype, device=value.device)
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        batch, channels, height, width = value.shape
-        stack = stack.view(1 + tangents, batch, height, width, channels).permute(0, 1, 4, 2, 3)
     return stack
 
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, made, rule
+from mep_lightning import kernels
+from mep_lightning.kernels.pointwise_tangents import fuses
+from mep_lightning.kernels.stacks import room
+from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, rule
 from mep_lightning.tangents.structure import _dim
 
 
@@ -30,7 +33,7 @@ def _parts(x: Any, dims: int) -> tuple[Any, Tensor | None]:
 
 def joined(value: Tensor, tangents: Tensor) -> Dual:
     """A value and tangents, computed apart, as one; tangents may have been left as small as broadcasting lets them."""
-    stack = made(value, len(tangents))
+    stack = room(value, len(tangents))
     stack[0] = value
     stack[1:] = tangents
     return Dual(stack)
@@ -91,8 +94,10 @@ def _mul(x: Any, other: Any) -> Dual:
     if da is None or db is None:
         dual, plain = (x, other) if db is None else (other, x)
         return Dual(aligned(dual.stack, dims) * plain)
+    if fuses(x.stack, other.stack):
+        return Dual(kernels.product_tangents(x.stack, other.stack))
     value = a * b
-    stack = made(value, len(da))
+    stack = room(value, len(da))
     stack[0].copy_(value)
     torch.mul(da, b, out=stack[1:]).addcmul_(db, a)
     return Dual(stack)
@@ -152,7 +157,7 @@ def chained(x: Dual, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Dua
     (Slopes in bf16 would be most of what bf16's tangents err by.)
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    stack = made(x.value, len(x.stack) - 1)
+    stack = room(x.value, len(x.stack) - 1)
     for source, target in _portions(x.stack, stack):
         value, slope = function(source[0].to(wide))
         target[0].copy_(value)
@@ -222,6 +227,8 @@ FUNCTIONS: list[tuple[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]]] = 
     ((F.silu,), _silu),
 ]
 """Functions of one number: what computes their value and their slope."""
+FUSED: dict[Any, str] = {_silu: "silu", _gelu: "gelu"}
+"""Those that have a kernel of their own, without further settings."""
 
 
 def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Dual]:
@@ -230,7 +237,8 @@ def _through(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Du
     def run(x: Dual, *, inplace: bool = False, **given: Any) -> Dual:
         if not known.issuperset(given):
             raise NoRuleError(f"{', '.join(given)} of {function.__name__} has no rule for tangents")
-        found = chained(x, partial(function, **given))
+        fused = FUSED.get(function) if set(given.values()) <= {"none"} and fuses(x.stack) else None
+        found = Dual(kernels.activation_tangents(x.stack, fused)) if fused else chained(x, partial(function, **given))
         if not inplace:
             return found
         x.stack.copy_(found.stack)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from mep_lightning import kernels
 from mep_lightning.kernels import products
-from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, made, rule, stacked
+from mep_lightning.tangents.dual import Dual, NoRuleError, aligned, rule, stacked
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
@@ -109,92 +108,25 @@ def _interpolate(x: Dual, *how: Any, **given: Any) -> Dual:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-AT_ONCE = {"cpu": 2**19, "cuda": 2**22}
-"""Values of a norm that are worked on together, in fp32: 2 MiB stay in a CPU's caches; 16 MiB are little memory on a
-GPU, where every block is launches more."""
-
-
-def _at_once(stack: Tensor) -> int:
-    return AT_ONCE.get(stack.device.type, AT_ONCE["cpu"])
-
-
 @rule(F.layer_norm)
 def _layer_norm(
     x: Dual, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
-    """y = w z + b, z = (x - m) / s; dy = w / s (dx - mean(dx) - z mean(z dx))."""
     _refuse_trained_norm(x, weight, bias)
-    dims = tuple(range(-len(shape), 0))
-    size = math.prod(shape)
-    rows = x.stack.reshape(len(x.stack), -1, *shape)
-    out = torch.empty_like(rows)
-    for source, target in _blocks(rows, out, max(_at_once(rows) // max(size, 1), 1)):
-        _normed_(source, target, lambda values: values.mean(dims, keepdim=True), weight, bias, eps)
-    return Dual(out.view(x.stack.shape))
+    return Dual(kernels.layer_norm_tangents(x.stack, shape, weight, bias, eps))
 
 
 @rule(F.group_norm)
 def _group_norm(
     x: Dual, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:
-    """As a layer norm's, over the pixels of each group of channels."""
     _refuse_trained_norm(x, weight, bias)
-    channels, pixels = x.shape[1], tuple(range(2 - x.dim(), 0))
-    width = channels // groups
-
-    def mean(values: Tensor) -> Tensor:
-        """[..., B, C, pixels] -> of a group, at each of its channels [..., B, C, 1, ...]."""
-        sums = (
-            (values.sum(pixels) if pixels else values)
-            .unflatten(-1, (-1, width))
-            .mean(-1, keepdim=True)
-            .div_(math.prod(x.shape[2:]))
-        )
-        return sums.expand(*sums.shape[:-1], width).flatten(-2)[(..., *(None for _ in pixels))]
-
-    def by_channel(parameter: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * groups if parameter is None else parameter.view(-1, *(1 for _ in pixels)).split(together)
-
-    stack = made(x.value, len(x.stack) - 1)
-    together = max(_at_once(stack) // max(x.value.numel() // groups, 1), 1) * width
-    parts = zip(x.stack.split(together, 2), stack.split(together, 2), strict=True)
-    for (source, target), gain, shift in zip(parts, by_channel(weight), by_channel(bias), strict=False):
-        _normed_(source, target, mean, gain, shift, eps)
-    return Dual(stack)
+    return Dual(kernels.group_norm_tangents(x.stack, groups, weight, bias, eps))
 
 
 def _refuse_trained_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if not isinstance(x, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
         raise NoRuleError("a norm whose own weight or bias has tangents has no rule")
-
-
-def _blocks(source: Tensor, target: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(source.split(count, 1), target.split(count, 1), strict=True)
-
-
-def _normed_(
-    source: Tensor,
-    target: Tensor,
-    mean: Callable[[Tensor], Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> None:
-    """Write what a norm makes of a stack of values and tangents, whose means are told, where it goes."""
-    wide = torch.promote_types(source.dtype, torch.float32)
-    gain = None if weight is None else weight.to(wide)
-    value = source[0].to(wide)
-    normal = value - mean(value)
-    spread = (mean(normal * normal) + eps).rsqrt_()
-    normal.mul_(spread)
-    spread = spread if gain is None else spread * gain
-    for move, place in zip(source[1:], target[1:], strict=True):
-        move = move.to(wide)
-        share = mean(move * normal)
-        place.copy_(torch.addcmul(move, normal, share, value=-1).sub_(mean(move)).mul_(spread))
-    if gain is not None:
-        normal.mul_(gain)
-    target[0].copy_(normal if bias is None else normal.add_(bias.to(wide)))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

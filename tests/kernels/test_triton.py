@@ -224,3 +224,89 @@ def test_attention_tangents(shape, dtype, device):
     for one, true in zip(ours, exact, strict=True):
         close(one, true, dtype)
     assert ours.transpose(2, 3).is_contiguous()
+
+
+def stack_of(*shape, dtype, tangents=2, mean=0.0):
+    """A value and tangents, the value around a mean."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(1 + tangents, *shape, generator=generator)
+    made[0] += mean
+    return made.to(dtype)
+
+
+def parameters(channels, dtype):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(channels, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 6, 5, 7), 3), ((1, 32, 1, 1), 32), ((1, 20, 40, 33), 2), ((2, 4, 3, 3), 1)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_norm_tangents(shape, groups, last, dtype, device):
+    from mep_lightning.kernels.norm_tangents import triton
+
+    x = stack_of(*shape, dtype=dtype, mean=3.0).to(device)
+    if last:
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    weight, bias = (one.to(device) for one in parameters(shape[1], dtype))
+    for gain, shift in ((weight, bias), (None, None), (weight, None)):
+        ours = triton.group_norm_tangents(x, groups, gain, shift, 1e-5)
+        wide = (None if one is None else one.double() for one in (gain, shift))
+        for one, exact in zip(ours, kernels.group_norm_tangents.reference(x.double(), groups, *wide), strict=True):
+            close(one, exact, dtype)
+
+
+def test_group_norm_tangents_of_many_chunks(device, monkeypatch):
+    from mep_lightning.kernels.norm_tangents import triton
+
+    monkeypatch.setattr(triton, "TILE", 64)
+    monkeypatch.setattr(triton, "CHUNKS", 4)
+    x = stack_of(1, 6, 9, 11, dtype=torch.float32, mean=100.0).to(device)
+    ours = triton.group_norm_tangents(x, 2, None, None, 1e-5)
+    exact = kernels.group_norm_tangents.reference(x.double(), 2)
+    assert (ours.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 7), (3, 320), (2, 1030)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_tangents(rows, width, dtype, device):
+    from mep_lightning.kernels.norm_tangents import triton
+
+    wider = stack_of(2, rows, 2 * width, dtype=dtype, mean=3.0).to(device)
+    weight, bias = (one.to(device) for one in parameters(width, dtype))
+    for x in (wider[..., :width], wider[..., :width].contiguous()):
+        for gain, shift in ((weight, bias), (None, None)):
+            ours = triton.layer_norm_tangents(x, gain, shift, 1e-5)
+            wide = (None if one is None else one.double() for one in (gain, shift))
+            for one, exact in zip(ours, kernels.layer_norm_tangents.reference(x.double(), [width], *wide), strict=True):
+                close(one, exact, dtype)
+
+
+@pytest.mark.parametrize("function", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_tangents(function, dtype, device):
+    from mep_lightning.kernels.pointwise_tangents import triton
+
+    wider = stack_of(2, 3, 40, dtype=dtype).mul(3).to(device)
+    image = wider.permute(0, 1, 3, 2)[..., None].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    for x in (wider, wider[..., 20:], stack_of(2000, dtype=dtype).to(device), image, stack_of(dtype=dtype).to(device)):
+        ours, exact = (
+            triton.activation_tangents(x, function),
+            kernels.activation_tangents.reference(x.double(), function),
+        )
+        for one, true in zip(ours, exact, strict=True):
+            close(one, true, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_tangents(dtype, device):
+    from mep_lightning.kernels.pointwise_tangents import triton
+
+    wider = stack_of(2, 3, 40, dtype=dtype).to(device)
+    left, right = wider.chunk(2, -1)
+    for x, y in ((left, right), (left, right.contiguous()), (wider, wider.flip(-1))):
+        exact = kernels.product_tangents.reference(x.double(), y.double())
+        for one, true in zip(triton.product_tangents(x, y), exact, strict=True):
+            close(one, true, dtype)

@@ -15,13 +15,15 @@ from triton.compiler import ASTSource
 from mep_lightning.kernels.attention_tangents import triton as tangents
 from mep_lightning.kernels.int8_conv2d import triton as conv
 from mep_lightning.kernels.int8_linear import triton as linear
+from mep_lightning.kernels.norm_tangents import triton as norms
 from mep_lightning.kernels.perturbed_lora_linear import triton as lora
 from mep_lightning.kernels.philox import triton as philox
+from mep_lightning.kernels.pointwise_tangents import triton as pointwise
 from mep_lightning.kernels.quantize_rows import triton as rows
 from mep_lightning.kernels.subspace_project import triton as subspace
 from mep_lightning.kernels.zo_step import triton as zo_step
 
-FP32 = "a b h amounts scale bias row_scale weights exp_avg exp_avg_sq pace basis grad".split()
+FP32 = "a b h amounts scale bias row_scale weights exp_avg exp_avg_sq pace basis grad sums".split()
 FP32 = dict.fromkeys(FP32, "*fp32")
 FLOATS = dict.fromkeys(["gain1", "gain2", "eps", "weight_decay", "scaling"], "fp32")
 TILE = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP=8, WIDE=False, HAS_BIAS=True)
@@ -35,6 +37,9 @@ CASES = [
 ]
 RANK = {"RANK": 16}
 LORA = {"directions": "*i64", "seed": "i64"}
+SCALED = {"HAS_WEIGHT": True, "HAS_BIAS": True}
+def NORM(dtype):
+    return dict.fromkeys(["x", "out", "weight", "bias"], f"*{dtype}")
 for dtype in ("fp32", "bf16", "fp16"):
     CASES += [
         (lora._down_kernel, LORA | {"x": f"*{dtype}"}, RANK | dict(ROWS=64, DEPTH=64, ALIGNED=True)),
@@ -42,6 +47,12 @@ for dtype in ("fp32", "bf16", "fp16"):
         (rows._quantize_rows_kernel, {"x": f"*{dtype}", "q": "*i8"}, {"BLOCK": 1024}),
         (linear._linear_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE),
         (linear._linear_kernel.fn, {"x": "*i8", "q": "*i8", "y": f"*{dtype}"}, TILE),
+        (norms._sums_kernel, {"x": f"*{dtype}"}, dict(BLOCK=256, WIDTH=16)),
+        (norms._group_kernel, NORM(dtype), dict(BLOCK=256, WIDTH=16, CHUNKS=16) | SCALED),
+        (norms._layer_kernel, NORM(dtype), {"BLOCK": 2048} | SCALED),
+        (pointwise._activation_kernel, dict.fromkeys("xy", f"*{dtype}"), {"GELU": True, "BLOCK": 1024}),
+        (pointwise._activation_kernel, dict.fromkeys("xy", f"*{dtype}"), {"GELU": False, "BLOCK": 1024}),
+        (pointwise._product_kernel, dict.fromkeys("xyz", f"*{dtype}"), {"BLOCK": 1024}),
         (conv._conv_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | TAPS),
     ]
 SHARED = 101376  # of a consumer's GPU
@@ -86,4 +97,4 @@ def test_every_kernel_compiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "compiled 38", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 56", done.stderr[-2000:]

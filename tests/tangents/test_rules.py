@@ -117,7 +117,7 @@ ONE = {  # name: function of a Dual [2, 3, 4]
 
 @pytest.mark.parametrize("name", ONE)
 def test_of_one(name, monkeypatch):
-    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", {"cpu": 9})
+    monkeypatch.setattr("mep_lightning.kernels.norm_tangents.AT_ONCE", {"cpu": 9})
     check(ONE[name], dual(2, 3, 4))
 
 
@@ -170,7 +170,7 @@ def test_weights_alone_may_have_tangents():
 @pytest.mark.parametrize("at_once", [1, 100, 2**19])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 def test_layers_of_pictures(last, at_once, monkeypatch):
-    monkeypatch.setattr("mep_lightning.tangents.layers.AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr("mep_lightning.kernels.norm_tangents.AT_ONCE", {"cpu": at_once})
     torch.manual_seed(0)
     x = dual(2, 8, 5, 6)
     if last:
