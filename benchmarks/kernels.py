@@ -226,7 +226,9 @@ def rules(dtype: torch.dtype, device: str) -> Iterator[Case]:
             def ours(x=x, layer=layer):
                 return layer(Dual(x)).stack
 
-            def theirs(x=x.contiguous(), layer=layer):  # its group norm takes no other order
+            whole = x.contiguous()  # forward-mode AD's group norm takes no other order
+
+            def theirs(x=whole, layer=layer):
                 found = [jvp(layer, (x[0],), (x[i],)) for i in range(1, MEMBERS)]
                 return torch.stack([found[0][0], *(tangent for _, tangent in found)])
 

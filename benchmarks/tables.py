@@ -12,9 +12,11 @@ from typing import Any
 
 from benchmarks import papers, plots
 from benchmarks.fidelity import CARRIED
+from benchmarks.paths import DIMS, MARKS, RUNS
 from benchmarks.published import OURS, USED
 from benchmarks.quality import SCORES
 from benchmarks.rows import Row
+from benchmarks.tune import AXES
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -94,6 +96,30 @@ def compared(rows: list[Row]) -> str:
     from mep_lightning.comparison.table import as_markdown
 
     return as_markdown(lines(rows))
+
+
+def travelled(rows: list[Row]) -> str:
+    """A run a line: the held-out loss after so many forward passes, and the share of its path that SG keeps."""
+    values = {(row["case"], row["metric"]): row["value"] for row in rows}
+    lines = []
+    for name in RUNS:
+        losses = [values.get((f"{name}, {mark} forward passes", "held-out loss")) for mark in MARKS]
+        kept = values.get((name, "share of the path's dimensions kept"))
+        lines.append(
+            [name, *("" if one is None else f"{one:.4f}" for one in losses), "" if kept is None else f"{kept:.2f}"]
+        )
+    return markdown(["run", *(f"{mark:,}" for mark in MARKS), "of its path kept"], lines)
+
+
+def truncated(rows: list[Row]) -> str:
+    """A run a line: the held-out loss with the first principal components of its path alone."""
+    values = {row["case"]: row["value"] for row in rows}
+    lines = [
+        [name, *(f"{values[f'{name}, {k} components of its path']:.4f}" for k in (0, *DIMS))]
+        for name in RUNS
+        if f"{name}, 0 components of its path" in values
+    ]
+    return markdown(["run", *map(str, (0, *DIMS))], lines)
 
 
 def branches(rows: list[Row]) -> str:
@@ -274,12 +300,13 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "forward": scores,
     "estimators": scores,
     "loras": scores,
+    "paths": travelled,
+    "paths:dims": truncated,
     "branches": branches,
     "conditioning": listened,
     "pairs": paired,
     **{name: partial(beside, table) for name, table in papers.TABLES.items()},
-    "tune-textual_inversion": objectives,
-    "tune-zoodip": objectives,
+    **{f"tune-{method}": objectives for method in AXES},
     "step": speeds,
     "step-sd15": real_speeds,
     "cuda/step-sd15": real_speeds,
@@ -299,14 +326,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/fidelity:tangents": tangents,
 }
 """FILE or FILE:PART -> what writes its table."""
-PLOTS = {
-    "fidelity": "fidelity",
-    "tangents": "fidelity",
-    "conditioning": "conditioning",
-    "compare_memory": "compare",
-    "compare_quality": "compare",
-}
-"""A picture in docs/images, and what draws it -> the file of its figures."""
 
 
 def results(name: str, folder: Path = RESULTS) -> Path:
@@ -336,6 +355,8 @@ def write() -> None:
     """All documents and their plots."""
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
-    for name, figures in PLOTS.items():
-        if results(figures).exists():
-            getattr(plots, name)(results(figures), DOCS / "images" / f"{name}.png")
+    for name, (suite, draw) in plots.PLOTS.items():
+        if results(suite).exists():
+            figure = draw(json.loads(results(suite).read_text())["rows"])
+            if figure is not None:
+                figure.savefig(DOCS / "images" / f"{name}.png", dpi=130)

@@ -1,0 +1,40 @@
+"""The pictures of docs/ show what their rows hold."""
+
+import pytest
+
+from benchmarks import plots, tables
+from benchmarks.variants import RANGES
+
+
+def held_out(case, value):
+    return {"case": case, "metric": "held-out loss", "value": value}
+
+
+PATHS = [
+    held_out("textual_inversion, 450 forward passes", 0.16),
+    held_out("textual_inversion, 900 forward passes", 0.15),
+    held_out("zoodip, 450 forward passes", 0.17),
+    {"case": "zoodip", "metric": "share of the path's dimensions kept", "value": 0.25},
+    *(held_out(f"textual_inversion, {k} components of its path", 0.16 - k / 1e4) for k in (0, *plots.DIMS)),
+]
+
+
+def test_paths_over_forward_passes_and_over_components():
+    speed, dims = plots.paths(PATHS).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in speed.lines}
+    assert drawn["textual_inversion"] == [[450, 0.16], [900, 0.15]] and drawn["zoodip"] == [[450, 0.17]]
+    assert drawn["zoodip_fast"] == []
+    assert [line.get_label() for line in dims.lines] == ["textual_inversion"]
+    assert dims.lines[0].get_xydata()[0].tolist() == [1, pytest.approx(0.1599)]
+    assert "| zoodip | 0.1700 |  |" in tables.travelled(PATHS) and "| 0.25 |" in tables.travelled(PATHS)
+    assert tables.truncated(PATHS).splitlines()[2].startswith("| textual_inversion | 0.1600 | 0.1599 |")
+
+
+def test_every_range_of_timesteps_has_its_field():
+    rows = [{"case": name, "metric": "dino", "value": i / 10} for i, name in enumerate(RANGES)]
+    field = plots.timesteps(rows).axes[2]
+    assert field.get_title() == "DINO"
+    assert sorted(text.get_text() for text in field.texts) == [f"{i / 10:.3f}" for i in range(len(RANGES))]
+    grid = field.images[0].get_array()
+    assert grid[0, 0] == pytest.approx(list(RANGES).index("0..1000") / 10)  # up is later, right is from later on
+    assert grid[-1, 0] == pytest.approx(list(RANGES).index("0..250") / 10)
