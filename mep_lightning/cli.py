@@ -29,7 +29,7 @@ commands:
 {chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
 first steps:
-  mep fit --config quickstart                    embedded model and photos, a few minutes on a laptop
+  mep fit --config quickstart                    embedded model and photos, a minute or two on a laptop
   mep fit --config zoodip --model.base ID_OR_DIR --data.path photos/ --data.class_word dog
   mep predict --run runs/zoodip-1 --prompts "a photo of a <sks> dog on a beach"
 
