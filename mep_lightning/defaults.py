@@ -85,10 +85,12 @@ _TABLE: list[tuple[str, str, str, dict[str, Any]]] = [
     ("dreambooth", "tiny", "*", {"lr": 1e-4}),
     ("gf_ti", "*", "*", {"population": 20, "dims": 256, "sigma": 1.0, "max_steps": 13_000}),
     ("gf_ti", "*", "*", {"lr": 1.0, "eps": 1e-8, "puts_low": 0, "puts_high": 1000}),
-    ("gf_ti", "tiny", "*", {"dims": 64, "max_steps": 600}),
+    ("gf_ti", "tiny", "*", {"dims": 128, "max_steps": 600}),
     # ZOODiP's supplement for the methods that it compares with.
     ("qlora", "*", "*", {"rank": 2, "max_steps": 500}),
+    ("qlora", "tiny", "*", {"lr": 3e-3}),
     *((name, "*", "*", {"lr": 3e-6, "eps": 1e-8, "max_steps": 400}) for name in SCALES),
+    *((name, "tiny", "*", {"lr": 1e-5, "max_steps": 1_200}) for name in SCALES),
     *((name, "*", "*", {"puts_low": 0, "puts_high": 1000}) for name in SCALES),
 ]
 
