@@ -40,6 +40,13 @@ class GuidedSearch(Subspace):
         self.before = now.clone()
 
     @property
+    def basis(self) -> Tensor | None:
+        return None
+
+    def adopt(self, basis: Tensor) -> None:
+        return
+
+    @property
     def dims_left(self) -> int | None:
         return None if self.before is None else len(self.before)
 

@@ -14,6 +14,7 @@ from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import LoRA
 from mep_lightning.commands.budget import recipe
+from mep_lightning.estimation import give_gradient
 from mep_lightning.estimators import Estimator
 from mep_lightning.plan.rehearsal import PROMPT, branches, draw_of
 
@@ -74,7 +75,7 @@ def _training(module: PersonalizationModule, estimator: Estimator, resolution: i
 
     def step() -> None:
         optimizer.zero_grad()
-        module._estimate(estimator, draw, optimizer)
+        give_gradient(module, estimator, draw, optimizer)
         optimizer.step()
 
     return step

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import INTEGERS, QUANTIZED
+from mep_lightning.distributed import DATA, NAME, Ranks
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import CMAES, FiniteDifferenceEstimator, ForwardGradientEstimator
+from mep_lightning.estimators import CMAES, FiniteDifferenceEstimator, ForwardGradientEstimator, ZerothOrderEstimator
 
 if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
@@ -41,6 +42,23 @@ def refuse_streaming_backwards(module: PersonalizationModule, device: torch.devi
         raise UserError(
             "model.offload stream with a backward pass is for quantised weights and recomputed activations, or nothing "
             "would be saved: set model.checkpointing true and model.precision int8, or use zoodip"
+        )
+
+
+def refuse_ranks(module: PersonalizationModule, ranks: Ranks) -> None:
+    """Raise UserError where several processes cannot train what they are to train."""
+    if ranks.world == 1:
+        return
+    if module.forward_only and not ranks.exchanges_losses:
+        raise UserError(
+            f"trainer.strategy averages gradients over {ranks.world} processes, and {module.method} has none to "
+            f"average: set trainer.strategy {NAME}"
+        )
+    least = min((one.shares for one in module.estimators if isinstance(one, ZerothOrderEstimator)), default=ranks.world)
+    if ranks.shares_members and least < ranks.world:
+        raise UserError(
+            f"{ranks.world} processes cannot share the {least} members of a step: raise model.estimator.n, or let them "
+            f"share data, trainer.strategy {DATA}"
         )
 
 

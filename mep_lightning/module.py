@@ -21,7 +21,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mep_lightning import advice, defaults, objective, optimization
@@ -42,12 +41,14 @@ from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.bases.load import PRECISIONS, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
+from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, Subspace, ZerothOrderEstimator
+from mep_lightning.estimation import agreed, give_gradient
+from mep_lightning.estimators import Backprop, Estimator, Subspace
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
-from mep_lightning.optimization import OPTIMIZERS, SCHEDULES, weighs
+from mep_lightning.optimization import OPTIMIZERS, SCHEDULES
 from mep_lightning.phases import phase
 from mep_lightning.selection import Selector
 from mep_lightning.templates import fill
@@ -149,6 +150,8 @@ class PersonalizationModule(LightningModule):
         self.predict_noise = predict_noise
         self.compiled = compile
         self.graphed: CUDAGraphed | None = None
+        self.ranks = ALONE
+        """The processes that train together, once a fit has begun."""
         self.method = method or defaults.method_of(self.adapter, self.estimator, selector, subspace)
         self.class_word: str | None = None
         self.base: Base | None = None
@@ -289,6 +292,10 @@ class PersonalizationModule(LightningModule):
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
         optimization.resume_schedule(self)
+        self.ranks = Ranks.of(self._trainer)
+        advice.refuse_ranks(self, self.ranks)
+        for theta in self.adapter.numbered().values():
+            theta.data.copy_(self.ranks.agreed(theta.detach()))
         if self.selector is not None and self.horizon is None:
             self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
 
@@ -305,64 +312,48 @@ class PersonalizationModule(LightningModule):
         estimator = self.estimator if draw.high else self.low_estimator
         optimizer.zero_grad()
         with torch.autocast(self.device.type, enabled=self._autocast(estimator)):
-            losses = self._estimate(estimator, draw, optimizer.optimizer)
+            losses = give_gradient(self, estimator, draw, optimizer.optimizer)
         optimizer.step()
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.subspace:
-            self.subspace.observe(self.adapter.numbered()[0].detach())
+            agreed(self, self.subspace.observe, self.adapter.numbered()[0].detach())
         return draw, losses
 
-    def _estimate(self, estimator: Estimator, draw: Draw, optimizer: Optimizer) -> Tensor:
-        """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
-        subspace, step, trained = self.subspace, self.global_step, self.adapter.numbered()
-        if subspace:
-            subspace.prepare(trained[0])
-        size = sum(theta.numel() for theta in trained.values())
-        dims = (subspace.dims_left if subspace else None) or size
-        if isinstance(estimator, ZerothOrderEstimator) and weighs(estimator):
-            assert isinstance(optimizer, FusedZOAdam)
-            seed = estimator.seed or 0
-            along = subspace.directions(seed, step, estimator.count) if subspace else None
-            along = None if along is None else along.to(trained[0].device)
-            own = {} if along is None else {"along": along}
-            weights, losses = estimator.weigh(lambda members: self.losses(members, draw), dims, step, trained, **own)
-            for param_id, theta in trained.items():
-                basis = subspace.basis_on(theta.device) if subspace else None
-                keep = len(trained) == 1  # to be looked at
-                optimizer.receive(theta, weights, seed, step, param_id, basis, keep, along)
-            return losses
-        if type(estimator).estimate is Backprop.estimate:
-            assert isinstance(estimator, Backprop)
-            losses = estimator.backward(lambda members: self.losses(members, draw), trained.values())
-        else:  # one of the user's own
-            if len(trained) != 1:
-                raise UserError(
-                    f"{type(estimator).__name__} estimates one parameter, and {type(self.adapter).__name__} trains "
-                    f"{len(trained)}: take a TokenEmbedding, or subclass ZerothOrderEstimator without its estimate()"
-                )
-            (theta,) = trained.values()
-            theta.grad, losses = estimator.estimate(lambda values: self.losses(values, draw), theta, step, dims)
-        if subspace and (grad := trained[0].grad) is not None:
-            subspace.project_(grad)
-        return losses
-
     def draw(self, batch: dict[str, Any]) -> Draw:
-        """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch)."""
+        """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch) and of the rank.
+
+        Ranks that share members have the same draw. Others have their own, but take the same branch.
+        """
+        step, ranks = self.global_step, self.ranks
         if self.hollow is None or not self.hollow.is_ready:
-            return self.draw_at(batch, self.global_step)
-        index = self.hollow.index(self.seed, self.global_step)  # steps go round the draws that were made ready
+            timestep, high, generator = self._branch(batch, step)
+            estimator = self.estimator if high else self.low_estimator
+            own = ranks.index(step, ranks.shares_members and estimator.forward_only)
+            if own != step:
+                batch, generator = self._batch_at(batch, own), step_generator(self.seed, own)
+            return self.draw_for(batch, high, generator, timestep)
+        index = self.hollow.index(self.seed, ranks.index(step, False))  # steps go round the draws that were made ready
         draw = self.draw_at(self.trainer.datamodule.batch(index), index)  # type: ignore[attr-defined]
         return replace(draw, activation=self.hollow.activation(index).to(draw.noisy))
 
     def draw_at(self, batch: dict[str, Any], step: int) -> Draw:
         """The draw of any step."""
+        timestep, high, generator = self._branch(batch, step)
+        return self.draw_for(batch, high, generator, timestep)
+
+    def _branch(self, batch: dict[str, Any], step: int) -> tuple[Tensor | None, bool, Generator]:
+        """The timesteps that a step's branch hangs on, whether it is the high one, and what draws the rest."""
         generator = step_generator(self.seed, step)
         if self.selector is None:
-            return self.draw_for(batch, True, generator)
+            return None, True, generator
         timestep = self.timesteps.sample(len(batch["prompts"]), generator)
-        high = self.selector.takes_high(timestep, self.seed, step, self.horizon or step + 1)
-        return self.draw_for(batch, high, generator, timestep)
+        return timestep, self.selector.takes_high(timestep, self.seed, step, self.horizon or step + 1), generator
+
+    def _batch_at(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
+        """Another draw's photos, where the data know of draws; data of the user's own give each rank its batches."""
+        data = getattr(self._trainer, "datamodule", None)
+        return dict(data.batch(index)) if isinstance(data, SubjectData) else batch
 
     def draw_for(self, batch: dict[str, Any], high: bool, generator: Generator, timestep: Tensor | None = None) -> Draw:
         """The draw of a branch; timesteps int64 [B], drawn after the noise where there are none."""

@@ -130,6 +130,9 @@ class ConditioningSubspace(Subspace):
         """Q [k, d] with orthonormal rows, what is kept, the most listened to first; None before a step."""
         return self._basis
 
+    def adopt(self, basis: Tensor) -> None:
+        self._basis = basis
+
     @property
     def dims_left(self) -> int | None:
         return None if self._basis is None else len(self._basis)

@@ -44,7 +44,15 @@ class ForwardGradientEstimator(ZerothOrderEstimator):
     def around(self, step: int) -> Tangents:
         return Tangents(seed=self.seed or 0, step=step, n=self.count)
 
-    def heard(self, losses: Tensor) -> Tensor:
+    @property
+    def answers(self) -> int:
+        return 1 + self.count
+
+    @property
+    def shares(self) -> int:
+        return self.count
+
+    def heard(self, losses: Tensor, members: int) -> Tensor:
         """The loss and its derivative along every direction, [1 + n].
 
         Raises:
@@ -52,7 +60,7 @@ class ForwardGradientEstimator(ZerothOrderEstimator):
         """
         if not isinstance(losses, Dual):
             raise UserError("loss_fn answered without tangents: what it computes does not depend on what is trained")
-        heard = super().heard(losses)
+        heard = super().heard(losses, members)
         assert isinstance(heard, Dual)
         stack = heard.stack[:, 0]
         return torch.cat([stack[:1], stack[1:] / TANGENT])

@@ -114,6 +114,16 @@ class Members:
         """Whether all of them stand at theta itself."""
         return not self.directions
 
+    def part(self, rank: int, world: int) -> tuple[Members, list[int]]:
+        """Every `world`-th of them from `rank` on, and the places of their losses among all."""
+        places = list(range(rank, len(self.probes), world))
+        mine = replace(self, probes=[self.probes[place] for place in places], noise={})
+        return replace(mine, noise=self._noise_along(mine.directions)), places
+
+    def _noise_along(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+        rows = [self.directions.index(i) for i in wanted]
+        return {param_id: noise[rows] for param_id, noise in self.noise.items()}
+
     def drawn_for(self, parameters: Mapping[int, Tensor]) -> Members:
         """These members with their noise drawn in one go, where that of all parameters is little; else as they are."""
         wanted, sizes = self.directions, {param_id: theta.numel() for param_id, theta in parameters.items()}
@@ -147,18 +157,26 @@ class Tangents(Members):
 
     Attributes:
         n: how many.
+        wanted: which of them, where it is not all.
     """
 
     n: int = 1
+    wanted: Sequence[int] | None = None
 
     @property
     def directions(self) -> list[int]:
-        return list(range(self.n))
+        return list(range(self.n) if self.wanted is None else self.wanted)
+
+    def part(self, rank: int, world: int) -> tuple[Tangents, list[int]]:
+        """Every `world`-th direction, and their places behind the value, which is computed by all and the first's."""
+        wanted = self.directions[rank::world]
+        places = [1 + i for i in wanted]
+        return replace(self, wanted=wanted, noise=self._noise_along(wanted)), [0, *places] if rank == 0 else places
 
     def of(self, theta: Tensor, param_id: int = 0) -> Dual:
         """A parameter and its tangents, TANGENT * e_i; its shape is [1, *theta.shape], as of one member."""
         theta = theta.detach()
-        stack = theta.new_empty(1 + self.n, 1, *theta.shape)
+        stack = theta.new_empty(1 + len(self.directions), 1, *theta.shape)
         stack[0] = theta
         for tangent, noise in zip(stack[1:, 0], self.noise_of(theta, param_id), strict=True):
             torch.mul(noise, TANGENT, out=tangent)

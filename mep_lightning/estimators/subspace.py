@@ -70,6 +70,15 @@ class Subspace(ABC):
 
     @property
     @abstractmethod
+    def basis(self) -> Tensor | None:
+        """What it was made of last, [k, d] with orthonormal rows; a new object whenever it was made anew."""
+
+    @abstractmethod
+    def adopt(self, basis: Tensor) -> None:
+        """Take the basis that another process made at the same theta."""
+
+    @property
+    @abstractmethod
     def dims_left(self) -> int | None:
         """Dimensions of the subspace; None before theta was ever seen."""
 
@@ -150,6 +159,9 @@ class SubspaceGradient(Subspace):
     def basis(self) -> Tensor | None:
         """P [k, d], what is projected out; None while nothing is."""
         return self._basis
+
+    def adopt(self, basis: Tensor) -> None:
+        self._basis = basis
 
     @property
     def dims_left(self) -> int | None:

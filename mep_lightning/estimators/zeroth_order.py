@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.estimators.perturbation import Members, Probe, combine
@@ -64,11 +65,21 @@ class ZerothOrderEstimator(Estimator):
     def spread(self, losses: Tensor) -> Tensor:
         """What `standardize` divides by, in the unit of the coefficients; a scalar."""
 
-    def heard(self, losses: Tensor) -> Tensor:
-        """What a loss function answers, as `coefficients` reads it; in fp32 at least."""
-        if losses.shape != (self.members,):
-            raise UserError(f"loss_fn must answer with one loss a member, [{self.members}], not {list(losses.shape)}")
+    def heard(self, losses: Tensor, members: int) -> Tensor:
+        """What a loss function answers of some members, as `coefficients` reads it; in fp32 at least."""
+        if losses.shape != (members,):
+            raise UserError(f"loss_fn must answer with one loss a member, [{members}], not {list(losses.shape)}")
         return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+    @property
+    def answers(self) -> int:
+        """How many numbers are heard of a step."""
+        return self.members
+
+    @property
+    def shares(self) -> int:
+        """Among how many processes a step can be shared out."""
+        return self.members
 
     @property
     def count(self) -> int:
@@ -110,6 +121,7 @@ class ZerothOrderEstimator(Estimator):
         step: int = 0,
         parameters: Mapping[int, Tensor] | None = None,
         along: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """`estimate` without its last step, of any number of parameters.
 
@@ -120,6 +132,7 @@ class ZerothOrderEstimator(Estimator):
             parameters: parameter id -> parameter, whose noise may be drawn beforehand.
             along: the directions e_i of one parameter, id 0, fp32 [n, numel], instead of those of (seed, step);
                 orthogonal to one another, `dims` at a time.
+            ranks: the processes that share the members, or average what is heard of them.
 
         Returns:
             weights [n], g = sum_i weights_i e_i, and the losses [V].
@@ -127,9 +140,22 @@ class ZerothOrderEstimator(Estimator):
         members = self.around(step)
         if along is not None and len(along) != self.count:
             raise UserError(f"{type(self).__name__} asks along {self.count} directions, and was given {len(along)}")
-        members = members.drawn_for(parameters or {}) if along is None else replace(members, noise={0: along})
-        heard = self.heard(loss_fn(members))
+        if along is not None:
+            members = replace(members, noise={0: along})
+        heard = self._heard_of(members, loss_fn, parameters or {}, ranks)
         return self.weights(heard, dims, along is not None), heard[: self.members]
+
+    def _heard_of(
+        self, members: Members, loss_fn: Callable[[Members], Tensor], parameters: Mapping[int, Tensor], ranks: Ranks
+    ) -> Tensor:
+        """What is heard of all members, some or all of which other ranks evaluate."""
+        if not ranks.shares_members:
+            drawn = members if members.noise else members.drawn_for(parameters)
+            return ranks.averaged_(self.heard(loss_fn(drawn), len(members)))
+        mine, places = members.part(ranks.rank, ranks.world)
+        drawn = mine if mine.noise else mine.drawn_for(parameters)
+        heard = self.heard(loss_fn(drawn), len(mine))
+        return ranks.gathered(heard[len(heard) - len(places) :], places, self.answers)
 
     @torch.no_grad()
     def estimate(

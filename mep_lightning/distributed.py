@@ -1,0 +1,153 @@
+"""Several processes train one adapter: forward passes are shared out, and their losses, mere numbers, are exchanged.
+
+Every rank holds the frozen base and the adapter. Directions, and with a selector the branch, are a pure function of
+(seed, step), so that no noise and no gradient of a zeroth-order step need travel: each rank learns all losses and takes
+the same update, bit by bit. A backward pass's gradients, of the adapter alone, are averaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor
+
+from mep_lightning.errors import refuse_unless
+
+Shared = Literal["members", "data"]
+SHARED: tuple[Shared, ...] = ("members", "data")
+NAME, DATA = "zo_ddp", "zo_ddp_data"
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others: the first may draw pictures meanwhile."""
+
+
+class ZerothOrderStrategy(DDPStrategy):
+    """`Trainer(strategy="zo_ddp")`: zeroth-order steps, and mixed ones, over several processes.
+
+    Launching, devices and nodes are Lightning's, as for `ddp`; nothing is wrapped, since what is trained has no
+    gradient that hooks could reduce.
+
+    Args:
+        shared: "members" gives every rank the same photos, noise and timesteps and some of a step's members, so that a
+            run is that of one process, sooner; "data" gives every rank all members and photos, noise and timesteps of
+            its own, as many samples a step as there are ranks.
+        given: DDPStrategy's, such as `timeout`.
+
+    Raises:
+        UserError: `shared` is neither.
+    """
+
+    strategy_name = NAME
+
+    def __init__(self, shared: Shared = "members", **given: Any) -> None:
+        refuse_unless(shared in SHARED, "ZerothOrderStrategy.shared", shared, f"one of {', '.join(SHARED)}")
+        given.setdefault("timeout", PATIENCE)
+        super().__init__(**given)
+        self.shared: Shared = shared
+
+    def configure_ddp(self) -> None:
+        """The module stays as it is."""
+
+
+for _name, _shared in ((NAME, "members"), (DATA, "data")):
+    StrategyRegistry.register(
+        _name,
+        ZerothOrderStrategy,
+        description=f"Zeroth-order training over processes that share {_shared} and exchange losses",
+        shared=_shared,
+    )
+
+
+@dataclass
+class Ranks:
+    """The processes that train together, seen from one of them.
+
+    Attributes:
+        rank: this one's number.
+        world: how many there are.
+        shared: what is shared out, see `ZerothOrderStrategy`; None under another strategy, as `ddp`, where every rank
+            has data of its own and gradients are averaged.
+        device: where what is exchanged lies.
+        sent: bytes that this process has given so far.
+    """
+
+    rank: int = 0
+    world: int = 1
+    shared: Shared | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sent: int = 0
+
+    @classmethod
+    def of(cls, trainer: Any) -> Ranks:
+        """Those of a Trainer; one alone without a Trainer."""
+        if trainer is None or trainer.world_size == 1:
+            return cls()
+        shared = getattr(trainer.strategy, "shared", None)
+        return cls(trainer.global_rank, trainer.world_size, shared, trainer.strategy.root_device)
+
+    @property
+    def shares_members(self) -> bool:
+        return self.world > 1 and self.shared == "members"
+
+    @property
+    def exchanges_losses(self) -> bool:
+        return self.shared is not None
+
+    def index(self, step: int, shares_members: bool) -> int:
+        """Which of the draws, of (seed, index), is this rank's in a step."""
+        return step if shares_members or self.world == 1 else step * self.world + self.rank
+
+    def gathered(self, mine: Tensor, places: Sequence[int], count: int) -> Tensor:
+        """All numbers, [count], of which this rank has those at `places`; each is one rank's alone."""
+        numbers = torch.zeros(count, dtype=mine.dtype, device=mine.device)
+        numbers[torch.tensor(places, device=mine.device, dtype=torch.int64)] = mine
+        self._reduce_(numbers)  # a number and zeros: exact
+        return numbers
+
+    def averaged_(self, numbers: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if self.world > 1:
+            self._reduce_(numbers)
+            numbers /= self.world
+        return numbers
+
+    def average_gradients_(self, parameters: Iterable[Tensor]) -> None:
+        """The mean of gradients over ranks, all in one exchange; where one is missing, it counts as zero."""
+        if self.world == 1:
+            return
+        trained = list(parameters)
+        grads = [torch.zeros_like(theta) if theta.grad is None else theta.grad for theta in trained]
+        flat = torch.cat([grad.float().flatten() for grad in grads])
+        self.averaged_(flat)
+        for theta, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            theta.grad = part.view(grad.shape).to(grad.dtype)
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """The tensor, where all ranks hold the same down to the last bit; else the first's."""
+        if self.world == 1:
+            return tensor
+        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        print_ = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+        seen = torch.tensor([print_, -print_], dtype=torch.int64, device=self.device)
+        self._reduce_(seen, dist.ReduceOp.MAX)
+        if seen[0] == -seen[1]:
+            return tensor
+        theirs = [tensor.detach().cpu() if self.rank == 0 else None]
+        dist.broadcast_object_list(theirs, 0)
+        self.sent += len(content)
+        assert theirs[0] is not None
+        return theirs[0].to(tensor.device)
+
+    def _reduce_(self, numbers: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
+        dist.all_reduce(numbers, how)
+        self.sent += numbers.nbytes
+
+
+ALONE = Ranks()
+"""A process that trains by itself."""

@@ -1,0 +1,74 @@
+"""A step's gradient: an estimator asks for losses, some of which other processes evaluate, and a subspace projects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mep_lightning.draws import Draw
+from mep_lightning.errors import UserError
+from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, ZerothOrderEstimator
+from mep_lightning.optimization import weighs
+
+if TYPE_CHECKING:
+    from mep_lightning.module import PersonalizationModule
+
+
+def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw, optimizer: Optimizer) -> Tensor:
+    """Give the optimizer a projected gradient, or what it makes one from; the losses [V]."""
+    subspace, step, trained = module.subspace, module.global_step, module.adapter.numbered()
+    if subspace:
+        agreed(module, subspace.prepare, trained[0])
+    size = sum(theta.numel() for theta in trained.values())
+    dims = (subspace.dims_left if subspace else None) or size
+    if isinstance(estimator, ZerothOrderEstimator) and weighs(estimator):
+        assert isinstance(optimizer, FusedZOAdam)
+        seed = estimator.seed or 0
+        along = subspace.directions(seed, step, estimator.count) if subspace else None
+        along = None if along is None else along.to(trained[0].device)
+        own: dict[str, Any] = {"ranks": module.ranks} if along is None else {"ranks": module.ranks, "along": along}
+        weights, losses = estimator.weigh(lambda members: module.losses(members, draw), dims, step, trained, **own)
+        for param_id, theta in trained.items():
+            basis = subspace.basis_on(theta.device) if subspace else None
+            keep = len(trained) == 1  # to be looked at
+            optimizer.receive(theta, weights, seed, step, param_id, basis, keep, along)
+        return losses
+    if type(estimator).estimate is Backprop.estimate:
+        assert isinstance(estimator, Backprop)
+        losses = estimator.backward(lambda members: module.losses(members, draw), trained.values())
+        module.ranks.average_gradients_(trained.values())
+        losses = module.ranks.averaged_(losses.clone())
+    else:  # one of the user's own
+        if len(trained) != 1:
+            raise UserError(
+                f"{type(estimator).__name__} estimates one parameter, and {type(module.adapter).__name__} trains "
+                f"{len(trained)}: take a TokenEmbedding, or subclass ZerothOrderEstimator without its estimate()"
+            )
+        (theta,) = trained.values()
+        theta.grad, losses = estimator.estimate(partial(_losses_of_all, module, draw), theta, step, dims)
+    if subspace and (grad := trained[0].grad) is not None:
+        subspace.project_(grad)
+    return losses
+
+
+def _losses_of_all(module: PersonalizationModule, draw: Draw, values: Tensor) -> Tensor:
+    """The losses of members' values, some or all of which other processes evaluate."""
+    ranks = module.ranks
+    if not ranks.shares_members:
+        return ranks.averaged_(module.losses(values, draw))
+    places = list(range(ranks.rank, len(values), ranks.world))
+    return ranks.gathered(module.losses(values[places], draw), places, len(values))
+
+
+def agreed(module: PersonalizationModule, renew: Callable[[Tensor], None], theta: Tensor) -> None:
+    """Let the subspace renew its basis, if that is due; on all ranks it is then the first's, down to the last bit."""
+    assert module.subspace is not None
+    before = module.subspace.basis
+    renew(theta)
+    basis = module.subspace.basis
+    if basis is not None and basis is not before:
+        module.subspace.adopt(module.ranks.agreed(basis))

@@ -1,0 +1,102 @@
+"""Several processes train as one: the same bits everywhere, those of one process, and little that travels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mep_lightning.distributed import ZerothOrderStrategy
+from mep_lightning.errors import UserError
+from tests import ranks
+
+ZEROTH_ORDER = ("zoodip", "zoodip_fast", "tangents", "zeroth-order lora", "gf_ti")
+BACKPROP = ("textual_inversion", "lora", "peqa")
+SHARED = [f"zo_ddp:{case}" for case in (*ZEROTH_ORDER, "selective")]
+OWN = ["zo_ddp_data:zoodip", *(f"ddp:{case}" for case in BACKPROP), "zo_ddp:textual_inversion"]
+
+
+def together(folder: Path, devices: int, *runs: str) -> dict[str, list[dict]]:
+    """What every rank came to, of runs that so many processes share."""
+    command = [sys.executable, "-m", "tests.ranks", str(folder), str(devices), *runs]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {run: [torch.load(folder / f"{run}.{rank}") for rank in range(devices)] for run in runs}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("two"), 2, *SHARED, *OWN)
+
+
+def distance(found, module) -> float:
+    """The largest between what was trained and a module's, relative to its length."""
+    theta = module.adapter.numbered()
+    return max(((found[k] - theta[k]).norm() / theta[k].norm()).item() for k in theta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [*SHARED, *OWN])
+def test_all_ranks_hold_the_same_bits(two, run):
+    first, second = two[run]
+    assert all(torch.equal(first["theta"][k], second["theta"][k]) for k in first["theta"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ZEROTH_ORDER)
+def test_members_shared_out_are_those_of_one_process(two, case):
+    assert distance(two[f"zo_ddp:{case}"][0]["theta"], ranks.fitted(case, devices=1)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ZEROTH_ORDER)
+def test_little_travels(two, case):
+    renewals = 3 * 16  # digests of bases
+    shares = {"zoodip": 8, "zoodip_fast": 5, "tangents": 5, "zeroth-order lora": 4, "gf_ti": 6}[case]
+    trained = len(two[f"zo_ddp:{case}"][0]["theta"])
+    sent = two[f"zo_ddp:{case}"][0]["sent"] - 16 * trained  # less a digest each at the start
+    assert 0 < sent <= 4 * shares * ranks.STEPS + renewals
+    assert sent / ranks.STEPS <= 64 * shares  # the promise
+
+
+@pytest.mark.slow
+def test_ranks_with_photos_of_their_own_take_the_mean(two, monkeypatch):
+    """What two processes come to is what one comes to that draws twice a step."""
+    made = ranks.module("textual_inversion")
+    theirs = two["ddp:textual_inversion"][0]["theta"]
+    draws = made.draw_at
+
+    def twice(members, draw):
+        """Both ranks' losses, averaged; `draw` is not asked."""
+        data, step = made.trainer.datamodule, made.global_step
+        both = [draws(dict(data.batch(index)), index) for index in (2 * step, 2 * step + 1)]
+        return sum(type(made).losses(made, members, one) for one in both) / 2
+
+    monkeypatch.setattr(made, "losses", twice)
+    monkeypatch.setattr(ranks, "module", lambda case: made)
+    ranks.fitted("textual_inversion", devices=1)
+    assert ((theirs[0] - made.adapter.theta).norm() / made.adapter.theta.norm()).item() < 1e-5
+
+
+@pytest.mark.slow
+def test_ddp_and_zo_ddp_are_the_same_to_backpropagation(two):
+    one, other = two["ddp:textual_inversion"][0], two["zo_ddp:textual_inversion"][0]
+    assert torch.equal(one["theta"][0], other["theta"][0])
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    found = together(tmp_path, 4, "zo_ddp:zoodip", "zo_ddp_data:selective")
+    for run in found.values():
+        assert all(torch.equal(run[0]["theta"][k], other["theta"][k]) for other in run[1:] for k in other["theta"])
+    assert distance(found["zo_ddp:zoodip"][0]["theta"], ranks.fitted("zoodip", devices=1)) < 1e-6
+
+
+def test_what_is_shared_is_one_of_two():
+    with pytest.raises(UserError, match=r"ZerothOrderStrategy\.shared is steps; use one of members, data"):
+        ZerothOrderStrategy(shared="steps")
