@@ -8,7 +8,8 @@ the same update, bit by bit. A backward pass's gradients, of the adapter alone, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 
-from mep_lightning.errors import refuse_unless
+from mep_lightning.errors import UserError, refuse_unless
 
 Shared = Literal["members", "data"]
 SHARED: tuple[Shared, ...] = ("members", "data")
@@ -64,6 +65,10 @@ for _name, _shared in ((NAME, "members"), (DATA, "data")):
     )
 
 
+class LostRankError(UserError):
+    """Another process of the run died or did not answer in time; its own message says why."""
+
+
 @dataclass
 class Ranks:
     """The processes that train together, seen from one of them.
@@ -103,6 +108,14 @@ class Ranks:
         """Which of the draws, of (seed, index), is this rank's in a step."""
         return step if shares_members or self.world == 1 else step * self.world + self.rank
 
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What all ranks do; where one is gone, that is what is told."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostRankError(f"one of the {self.world} processes that train together is gone") from error
+
     def gathered(self, mine: Tensor, places: Sequence[int], count: int) -> Tensor:
         """All numbers, [count], of which this rank has those at `places`; each is one rank's alone."""
         numbers = torch.zeros(count, dtype=mine.dtype, device=mine.device)
@@ -139,13 +152,15 @@ class Ranks:
         if seen[0] == -seen[1]:
             return tensor
         theirs = [tensor.detach().cpu() if self.rank == 0 else None]
-        dist.broadcast_object_list(theirs, 0)
+        with self._together():
+            dist.broadcast_object_list(theirs, 0)
         self.sent += len(content)
         assert theirs[0] is not None
         return theirs[0].to(tensor.device)
 
     def _reduce_(self, numbers: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
-        dist.all_reduce(numbers, how)
+        with self._together():
+            dist.all_reduce(numbers, how)
         self.sent += numbers.nbytes
 
 

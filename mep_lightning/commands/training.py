@@ -45,6 +45,7 @@ from mep_lightning.commands.settings import (
     refuse_impossible,
     save_config,
 )
+from mep_lightning.distributed import LostRankError
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
@@ -167,6 +168,8 @@ class FitCLI(LightningCLI):
         """The default folder; other processes of the same run take the first one's name."""
         if not is_first_process() and RUN_VARIABLE in os.environ:
             return RunFolder(Path(os.environ[RUN_VARIABLE]))
+        if any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+            raise UserError("a launcher started several processes, each of which would make a folder: give --run DIR.")
         return RunFolder.new(RUNS, self.config.model.method or "run")
 
 
@@ -239,6 +242,9 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         trainer.fit(
             model, datamodule=data, ckpt_path=str(run.last_checkpoint) if first_step else None, weights_only=True
         )
+    except LostRankError as error:
+        again = f"carry on, with as many processes as there are: mep fit --run {shlex.quote(str(run.root))} --resume"
+        raise UserError(f"{error}; {again}") from error
     except UserError as error:  # a refused resume leaves the run's settings as they were
         if before is not None and is_first_process():
             write_atomically(run.config, before)

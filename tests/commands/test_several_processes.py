@@ -1,0 +1,79 @@
+"""`mep fit` over several processes: one folder, the bits of one process, and a process that is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from mep_lightning.cli import main
+from mep_lightning.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "zo_ddp", "--trainer.accelerator", "cpu")
+SHORT = ("--samples.count", "1", "--samples.steps", "1", "--samples.every", "0", "--checkpoint.every", "2")
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mep_lightning.cli", "fit", "--config", "zoodip", *TWO, *SHORT, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_one_folder_and_the_bits_of_one_process_also_where_one_goes_on_alone(tmp_path, monkeypatch):
+    process = started(tmp_path, "--trainer.max_steps", "4")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert said.count("Training for 4 steps.") == 1
+    monkeypatch.chdir(tmp_path)
+    assert os.listdir("runs") == ["zoodip-1"]
+    alone = ("--trainer.devices", "1", "--trainer.strategy", "auto")
+    assert main(["fit", "--run", "runs/zoodip-1", "--resume", "--trainer.max_steps", "6", *alone]) == 0
+    assert main(["fit", "--config", "zoodip", *SHORT, "--trainer.max_steps", "6", "--run", "one"]) == 0
+    shared, one = (
+        load_file(RunFolder(Path(run)).adapter / "learned_embeds.safetensors") for run in ("runs/zoodip-1", "one")
+    )
+    assert shared.keys() == one.keys() and all((shared[key] == one[key]).all() for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+def test_a_lost_process_ends_the_run_which_can_be_carried_on(tmp_path, monkeypatch):
+    process = started(tmp_path, "--trainer.max_steps", "100000", "--run", "r")
+    kept = RunFolder(tmp_path / "r").last_checkpoint
+    for _ in range(600):
+        if kept.exists() or process.poll() is not None:
+            break
+        time.sleep(0.2)
+    assert kept.exists(), process.communicate(timeout=60)[0]
+    (other,) = (child for child in psutil.Process(process.pid).children() if "mep_lightning.cli" in child.cmdline())
+    os.kill(other.pid, signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert said.rstrip().endswith(
+        "mep fit: one of the 2 processes that train together is gone; carry on, with as many processes as there are: "
+        "mep fit --run r --resume"
+    )
+    assert "Traceback" not in said
+    monkeypatch.chdir(tmp_path)
+    done = ["--trainer.max_steps", "1", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main(["fit", "--run", "r", "--resume", *done]) == 0  # nothing is left to train
+
+
+def test_a_launchers_processes_must_be_told_their_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MEP_RUN", raising=False)
+    assert main(["fit", "--config", "zoodip"]) == 2
+    assert "a launcher started several processes, each of which would make a folder: give --run DIR." in (
+        capsys.readouterr().err
+    )
+    assert os.listdir(tmp_path) == []
