@@ -141,6 +141,11 @@ class Ranks:
         for theta, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
             theta.grad = part.view(grad.shape).to(grad.dtype)
 
+    def wait(self) -> None:
+        """Until all ranks have come as far."""
+        if self.world > 1:
+            self._reduce_(torch.zeros(1, device=self.device))
+
     def agreed(self, tensor: Tensor) -> Tensor:
         """The tensor, where all ranks hold the same down to the last bit; else the first's."""
         if self.world == 1:

@@ -28,7 +28,7 @@ from mep_lightning.bases import Base, Conditioning, condition_on, predict_noise
 from mep_lightning.bases.units import Cut, cuts, is_line, line
 from mep_lightning.bases.walk import activation_at
 from mep_lightning.draws import Draw
-from mep_lightning.errors import UserError, human
+from mep_lightning.errors import UserError, human, refuse_unless
 from mep_lightning.phases import phase
 from mep_lightning.run_folder import write_atomically
 
@@ -113,6 +113,8 @@ class Hollow:
     ) -> None:
         """Make every draw's activation ready; what an earlier run of the same left in the folder is gone on from.
 
+        Several processes take turns at the draws; the folder must be one that all of them see.
+
         Args:
             module: loaded, its adapter attached.
             folder: where the file goes.
@@ -134,18 +136,27 @@ class Hollow:
         done = _done(progress, path, key, size)
         if done < self.samples:
             announced(size, done)
+        ranks = module.ranks
+        ranks.wait()  # until all have read how much is done
         folder.mkdir(parents=True, exist_ok=True)
-        if done == 0:
+        if done == 0 and ranks.rank == 0:
             _reserve(path, size)
+        ranks.wait()
+        refuse_unless(path.is_file(), "HollowedActivations' folder", folder, "one that all processes see")
         self.stored = np.memmap(path, kind, "r+", shape=shape)
         with phase("precompute"):
-            for index in range(done, self.samples):
-                answer = self.answer(module, module.draw_at(batch_of(index), index)).cpu()
-                self.stored[index] = (answer.view(torch.int16) if kind == np.int16 else answer).numpy()
-                if (index + 1) % EVERY == 0 or index + 1 == self.samples:
-                    self.stored.flush()
-                    write_atomically(progress, json.dumps({"key": key, "done": index + 1}))
-                told(index + 1)
+            every = EVERY * ranks.world
+            for first in range(done, self.samples, every):
+                last = min(first + every, self.samples)
+                for index in range(first + ranks.rank, last, ranks.world):
+                    answer = self.answer(module, module.draw_at(batch_of(index), index)).cpu()
+                    self.stored[index] = (answer.view(torch.int16) if kind == np.int16 else answer).numpy()
+                    told(index + 1)
+                self.stored.flush()
+                ranks.wait()
+                if ranks.rank == 0:
+                    write_atomically(progress, json.dumps({"key": key, "done": last}))
+            ranks.wait()
         self.stored = np.memmap(path, kind, "r", shape=shape)
         self.is_ready = True
 

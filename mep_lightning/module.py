@@ -202,6 +202,7 @@ class PersonalizationModule(LightningModule):
             data.token = self.adapter.token  # captions may name it
             data.default_seed = self.seed
         if stage == "fit":
+            self.ranks = Ranks.of(self._trainer)
             advice.refuse_streaming_backwards(self, device)
         if data is not None and stage == "fit":
             found = self.base or self.open(device)
@@ -212,6 +213,7 @@ class PersonalizationModule(LightningModule):
             self._texts += [self.named(text) for text in data.texts] if hasattr(data, "texts") else []
         base = self.load(device)
         if stage == "fit":
+            advice.refuse_ranks(self, self.ranks)
             advice.warn_of_idle_switches(self, base)
 
     def hollow_out(self, asked: Any) -> None:
@@ -292,8 +294,6 @@ class PersonalizationModule(LightningModule):
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
         optimization.resume_schedule(self)
-        self.ranks = Ranks.of(self._trainer)
-        advice.refuse_ranks(self, self.ranks)
         for theta in self.adapter.numbered().values():
             theta.data.copy_(self.ranks.agreed(theta.detach()))
         if self.selector is not None and self.horizon is None:

@@ -55,10 +55,10 @@ def module(case: str) -> PersonalizationModule:
     )
 
 
-def fitted(case: str, **trainer: Any) -> PersonalizationModule:
-    """A module that was trained for a few steps."""
+def fitted(case: str, folder: Path | None = None, **trainer: Any) -> PersonalizationModule:
+    """A module that was trained for a few steps; `folder` for what it keeps meanwhile."""
     made = module(case)
-    callbacks = [HollowedActivations(0.43, samples=4)] if case == "hollowed_net" else []
+    callbacks = [HollowedActivations(0.43, samples=40, folder=f"{folder}/kept")] if case == "hollowed_net" else []
     settings = {"max_steps": STEPS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | trainer
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     Trainer(callbacks=callbacks, **settings).fit(made, SubjectData())
@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in runs:
         strategy, _, case = name.partition(":")
-        made = fitted(case, devices=int(devices), strategy=strategy)
+        made = fitted(case, Path(out), devices=int(devices), strategy=strategy)
         found = {"theta": {k: theta.detach() for k, theta in made.adapter.numbered().items()}, "sent": made.ranks.sent}
         torch.save(found, Path(out) / f"{name}.{made.ranks.rank}")
 

@@ -13,7 +13,7 @@ from mep_lightning.errors import UserError
 from tests import ranks
 
 ZEROTH_ORDER = ("zoodip", "zoodip_fast", "tangents", "zeroth-order lora", "gf_ti")
-BACKPROP = ("textual_inversion", "lora", "peqa")
+BACKPROP = ("textual_inversion", "lora", "peqa", "hollowed_net")
 SHARED = [f"zo_ddp:{case}" for case in (*ZEROTH_ORDER, "selective")]
 OWN = ["zo_ddp_data:zoodip", *(f"ddp:{case}" for case in BACKPROP), "zo_ddp:textual_inversion"]
 
@@ -30,8 +30,13 @@ def together(folder: Path, devices: int, *runs: str) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return together(tmp_path_factory.mktemp("two"), 2, *SHARED, *OWN)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return together(folder, 2, *SHARED, *OWN)
 
 
 def distance(found, module) -> float:
@@ -87,6 +92,14 @@ def test_ranks_with_photos_of_their_own_take_the_mean(two, monkeypatch):
 def test_ddp_and_zo_ddp_are_the_same_to_backpropagation(two):
     one, other = two["ddp:textual_inversion"][0], two["zo_ddp:textual_inversion"][0]
     assert torch.equal(one["theta"][0], other["theta"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two")
+def test_the_first_stage_of_a_hollowed_net_is_shared_out(folder, tmp_path):
+    ranks.fitted("hollowed_net", tmp_path, devices=1)
+    shared, alone = (one / "kept" / "activations.bin" for one in (folder, tmp_path))
+    assert shared.read_bytes() == alone.read_bytes()
 
 
 @pytest.mark.slow

@@ -63,11 +63,13 @@ class HollowedActivations(Callback):
         """Stage 1, once every other callback has said what steps draw; then the middle is freed."""
         hollow: Hollow = pl_module.hollow
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).activations
-        with tqdm(total=hollow.samples, desc="Activations", leave=False, disable=None) as bar:
+        silent = None if trainer.is_global_zero else True
+        with tqdm(total=hollow.samples, desc="Activations", leave=False, disable=silent) as bar:
 
             def announced(size: int, done: int) -> None:
                 rest = f", {done} of {hollow.samples} are there" if done else ""
-                bar.write(f"Hollowed Net's first stage writes {human(size)} to {root}{rest}.")
+                if trainer.is_global_zero:
+                    bar.write(f"Hollowed Net's first stage writes {human(size)} to {root}{rest}.")
 
             with pl_module.base.whole():
                 hollow.prepare(

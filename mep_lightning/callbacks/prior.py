@@ -51,6 +51,7 @@ class PriorPreservation(Callback):
         module: Any = pl_module
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).prior
         have = _count(root)
+        module.ranks.wait()  # until all have counted
         if have < self.images:
             with ExitStack() as untrained:
                 try:
@@ -59,6 +60,7 @@ class PriorPreservation(Callback):
                     lacking = f"{root} lacks {self.images - have} of {self.images} pictures of the class"
                     raise UserError(f"{lacking}, and {error}: put them back, or start anew") from None
                 self._draw(module, root, have)
+        module.ranks.wait()
         photos = find_photos(root)[: self.images]
         with torch.no_grad():
             data.add_prior(module.base, photos, self.prompt)
@@ -68,6 +70,7 @@ class PriorPreservation(Callback):
         known = defaults.of(module)
         free = (number for number in itertools.count() if not (root / f"{number:05d}.png").exists())
         numbers = list(itertools.islice(free, self.images - have))  # pictures that are there already keep their names
+        numbers = numbers[module.ranks.rank :: module.ranks.world]  # processes take turns
         at_once = known["sampling_batch"]
         for start in range(0, len(numbers), at_once):
             seeds = [module.seed + 2**32 + number for number in numbers[start : start + at_once]]
