@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 
 from mep_lightning import PersonalizationModule, SubjectData
-from mep_lightning.adapters import LoRA, QuantizationScales
+from mep_lightning.adapters import FullUNet, LoRA, QuantizationScales
 from mep_lightning.callbacks import HollowedActivations
 from mep_lightning.estimators import (
     CMAES,
@@ -44,8 +44,13 @@ def module(case: str) -> PersonalizationModule:
         return PersonalizationModule(lr=5e-3)
     if case in ("lora", "hollowed_net"):
         return PersonalizationModule(method=case, **lora)
-    if case == "peqa":
-        return PersonalizationModule(adapter=QuantizationScales(), precision="int8", lr=1e-5)
+    if case in ("peqa", "tuneqdm"):
+        one = QuantizationScales(input_channels=case == "tuneqdm")
+        return PersonalizationModule(adapter=one, precision="int8", lr=1e-5)
+    if case == "qlora":
+        return PersonalizationModule(precision="int4", **lora)
+    if case == "dreambooth":
+        return PersonalizationModule(adapter=FullUNet(), lr=1e-5)
     if case == "zeroth-order lora":
         return PersonalizationModule(estimator=SPSAEstimator(n=2, mu=1e-3), precision="int8", **lora)
     assert case == "selective", case

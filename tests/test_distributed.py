@@ -10,12 +10,14 @@ import torch
 
 from mep_lightning.distributed import ZerothOrderStrategy
 from mep_lightning.errors import UserError
+from mep_lightning.quantization import why_not_int4
 from tests import ranks
 
 ZEROTH_ORDER = ("zoodip", "zoodip_fast", "tangents", "zeroth-order lora", "gf_ti")
-BACKPROP = ("textual_inversion", "lora", "peqa", "hollowed_net")
+BACKPROP = ("textual_inversion", "lora", "peqa", "tuneqdm", "dreambooth", "hollowed_net")
 SHARED = [f"zo_ddp:{case}" for case in (*ZEROTH_ORDER, "selective")]
-OWN = ["zo_ddp_data:zoodip", *(f"ddp:{case}" for case in BACKPROP), "zo_ddp:textual_inversion"]
+INT4 = ["ddp:qlora"] if why_not_int4() is None else []
+OWN = [*INT4, "zo_ddp_data:zoodip", *(f"ddp:{case}" for case in BACKPROP), "zo_ddp:textual_inversion"]
 
 
 def together(folder: Path, devices: int, *runs: str) -> dict[str, list[dict]]:
