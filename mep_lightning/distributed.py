@@ -7,7 +7,6 @@ the same update, bit by bit. A backward pass's gradients, of the adapter alone, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from mep_lightning.errors import UserError, refuse_unless
 Shared = Literal["members", "data"]
 SHARED: tuple[Shared, ...] = ("members", "data")
 NAME, DATA = "zo_ddp", "zo_ddp_data"
+COMPARED_EVERY = 100
+"""Steps after which ranks make sure that they still hold the same: machines of two kinds may round otherwise."""
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: the first may draw pictures meanwhile."""
 
@@ -148,25 +149,35 @@ class Ranks:
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """The tensor, where all ranks hold the same down to the last bit; else the first's."""
-        if self.world == 1:
+        if self.hold_the_same([tensor]):
             return tensor
-        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        print_ = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-        seen = torch.tensor([print_, -print_], dtype=torch.int64, device=self.device)
-        self._reduce_(seen, dist.ReduceOp.MAX)
-        if seen[0] == -seen[1]:
-            return tensor
-        theirs = [tensor.detach().cpu() if self.rank == 0 else None]
+        theirs = [tensor.detach().cpu() if self.rank == 0 else None]  # of another shape, maybe
         with self._together():
             dist.broadcast_object_list(theirs, 0)
-        self.sent += len(content)
+        self.sent += tensor.nbytes
         assert theirs[0] is not None
         return theirs[0].to(tensor.device)
+
+    def hold_the_same(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all ranks' tensors have the same bits, as far as their sums and number tell."""
+        if self.world == 1:
+            return True
+        sums = [_bits(tensor.detach()).sum(dtype=torch.int64).cpu() for tensor in tensors]
+        digest = sum(int(one) * 1_000_003**place for place, one in enumerate(sums, 1)) % 2**62
+        seen = torch.tensor([digest, -digest], dtype=torch.int64, device=self.device)
+        self._reduce_(seen, dist.ReduceOp.MAX)
+        return bool(seen[0] == -seen[1])
 
     def _reduce_(self, numbers: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
         with self._together():
             dist.all_reduce(numbers, how)
         self.sent += numbers.nbytes
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, in any order."""
+    flat = tensor.contiguous().flatten()
+    return flat.view(torch.int32 if flat.element_size() == 4 else torch.uint8)
 
 
 ALONE = Ranks()

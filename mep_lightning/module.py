@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -41,7 +42,7 @@ from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.bases.load import PRECISIONS, activation_dtype
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import SubjectData
-from mep_lightning.distributed import ALONE, Ranks
+from mep_lightning.distributed import ALONE, COMPARED_EVERY, Ranks
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.estimation import agreed, give_gradient
@@ -294,8 +295,7 @@ class PersonalizationModule(LightningModule):
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
         optimization.resume_schedule(self)
-        for theta in self.adapter.numbered().values():
-            theta.data.copy_(self.ranks.agreed(theta.detach()))
+        self._agree()
         if self.selector is not None and self.horizon is None:
             self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
 
@@ -316,9 +316,19 @@ class PersonalizationModule(LightningModule):
         optimizer.step()
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
+        if self.ranks.world > 1 and self.global_step % COMPARED_EVERY == 0:
+            self._agree()
         if self.subspace:
             agreed(self, self.subspace.observe, self.adapter.numbered()[0].detach())
         return draw, losses
+
+    def _agree(self) -> None:
+        """Where ranks hold other values than the first's, take the first's."""
+        trained = list(self.adapter.numbered().values())
+        if not self.ranks.hold_the_same(trained):
+            rank_zero_warn(f"at step {self.global_step} processes held other values than the first's, and took them")
+            for theta in trained:
+                theta.data.copy_(self.ranks.agreed(theta.detach()))
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch) and of the rank.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import FullUNet, LoRA, QuantizationScales
@@ -60,10 +60,19 @@ def module(case: str) -> PersonalizationModule:
     )
 
 
+class Drift(Callback):
+    """Moves what is trained on all ranks but the first, by a little."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            pl_module.adapter.theta.data[..., 0] += 1e-6
+
+
 def fitted(case: str, folder: Path | None = None, **trainer: Any) -> PersonalizationModule:
     """A module that was trained for a few steps; `folder` for what it keeps meanwhile."""
-    made = module(case)
-    callbacks = [HollowedActivations(0.43, samples=40, folder=f"{folder}/kept")] if case == "hollowed_net" else []
+    made = module("zoodip" if case == "drifted" else case)
+    callbacks: list[Callback] = [Drift()] if case == "drifted" else []
+    callbacks += [HollowedActivations(0.43, samples=40, folder=f"{folder}/kept")] if case == "hollowed_net" else []
     settings = {"max_steps": STEPS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | trainer
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     Trainer(callbacks=callbacks, **settings).fit(made, SubjectData())
