@@ -18,7 +18,7 @@ PROMPT = "in the snow"
 LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
 """Names that are longer than a picture is wide."""
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-SEEDS = 8
+SEEDS = 6
 
 Line = Sequence[Image.Image | None]
 
@@ -61,7 +61,7 @@ def diversity(folder: Path, names: Sequence[str], path: Path = PICTURES / "compa
     save(path, [LABELS.get(name, name) for name in names], lines)
 
 
-def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a dog") -> None:
+def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a house") -> None:
     """What the embedded base draws of a caption in every precision: a column each, a line a seed (Figure S1)."""
     from mep_lightning import defaults, load_base
     from mep_lightning.evaluation import generate
