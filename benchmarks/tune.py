@@ -39,10 +39,10 @@ START: dict[str, Settings] = {
         "lr_scheduler": "linear",
         "max_steps": 1_500,
     },
-    "qlora": {"lr": 1e-3},
-    "peqa": {"lr": 1e-5},
-    "tuneqdm": {"lr": 1e-5},
-    "gf_ti": {"dims": 64, "sigma": 1.0},
+    "qlora": {"lr": 1e-3, "max_steps": 500},
+    "peqa": {"lr": 1e-5, "max_steps": 400},
+    "tuneqdm": {"lr": 1e-5, "max_steps": 400},
+    "gf_ti": {"dims": 64, "sigma": 1.0, "max_steps": 600},
 }
 """Where a search begins, so that its course does not depend on the defaults that it gave."""
 SCALES: list[Axis] = [

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mep_lightning.adapters import TokenEmbedding
@@ -49,12 +50,16 @@ def refuse_ranks(module: PersonalizationModule, ranks: Ranks) -> None:
     """Raise UserError where several processes cannot train what they are to train."""
     if ranks.world == 1:
         return
+    if not isinstance(module.trainer.strategy, DDPStrategy):
+        raise UserError(f"trainer.strategy over several processes is ddp or {NAME} here: others take models apart")
     if module.forward_only and not ranks.exchanges_losses:
         raise UserError(
             f"trainer.strategy averages gradients over {ranks.world} processes, and {module.method} has none to "
             f"average: set trainer.strategy {NAME}"
         )
-    least = min((one.shares for one in module.estimators if isinstance(one, ZerothOrderEstimator)), default=ranks.world)
+    forward = [one for one in module.estimators if one.forward_only]
+    shares = [one.shares if isinstance(one, ZerothOrderEstimator) else one.members for one in forward]
+    least = min(shares, default=ranks.world)
     if ranks.shares_members and least < ranks.world:
         raise UserError(
             f"{ranks.world} processes cannot share the {least} members of a step: raise model.estimator.n, or let them "

@@ -56,6 +56,11 @@ class ZerothOrderStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """The module stays as it is."""
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Who shares members sees the same photos, whatever data module they come from."""
+        return {"num_replicas": 1, "rank": 0} if self.shared == "members" else super().distributed_sampler_kwargs
+
 
 for _name, _shared in ((NAME, "members"), (DATA, "data")):
     StrategyRegistry.register(
@@ -114,8 +119,12 @@ class Ranks:
         """What all ranks do; where one is gone, that is what is told."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise LostRankError(f"one of the {self.world} processes that train together is gone") from error
+            raise LostRankError(
+                f"one of the {self.world} processes that train together is gone, or was too slow"
+            ) from error
 
     def gathered(self, mine: Tensor, places: Sequence[int], count: int) -> Tensor:
         """All numbers, [count], of which this rank has those at `places`; each is one rank's alone."""
@@ -142,10 +151,17 @@ class Ranks:
         for theta, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
             theta.grad = part.view(grad.shape).to(grad.dtype)
 
+    def highest(self, number: int) -> int:
+        """The largest of all ranks' numbers, here in the host's memory: no rank goes on before all have come."""
+        if self.world == 1:
+            return number
+        numbers = torch.tensor([number], dtype=torch.int64, device=self.device)
+        self._reduce_(numbers, dist.ReduceOp.MAX)
+        return int(numbers.item())
+
     def wait(self) -> None:
         """Until all ranks have come as far."""
-        if self.world > 1:
-            self._reduce_(torch.zeros(1, device=self.device))
+        self.highest(0)
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """The tensor, where all ranks hold the same down to the last bit; else the first's."""

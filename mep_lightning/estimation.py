@@ -49,10 +49,17 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
                 f"{len(trained)}: take a TokenEmbedding, or subclass ZerothOrderEstimator without its estimate()"
             )
         (theta,) = trained.values()
-        theta.grad, losses = estimator.estimate(partial(_losses_of_all, module, draw), theta, step, dims)
+        asked = partial(_losses_of_all, module, draw) if estimator.forward_only else partial(_own_losses, module, draw)
+        theta.grad, losses = estimator.estimate(asked, theta, step, dims)
+        if not estimator.forward_only:
+            module.ranks.average_gradients_(trained.values())
     if subspace and (grad := trained[0].grad) is not None:
         subspace.project_(grad)
     return losses
+
+
+def _own_losses(module: PersonalizationModule, draw: Draw, values: Tensor) -> Tensor:
+    return module.losses(values, draw)
 
 
 def _losses_of_all(module: PersonalizationModule, draw: Draw, values: Tensor) -> Tensor:

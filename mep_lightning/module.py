@@ -329,6 +329,10 @@ class PersonalizationModule(LightningModule):
             rank_zero_warn(f"at step {self.global_step} processes held other values than the first's, and took them")
             for theta in trained:
                 theta.data.copy_(self.ranks.agreed(theta.detach()))
+                for optimizer in self.trainer.optimizers:
+                    moments = optimizer.state.get(theta, {}).values()
+                    for kept in (one for one in moments if isinstance(one, Tensor)):
+                        kept.copy_(self.ranks.agreed(kept))
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch) and of the rank.

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import FullUNet, LoRA, QuantizationScales
 from mep_lightning.callbacks import HollowedActivations
 from mep_lightning.estimators import (
     CMAES,
+    Backprop,
     ConditioningSubspace,
     ForwardGradientEstimator,
     RandomGradientEstimator,
@@ -23,6 +25,13 @@ from mep_lightning.estimators import (
 from mep_lightning.selection import ConstantSelector
 
 STEPS = 6
+
+
+class Own(Backprop):
+    """A user's estimator with a gradient that flows."""
+
+    def estimate(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return super().estimate(*given, **named)
 
 
 def module(case: str) -> PersonalizationModule:
@@ -40,6 +49,8 @@ def module(case: str) -> PersonalizationModule:
     if case == "gf_ti":
         one = CMAES(population=6, dims=8, sigma=1.0)
         return PersonalizationModule(precision="int8", estimator=one)
+    if case == "a user's own":
+        return PersonalizationModule(lr=5e-3, estimator=Own())
     if case == "textual_inversion":
         return PersonalizationModule(lr=5e-3)
     if case in ("lora", "hollowed_net"):

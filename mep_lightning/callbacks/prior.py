@@ -51,25 +51,25 @@ class PriorPreservation(Callback):
         module: Any = pl_module
         root = Path(self.folder) if self.folder else RunFolder(Path(trainer.default_root_dir)).prior
         have = _count(root)
+        free = (number for number in itertools.count() if not (root / f"{number:05d}.png").exists())
+        lacking = list(itertools.islice(free, max(self.images - have, 0)))  # those that are there keep their names
         module.ranks.wait()  # until all have counted
         if have < self.images:
             with ExitStack() as untrained:
                 try:
                     untrained.enter_context(module.adapter.away())
                 except UserError as error:
-                    lacking = f"{root} lacks {self.images - have} of {self.images} pictures of the class"
-                    raise UserError(f"{lacking}, and {error}: put them back, or start anew") from None
-                self._draw(module, root, have)
+                    what = f"{root} lacks {len(lacking)} of {self.images} pictures of the class"
+                    raise UserError(f"{what}, and {error}: put them back, or start anew") from None
+                self._draw(module, root, lacking)
         module.ranks.wait()
         photos = find_photos(root)[: self.images]
         with torch.no_grad():
             data.add_prior(module.base, photos, self.prompt)
         module.prior_weight = self.weight
 
-    def _draw(self, module: Any, root: Path, have: int) -> None:
+    def _draw(self, module: Any, root: Path, numbers: list[int]) -> None:
         known = defaults.of(module)
-        free = (number for number in itertools.count() if not (root / f"{number:05d}.png").exists())
-        numbers = list(itertools.islice(free, self.images - have))  # pictures that are there already keep their names
         numbers = numbers[module.ranks.rank :: module.ranks.world]  # processes take turns
         at_once = known["sampling_batch"]
         for start in range(0, len(numbers), at_once):

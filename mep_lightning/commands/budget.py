@@ -133,6 +133,7 @@ def refuse_too_large(
     callbacks: Sequence[Callback] = (),
     *,
     resumed: bool = False,
+    processes: int = 1,
 ) -> None:
     """Compare a run's plan with its budget, and with what is free on its device, before anything is loaded.
 
@@ -144,6 +145,7 @@ def refuse_too_large(
         budget: what it may take at most.
         callbacks: the Trainer's, some of which change what a step takes.
         resumed: whether the run was begun earlier, and its method stays.
+        processes: that share a CPU's memory.
 
     Raises:
         UserError: the run would not fit.
@@ -172,7 +174,7 @@ def refuse_too_large(
             f"with its other settings this run would take {human(peak)} ({highest}), and the budget leaves "
             f"{human(max(budget.tensors, 0))}: leave the settings out that make it larger, or give more."
         )
-    free = free_bytes(device)
+    free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     if peak > free:
         raise UserError(
             f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: "

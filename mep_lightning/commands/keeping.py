@@ -108,6 +108,13 @@ class StopAfterStep(Callback):
         self._trainer = trainer
         self._previous = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Of several processes all stop after the same step, whichever was told to."""
+        ranks = getattr(pl_module, "ranks", None)
+        if ranks is not None and ranks.world > 1 and (told := ranks.highest(self.received or 0)):
+            self.received = told
+            trainer.should_stop = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on Ctrl-C may cut the last pictures short: all is saved. (After an error Lightning restores.)"""
         for number, handler in self._previous.items():
@@ -118,7 +125,7 @@ class StopAfterStep(Callback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        if self._trainer is not None:
+        if self._trainer is not None and self._trainer.world_size == 1:
             self._trainer.should_stop = True
         if number == signal.SIGINT:
             print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)

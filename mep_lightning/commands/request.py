@@ -95,7 +95,23 @@ def read_request(
 
 def is_first_process() -> bool:
     """Whether this is the process that the user started, rather than one that a launcher made for another device."""
+    if "RANK" in os.environ:  # torchrun's
+        return os.environ["RANK"] == "0"
+    if _by_slurm():
+        return os.environ.get("SLURM_PROCID", "0") == "0"
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def is_one_of_many() -> bool:
+    """Whether a launcher started this process beside others, which cannot learn from it what it names."""
+    by_torchrun = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return by_torchrun or _by_slurm() or os.environ.get("NODE_RANK", "0") != "0"
+
+
+def _by_slurm() -> bool:
+    """Whether this is a task of a SLURM job, and not a shell in one, as Lightning tells them apart."""
+    tasks, job = os.environ.get("SLURM_NTASKS", "1"), os.environ.get("SLURM_JOB_NAME")
+    return tasks != "1" and job not in ("bash", "interactive")
 
 
 def say(*lines: str) -> None:

@@ -36,7 +36,7 @@ from mep_lightning.commands.keeping import (
 )
 from mep_lightning.commands.mistakes import Sources, missing_package, sentence
 from mep_lightning.commands.progress import StepProgress
-from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, say
+from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, is_one_of_many, say
 from mep_lightning.commands.settings import (
     fill_in_auto,
     make_absolute,
@@ -168,7 +168,7 @@ class FitCLI(LightningCLI):
         """The default folder; other processes of the same run take the first one's name."""
         if not is_first_process() and RUN_VARIABLE in os.environ:
             return RunFolder(Path(os.environ[RUN_VARIABLE]))
-        if any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+        if is_one_of_many():
             raise UserError("a launcher started several processes, each of which would make a folder: give --run DIR.")
         return RunFolder.new(RUNS, self.config.model.method or "run")
 
@@ -203,9 +203,9 @@ def train(request: FitRequest, budget: str | None = None, planned: bool = True) 
     try:
         cli = FitCLI(request)
         return _fit(cli, planned, limit)
-    except BaseException:
+    except BaseException as error:
         made = request.run
-        begun = request.resume or (cli is not None and cli.trainer.global_step > 0)
+        begun = request.resume or (cli is not None and cli.trainer.global_step > 0) or isinstance(error, LostRankError)
         if made is not None and not begun and is_first_process():
             _discard(made)
         raise
@@ -232,7 +232,14 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         samples: Samples = cli._get(cli.config_init, "samples")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         refuse_too_large(
-            model, data, samples, trainer.strategy.root_device, budget, callbacks, resumed=cli.request.resume
+            model,
+            data,
+            samples,
+            trainer.strategy.root_device,
+            budget,
+            callbacks,
+            resumed=cli.request.resume,
+            processes=trainer.num_devices,
         )
     before = run.config.read_text() if run.config.is_file() else None
     if is_first_process():
@@ -244,7 +251,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         )
     except LostRankError as error:
         again = f"carry on, with as many processes as there are: mep fit --run {shlex.quote(str(run.root))} --resume"
-        raise UserError(f"{error}; {again}") from error
+        raise LostRankError(f"{error}; {again}") from error
     except UserError as error:  # a refused resume leaves the run's settings as they were
         if before is not None and is_first_process():
             write_atomically(run.config, before)
@@ -300,7 +307,8 @@ def _stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
     elif (run.activations / PROGRESS).is_file():
         line = f"stopped before the first step; the activations made so far are kept. Carry on with: {again}"
     else:
-        _discard(run)
+        if is_first_process():
+            _discard(run)
         line = "stopped before the first step; nothing is kept."
     if is_first_process():
         print(f"mep fit: {line}", file=sys.stderr, flush=True)

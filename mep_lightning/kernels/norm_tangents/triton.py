@@ -96,7 +96,7 @@ def _group_kernel(
     number = tl.arange(0, CHUNKS)
     there = number < tl.num_programs(0)
     told = sums + ((i * tl.num_programs(1) + which) * tl.num_programs(0) + number) * 4
-    count = (width * pixels).to(tl.float32)
+    count = width * pixels * 1.0
     total = tl.sum(tl.load(told, mask=there, other=0.0), 0) / count
     square = tl.sum(tl.load(told + 1, mask=there, other=0.0), 0) / count
     moved = tl.sum(tl.load(told + 2, mask=there, other=0.0), 0) / count

@@ -5,6 +5,7 @@ Without Triton the rules of `tangents` do as well: they keep to a CPU's caches.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mep_lightning.kernels.dispatch import defined_by, runs_triton
@@ -34,7 +35,7 @@ def activation_tangents(x: Tensor, function: str) -> Tensor:
         from mep_lightning.kernels.pointwise_tangents import triton
 
         return triton.activation_tangents(x, function)
-    return reference.activation_tangents(x, function)
+    return reference.activation_tangents(_wide(x), function).to(x.dtype)
 
 
 @defined_by(reference.product_tangents)
@@ -51,7 +52,11 @@ def product_tangents(x: Tensor, y: Tensor) -> Tensor:
         from mep_lightning.kernels.pointwise_tangents import triton
 
         return triton.product_tangents(x, y)
-    return reference.product_tangents(x, y)
+    return reference.product_tangents(_wide(x), _wide(y)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def fuses(x: Tensor, *others: Tensor) -> bool:
