@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import Backprop, Estimator, FusedZOAdam, ZerothOrderEstimator
@@ -49,8 +51,8 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
                 f"{len(trained)}: take a TokenEmbedding, or subclass ZerothOrderEstimator without its estimate()"
             )
         (theta,) = trained.values()
-        asked = partial(_losses_of_all, module, draw) if estimator.forward_only else partial(_own_losses, module, draw)
-        theta.grad, losses = estimator.estimate(asked, theta, step, dims)
+        exchanged = module.ranks if estimator.forward_only else ALONE  # a gradient flows from a rank's own losses
+        theta.grad, losses = estimator.estimate(partial(_losses, module, draw, exchanged), theta, step, dims)
         if not estimator.forward_only:
             module.ranks.average_gradients_(trained.values())
     if subspace and (grad := trained[0].grad) is not None:
@@ -58,17 +60,26 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
     return losses
 
 
-def _own_losses(module: PersonalizationModule, draw: Draw, values: Tensor) -> Tensor:
-    return module.losses(values, draw)
-
-
-def _losses_of_all(module: PersonalizationModule, draw: Draw, values: Tensor) -> Tensor:
+def _losses(module: PersonalizationModule, draw: Draw, ranks: Ranks, values: Tensor) -> Tensor:
     """The losses of members' values, some or all of which other processes evaluate."""
-    ranks = module.ranks
     if not ranks.shares_members:
         return ranks.averaged_(module.losses(values, draw))
     places = list(range(ranks.rank, len(values), ranks.world))
     return ranks.gathered(module.losses(values[places], draw), places, len(values))
+
+
+def hold_alike(module: PersonalizationModule) -> None:
+    """Where ranks hold other values than the first's, take the first's, with the optimizer's moments."""
+    trained, ranks = list(module.adapter.numbered().values()), module.ranks
+    if ranks.hold_the_same(trained):
+        return
+    rank_zero_warn(f"at step {module.global_step} processes held other values than the first's, and took them")
+    for theta in trained:
+        theta.data.copy_(ranks.agreed(theta.detach()))
+        for optimizer in module.trainer.optimizers:
+            for kept in optimizer.state.get(theta, {}).values():
+                if isinstance(kept, Tensor):
+                    kept.copy_(ranks.agreed(kept))
 
 
 def agreed(module: PersonalizationModule, renew: Callable[[Tensor], None], theta: Tensor) -> None:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -45,7 +44,7 @@ from mep_lightning.data import SubjectData
 from mep_lightning.distributed import ALONE, COMPARED_EVERY, Ranks
 from mep_lightning.draws import Draw, Moments, noised, step_generator
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
-from mep_lightning.estimation import agreed, give_gradient
+from mep_lightning.estimation import agreed, give_gradient, hold_alike
 from mep_lightning.estimators import Backprop, Estimator, Subspace
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
@@ -295,7 +294,7 @@ class PersonalizationModule(LightningModule):
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
         optimization.resume_schedule(self)
-        self._agree()
+        hold_alike(self)
         if self.selector is not None and self.horizon is None:
             self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
 
@@ -317,22 +316,10 @@ class PersonalizationModule(LightningModule):
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.ranks.world > 1 and self.global_step % COMPARED_EVERY == 0:
-            self._agree()
+            hold_alike(self)
         if self.subspace:
             agreed(self, self.subspace.observe, self.adapter.numbered()[0].detach())
         return draw, losses
-
-    def _agree(self) -> None:
-        """Where ranks hold other values than the first's, take the first's."""
-        trained = list(self.adapter.numbered().values())
-        if not self.ranks.hold_the_same(trained):
-            rank_zero_warn(f"at step {self.global_step} processes held other values than the first's, and took them")
-            for theta in trained:
-                theta.data.copy_(self.ranks.agreed(theta.detach()))
-                for optimizer in self.trainer.optimizers:
-                    moments = optimizer.state.get(theta, {}).values()
-                    for kept in (one for one in moments if isinstance(one, Tensor)):
-                        kept.copy_(self.ranks.agreed(kept))
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch) and of the rank.

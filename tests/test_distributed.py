@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mep_lightning.distributed import ZerothOrderStrategy
+from mep_lightning.distributed import LostRankError, Ranks, ZerothOrderStrategy
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import why_not_int4
 from tests import ranks
@@ -121,6 +121,16 @@ def test_four_processes(tmp_path):
     for run in found.values():
         assert all(torch.equal(run[0]["theta"][k], other["theta"][k]) for other in run[1:] for k in other["theta"])
     assert distance(found["zo_ddp:zoodip"][0]["theta"], ranks.fitted("zoodip", devices=1)) < 1e-6
+
+
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError, LostRankError), (torch.OutOfMemoryError,) * 2])
+def test_an_exchange_that_fails_is_a_lost_process_but_for_memory(error, told, monkeypatch):
+    def fails(*_):
+        raise error("Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", fails)
+    with pytest.raises(told):
+        Ranks(0, 2, "members").averaged_(torch.zeros(3))
 
 
 def test_what_is_shared_is_one_of_two():

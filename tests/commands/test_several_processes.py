@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mep_lightning.cli import main
+from mep_lightning.distributed import LostRankError
 from mep_lightning.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,21 @@ def test_a_lost_process_ends_the_run_which_can_be_carried_on(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     done = ["--trainer.max_steps", "1", "--trainer.devices", "1", "--trainer.strategy", "auto"]
     assert main(["fit", "--run", "r", "--resume", *done]) == 0  # nothing is left to train
+
+
+def test_what_is_said_of_a_lost_process(tmp_path, monkeypatch, capsys):
+    """As above, whatever Lightning does meanwhile; before the first step nothing that was made is thrown away."""
+    monkeypatch.chdir(tmp_path)
+    lost = LostRankError("one is gone")
+
+    def loses(*_):
+        raise lost
+
+    monkeypatch.setattr("mep_lightning.module.give_gradient", loses)
+    assert main(["fit", "--config", "zoodip", *SHORT, "--trainer.max_steps", "3", "--run", "r"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told == ("mep fit: one is gone; carry on, with as many processes as there are: mep fit --run r --resume")
+    assert RunFolder(Path("r")).config.is_file()
 
 
 @pytest.mark.slow

@@ -173,13 +173,13 @@ def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Ten
     grid = (triton.cdiv(pixels, span), batch * groups, count - 1)
     sums = torch.empty(count - 1, batch * groups, grid[0], 4, device=x.device, dtype=torch.float32)
     sizes = (groups, width, pixels, span)
+    parameters, given = _pointers(x, weight, bias)
     _sums_kernel[grid](source, sums, *sizes, *source.stride(), block, padded)
     _group_kernel[grid](
         source,
         sums,
         target,
-        x if weight is None else weight.contiguous(),
-        x if bias is None else bias.contiguous(),
+        *parameters,
         eps,
         *sizes,
         *source.stride(),
@@ -187,10 +187,14 @@ def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Ten
         block,
         padded,
         triton.next_power_of_2(grid[0]),
-        weight is not None,
-        bias is not None,
+        *given,
     )
     return out
+
+
+def _pointers(x: Tensor, *parameters: Tensor | None) -> tuple[list[Tensor], list[bool]]:
+    """What a kernel is given of parameters, anything where there is none, and whether there is one."""
+    return [x if one is None else one.contiguous() for one in parameters], [one is not None for one in parameters]
 
 
 def _images(x: Tensor) -> Tensor:
@@ -210,19 +214,18 @@ def layer_norm_tangents(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(length)
+    parameters, given = _pointers(x, weight, bias)
     _layer_kernel[(rows.shape[1], len(x) - 1)](
         rows,
         out,
-        x if weight is None else weight.contiguous(),
-        x if bias is None else bias.contiguous(),
+        *parameters,
         eps,
         length,
         rows.stride(0),
         rows.stride(1),
         out.stride(0),
         block,
-        weight is not None,
-        bias is not None,
+        *given,
         num_warps=4 if block <= 2048 else 8,
     )
     return out.view(x.shape)
