@@ -14,8 +14,8 @@ from benchmarks.tune import AXES
 from benchmarks.variants import SUITES
 
 RESULTS = Path(__file__).parent / "results"
-PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity")
-"""What `all` runs: the suites of speed, memory and rounding, which need no hours of training."""
+PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity", "profile")
+"""What `all` runs: the suites of speed, memory and rounding, which need no hours of training; on a CPU no profile."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
 UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "folder", "device", "base")
@@ -31,7 +31,8 @@ def main() -> None:
     if args.suite == "precisions":
         sheets.precisions()
         return
-    names = PERFORMANCE if args.suite == "all" else [args.suite]
+    on_gpu = getattr(args, "device", "cpu").startswith("cuda")
+    names = [name for name in PERFORMANCE if name != "profile" or on_gpu] if args.suite == "all" else [args.suite]
     if args.out is None and not _is_whole(args, suites):
         suites.error("this is not the whole suite as it is committed: say where its figures go with --out FILE.json")
     if args.suite == "all" and args.out is not None and args.out.suffix:
@@ -59,12 +60,14 @@ def parser() -> argparse.ArgumentParser:
     memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
     kernels = suites.add_parser("kernels", help="every operation at SD1.5's layer sizes beside a library's")
     fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
+    profile = suites.add_parser("profile", help="where a GPU's time goes in a step at a base's real size")
+    profile.set_defaults(device="cuda")
     everything = suites.add_parser("all", help=f"{', '.join(PERFORMANCE)}; --out is a folder")
-    for suite in (step, methods, memory, everything):
+    for suite in (step, methods, memory, profile, everything):
         suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15, sd21 or sdxl")
     for suite in (step, methods, memory, kernels, fidelity, everything):
         suite.add_argument("--device", default="cpu", help="cpu or cuda")
-    for suite in (step, methods, kernels, everything):
+    for suite in (step, methods, kernels, profile, everything):
         suite.add_argument("--rounds", type=int, default=15)
     for suite in (step, everything):
         suite.add_argument("--compile", action="store_true", help="let the ordinary step go through torch.compile")
@@ -120,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
 def default_path(suite: str, args: argparse.Namespace) -> Path:
     """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
     folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
-    about = args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory") else "tiny"
+    about = (
+        args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory", "profile") else "tiny"
+    )
     return folder / (f"{suite}.json" if about == "tiny" else f"{suite}-{about}.json")
 
 
@@ -149,6 +154,12 @@ def _memory(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import memory
 
     return memory.run(args.base, args.device, args.resolution, measured=not args.plan_only)
+
+
+def _profile(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import profiling
+
+    return profiling.run(args.base, args.rounds, args.device)
 
 
 def _kernels(args: argparse.Namespace, _: Path) -> list[rows.Row]:
@@ -228,6 +239,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "methods": _methods,
     "memory": _memory,
     "kernels": _kernels,
+    "profile": _profile,
     "fidelity": _fidelity,
     "published": _published,
     "branches": _branches,

@@ -13,7 +13,7 @@ from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base, BaseFolder
 from mep_lightning.bases.families import describe
 from mep_lightning.bases.load import activation_dtype, assemble
-from mep_lightning.bases.skeleton import architecture, made_up, tokenizer
+from mep_lightning.bases.skeleton import Maker, architecture, made_up, tokenizer
 from mep_lightning.plan.rehearsal import PROMPT, WORD, made_up_batch
 
 
@@ -32,15 +32,22 @@ def found(name: str, precision: str, device: str, offload: str = "none") -> Base
     )
 
 
-def load(base: BaseFolder, module: PersonalizationModule) -> Base:
-    """The base that a module will train on, its text encoders gone where it trains no text."""
+def load(base: BaseFolder, module: PersonalizationModule, made_on: str = "cpu") -> Base:
+    """The base that a module will train on, its text encoders gone where it trains no text.
+
+    Weights are made where `made_on` says: on the CPU as a file's would come, or at once where they go.
+    """
     module.class_word = WORD
     for part in module.adapter.parts:
         if isinstance(part, TokenEmbedding):
             part.init = WORD
     prompts = None if module.adapter.trains_text else [module.named(PROMPT)]
     return assemble(
-        base, tensors=lambda part, _: made_up(part, random_weights), tokenizer=tokenizer, vae=None, prompts=prompts
+        base,
+        tensors=lambda part, _: made_up(part, random_weights_on(made_on)),
+        tokenizer=tokenizer,
+        vae=None,
+        prompts=prompts,
     )
 
 
@@ -50,12 +57,18 @@ def batch(base: Base, resolution: int) -> dict[str, object]:
     return made | {"mean": torch.randn(made["mean"].shape)}
 
 
+def random_weights_on(device: str | torch.device) -> Maker:
+    """Makes weights up on a device: so small that activations stay finite through a hundred layers, the same 4 million
+    values again and again."""
+    values = _normals(torch.device(device))
+
+    def make(_: str, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        return values.repeat(-(-count // len(values)))[:count].view(shape)
+
+    return make
+
+
 @functools.cache
-def _normals() -> Tensor:
-    return torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
-
-
-def random_weights(_: str, shape: tuple[int, ...]) -> Tensor:
-    """Small enough that activations stay finite through a hundred layers; the same 4 million values again and again."""
-    count = math.prod(shape)
-    return _normals().repeat(-(-count // len(_normals())))[:count].view(shape)
+def _normals(device: torch.device) -> Tensor:
+    return torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).half().to(device)

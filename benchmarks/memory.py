@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +33,13 @@ MEASURED = (
     "lora in int8 (checkpointing)",
     "hollowed_net in int8",
     "selective in int8",
+    "zoodip_fast in int8",
+    "gf_ti in int8",
+    "peqa in int8",
+    "tuneqdm in int8",
+    "qlora in int4",
+    "textual_inversion in fp32",
+    "dreambooth in fp32",
 )
 """Which rows of the plan are run as well; on a CPU, where nothing waits outside, those that are not streamed."""
 
@@ -55,10 +62,7 @@ def run(
         rows.append(row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B"))
     if not measured:
         return rows
-    small = [name for name in ("int8", "int4") if name in available_precisions()]
-    for planned in plan(recipes, base, resolution=resolution, device=device, precisions=small, pictures=1):
-        if str(planned) not in MEASURED:
-            continue
+    for planned in _to_measure(recipes, base, device, resolution):
         module = recipes[planned.method](planned.precision, planned.checkpointing)
         for phase, peak in measure(module, planned, device).items():
             case = f"{base} {planned.resolution} px {planned} {phase}"
@@ -66,6 +70,15 @@ def run(
             rows.append(row("memory", case, f"peak on {device}, the plan as baseline", peak, "B", expected))
             print(f"{case}: {peak / 2**20:.0f} MiB, planned {expected / 2**20:.0f}", flush=True)
     return rows
+
+
+def _to_measure(recipes: dict[str, Recipe], base: str, device: str, resolution: int | None) -> Iterator[Planned]:
+    for precision in available_precisions():
+        of_it = {name for name in recipes if any(one.startswith(f"{name} in {precision}") for one in MEASURED)}
+        chosen = {name: make for name, make in recipes.items() if name in of_it}
+        if chosen:
+            rows = plan(chosen, base, resolution=resolution, device=device, precisions=[precision], pictures=1)
+            yield from (planned for planned in rows if str(planned) in MEASURED)
 
 
 def _carried(make: Recipe) -> Recipe:
@@ -131,7 +144,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
-    vae = skeleton_vae(replace(found, device=found.weights_device), made_up.random_weights)
+    vae = skeleton_vae(replace(found, device=found.weights_device), made_up.random_weights_on("cpu"))
     stream = found.placed(vae)
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor

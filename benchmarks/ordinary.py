@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep_lightning.bases import Base, Conditioning
+from mep_lightning.bases.frugal import REPLACED
 from mep_lightning.bases.tokens import token_ids
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 
@@ -44,13 +44,14 @@ class DequantizingConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-def as_it_comes_(unet: UNet2DConditionModel) -> None:
-    """Take our ways of computing out of a U-Net: attention, blocks of rows, channels last."""
-    unet.set_attn_processor(AttnProcessor2_0())
-    for part in unet.modules():
-        if isinstance(part, FeedForward):
-            part.__class__ = FeedForward
-    for tensor in (*unet.parameters(), *unet.buffers()):  # int8 weights are buffers
+def as_it_comes_(module: nn.Module) -> None:
+    """Take our ways of computing out of a U-Net or an autoencoder, channels last among them."""
+    if isinstance(module, UNet2DConditionModel):
+        module.set_attn_processor(AttnProcessor2_0())
+    plain = {ours: theirs for theirs, ours in REPLACED.items()}
+    for part in module.modules():
+        part.__class__ = plain.get(type(part), type(part))
+    for tensor in (*module.parameters(), *module.buffers()):  # int8 weights are buffers
         tensor.data = tensor.data.contiguous()
 
 
@@ -80,6 +81,7 @@ class OrdinaryStep:
         assert base.vae is not None
         self.base, self.photo, self.n, self.mu = base, photo, n, mu
         as_it_comes_(base.unet)
+        as_it_comes_(base.vae)
         base.vae.disable_tiling()
         for part in (base.unet, *base.text_encoders):
             plainly_dequantizing_(part)

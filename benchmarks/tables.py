@@ -181,10 +181,16 @@ def _times(row: Row) -> list[str]:
 def methods(rows: list[Row]) -> str:
     """A method a line: seconds of a step, and how fast that is beside the first of its kind."""
     lines = [
-        [row["case"], row["metric"].removeprefix("seconds a "), f"{row['value']:.2f}", f"{row['ratio']:.2f}"]
+        [
+            row["case"],
+            row["metric"].removeprefix("seconds a "),
+            f"{row['value']:.3g}",
+            f"{1 / row['value']:.3g}",
+            f"{row['ratio']:.2f}",
+        ]
         for row in rows
     ]
-    return markdown(["method", "step", "s", "times as fast as the first"], lines)
+    return markdown(["method", "step", "s", "a second", "times as fast as the first"], lines)
 
 
 def operations(rows: list[Row]) -> str:
@@ -290,6 +296,18 @@ def _path_and_way(case: str) -> tuple[str, str]:
     return (path, mu) if path else (case.removeprefix("tiny ").removesuffix(f" {CARRIED}"), CARRIED)
 
 
+def profiled(rows: list[Row]) -> str:
+    """A way to take a step a line: its time, the device's, launches, and the kernels that take most."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        whole, at_work, launches, *kernels = [row for row in rows if row["case"] == case]
+        told = "; ".join(f"{row['metric'].split('<')[0]} {1e3 * row['value']:.1f}" for row in kernels[:3])
+        lines.append(
+            [case, f"{1e3 * whole['value']:.1f}", f"{1e3 * at_work['value']:.1f}", f"{launches['value']}", told]
+        )
+    return markdown(["step", "ms", "of them at work", "launches", "the kernels that take most, ms"], lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compare": compared,
     "quality": scores,
@@ -318,6 +336,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
     "published": published,
+    "cuda/profile-sd15": profiled,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,

@@ -120,7 +120,7 @@ def refuse_compiled_tangents(module: PersonalizationModule) -> None:
 def warn_of_idle_switches(module: PersonalizationModule, base: Base) -> None:
     """Switches that change nothing as the others stand."""
     streams = base.offload == "stream"
-    if module.cuda_graph and not module.takes_graph(base):
+    if module.cuda_graph is True and not module.takes_graph(base):
         why = "model.offload is stream" if streams else "it is for a GPU, a token and methods without a backward pass"
         rank_zero_warn(f"model.cuda_graph does nothing here: {why}")
     if module.compiled and streams:

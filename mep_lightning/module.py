@@ -78,8 +78,9 @@ class PersonalizationModule(LightningModule):
         optimizer: "adam", or "adam8bit", whose moments take a quarter (bitsandbytes, on a GPU).
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
-        cuda_graph: on a GPU, replay a forward-only step as one CUDA graph instead of launching its kernels one by one;
-            it keeps the step's activations, and is captured anew after pictures were drawn.
+        cuda_graph: on a GPU, replay a token's forward-only step as one CUDA graph instead of launching its kernels one
+            by one; it keeps the step's activations, and is captured anew after pictures were drawn. "auto" does so
+            where it can be captured and nothing is compiled.
         compile: let `torch.compile` fuse the U-Net's operations; it compiles at the first step, and rounds otherwise in
             the last bits.
         activations: what int8 and int4 weights compute in: "fp32", "bf16" or "fp16"; "auto" is fp32 on a CPU and fp16
@@ -113,7 +114,7 @@ class PersonalizationModule(LightningModule):
         weight_decay: float = 0.0,
         optimizer: Literal["adam", "adam8bit"] = "adam",
         checkpointing: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | Literal["auto"] = "auto",
         compile: bool = False,
         activations: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
         offload: Literal["none", "stream"] = "none",
@@ -146,7 +147,7 @@ class PersonalizationModule(LightningModule):
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay, self.optimizer = betas, eps, weight_decay, optimizer
         self.checkpointing, self.offload = checkpointing, offload
-        self.cuda_graph = cuda_graph
+        self.cuda_graph: bool | str = cuda_graph
         self.predict_noise = predict_noise
         self.compiled = compile
         self.graphed: CUDAGraphed | None = None
@@ -261,7 +262,8 @@ class PersonalizationModule(LightningModule):
         self.base = base
         if self.graphed in base.graphs:
             base.graphs.remove(self.graphed)
-        self.graphed = CUDAGraphed(partial(objective.of_token, self)) if self.takes_graph(base) else None
+        insists = self.cuda_graph is True
+        self.graphed = CUDAGraphed(partial(objective.of_token, self), insists) if self.takes_graph(base) else None
         base.graphs += [self.graphed] if self.graphed else []
         compiles = self.compiled and base.offload == "none"
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
@@ -280,7 +282,8 @@ class PersonalizationModule(LightningModule):
     def takes_graph(self, base: Base) -> bool:
         """Whether a step is replayed as a CUDA graph, which holds a token's members alone."""
         on_gpu = base.device.type == "cuda" and base.offload == "none"  # streamed weights come when they are called for
-        return self.cuda_graph and on_gpu and self.forward_only and isinstance(self.adapter, TokenEmbedding)
+        wanted = self.cuda_graph is True or (self.cuda_graph == "auto" and not self.compiled)
+        return wanted and on_gpu and self.forward_only and isinstance(self.adapter, TokenEmbedding)
 
     def _fill_in_defaults(self, family: str) -> None:
         values = defaults.lookup(self.method, family, self.precision, self.activations)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from mep_lightning.bases.transformer import BlockwiseFeedForward
+from mep_lightning.bases.frugal import BlockwiseFeedForward
 from mep_lightning.errors import UserError
 
 

@@ -23,7 +23,7 @@ from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.bases.families import Family
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
-from mep_lightning.bases.weights import load_vae
+from mep_lightning.bases.weights import load_vae, memory_format
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,8 +56,8 @@ class BaseFolder:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of convolutions' weights, which activations follow: what a CPU's are fastest in."""
-        return torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+        """Of convolutions' weights, which activations follow."""
+        return memory_format(self.device, self.dtype)
 
     @property
     def address(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mep_lightning.errors import UserError, reason
@@ -24,21 +25,32 @@ class CUDAGraphed:
 
     Args:
         function: tensors in, one tensor out; the same operations whatever the values.
+        insists: whether a function that cannot be captured is an error; else it is called as it is.
     """
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, insists: bool = True) -> None:
+        self.function, self.insists = function, insists
         self._captured: dict[tuple[object, ...], Captured] = {}
+        self._refused = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """The function's answer.
 
         Raises:
-            UserError: the function cannot be captured.
+            UserError: the function cannot be captured, and must be.
         """
+        if self._refused:
+            return self.function(*arguments)
         key = tuple((argument.shape, argument.dtype, argument.device) for argument in arguments)
         if key not in self._captured:
-            self._captured[key] = self.capture(*arguments)
+            try:
+                self._captured[key] = self.capture(*arguments)
+            except UserError as error:
+                if self.insists:
+                    raise
+                rank_zero_warn(f"launching kernels one by one: {error}")
+                self._refused = True
+                return self.function(*arguments)
         inputs, replay, output = self._captured[key]
         for there, here in zip(inputs, arguments, strict=True):
             there.copy_(here, non_blocking=True)

@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.conditioning import remember
 from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, describe, is_sdxl, locate
+from mep_lightning.bases.frugal import compute_frugally_
 from mep_lightning.bases.streaming import Stream
-from mep_lightning.bases.transformer import compute_frugally_
 from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.families import TINY_FOLDER, describe, locate
 from mep_lightning.bases.load import activation_dtype, assemble, exact_device
-from mep_lightning.bases.weights import Tensors, fill_, in_tiles, read_part, vae_dtype
+from mep_lightning.bases.weights import Tensors, fill_, made_frugal, read_part, vae_dtype
 from mep_lightning.quantization import QuantizedWeight
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -87,7 +87,7 @@ def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
         module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, found.folder / "vae"))
     dtype = vae_dtype(found.folder, found.dtype)
     fill_(module, made_up(module, make), found.folder / "vae", dtype, found.device, found.memory_format)
-    return in_tiles(module.eval().requires_grad_(False))
+    return made_frugal(module.eval().requires_grad_(False))
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep_lightning.bases.transformer import BlockwiseFeedForward
+from mep_lightning.bases.frugal import BlockwiseFeedForward
 from mep_lightning.quantization import QuantizedWeight
 
 ALIGNMENT = 256

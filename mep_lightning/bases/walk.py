@@ -79,7 +79,7 @@ def _told(conditioning: Conditioning | Tensor) -> Conditioning:
 def _all_apart(
     unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, told: Conditioning, members: int
 ) -> Tensor:
-    rows = latents.repeat(members, 1, 1, 1)
+    rows = torch.cat([latents] * members)
     told = told.repeat(len(rows) // len(told.embeds))
     return unet(rows, timestep.repeat(members), told.embeds, added_cond_kwargs=told.added(rows)).sample
 
@@ -141,8 +141,8 @@ class _Walk:
             self.temb = unet.time_embed_act(self.temb)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """A set of rows for every member."""
-        return tensor.repeat(self.members, *(1,) * (tensor.dim() - 1))
+        """A set of rows for every member, in the memory format that these have."""
+        return torch.cat([tensor] * self.members)
 
     def part(self) -> None:
         """Give each member its own rows of everything that later units read."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mep_lightning.bases.families import is_sdxl
+from mep_lightning.bases.frugal import compute_frugally_
 from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
 
@@ -92,18 +93,28 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
         ),
         folder / "vae",
     )
-    # On a CPU other layouts cost its convolutions a copy of what they read and of what they write.
-    layout = {"memory_format": torch.channels_last} if device.type == "cpu" else {}
-    return in_tiles(module.eval().requires_grad_(False).to(device, **layout))
+    return made_frugal(module.eval().requires_grad_(False).to(device, memory_format=memory_format(device, dtype)))
 
 
-def in_tiles(vae: AutoencoderKL) -> AutoencoderKL:
-    """Let an autoencoder see pictures that are larger than those it was trained on tile by tile; returns it.
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Of convolutions' weights, which activations follow.
 
-    SDXL's sees its own 1024 px in tiles of 512: decoded whole in fp32, they would take 3.0 GiB of activations, not .8.
+    Without channels last a CPU and a GPU's tensor cores copy what a convolution reads and what it writes; fp32 on a GPU
+    is multiplied without them.
+    """
+    is_last = device.type == "cpu" or (device.type == "cuda" and dtype.itemsize == 2)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def made_frugal(vae: AutoencoderKL) -> AutoencoderKL:
+    """Let an autoencoder compute frugally, and see pictures tile by tile that are larger than those it was trained on.
+
+    Returns it. SDXL's sees its own 1024 px in tiles of 512: decoded whole in fp32, they would take 3.0 GiB of
+    activations, not .8.
     """
     own = vae.config.sample_size
     tile = own if TILE < own <= LARGEST_TILE else TILE
+    compute_frugally_(vae)
     vae.enable_tiling()
     vae.tile_sample_min_size = tile
     vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)

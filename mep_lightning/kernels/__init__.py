@@ -2,6 +2,8 @@
 
 from mep_lightning.kernels.attention import attention
 from mep_lightning.kernels.attention_tangents import attention_tangents
+from mep_lightning.kernels.geglu import geglu
+from mep_lightning.kernels.group_norm import group_norm
 from mep_lightning.kernels.int8_conv2d import int8_conv2d
 from mep_lightning.kernels.int8_linear import int8_linear, int8_linear_w8a8
 from mep_lightning.kernels.norm_tangents import group_norm_tangents, layer_norm_tangents
@@ -16,6 +18,8 @@ __all__ = [
     "activation_tangents",
     "attention",
     "attention_tangents",
+    "geglu",
+    "group_norm",
     "group_norm_tangents",
     "int8_conv2d",
     "int8_linear",

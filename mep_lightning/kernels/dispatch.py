@@ -84,6 +84,11 @@ def asks_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call is for its numbers alone: nobody traces, transforms or differentiates it."""
+    return not (torch.compiler.is_compiling() or asks_gradient(*tensors) or needs_reference())
+
+
 def autocast_activation(x: Tensor) -> Tensor:
     """Cast an activation as autocast does before a built-in linear or convolution; weights and scales stay."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -92,14 +97,15 @@ def autocast_activation(x: Tensor) -> Tensor:
 
 
 def runs_triton(tensor: Tensor, rival: bool = False) -> bool:
-    """Whether Triton answers for a tensor: it lies on a GPU where Triton works.
+    """Whether Triton answers for a tensor: it holds numbers and lies on a GPU where Triton works.
 
     Args:
         tensor: what the operation works on.
         rival: whether a library has a kernel for the same; Triton then answers only where MEP_KERNELS says so.
     """
     wanted = not rival or os.environ.get(SWITCH) == "triton"
-    return tensor.is_cuda and wanted and why_not_triton(tensor.device.index or 0) is None
+    on_gpu = tensor.is_cuda and not isinstance(tensor, FakeTensor)
+    return on_gpu and wanted and why_not_triton(tensor.device.index or 0) is None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from mep_lightning.kernels.dispatch import asks_gradient, needs_reference, overridable
+from mep_lightning.kernels.dispatch import is_plain, overridable
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -37,8 +37,8 @@ def _is_intel() -> bool:
 
 def runs_onednn(*tensors: Tensor | None) -> bool:
     """Whether a product of these may go around PyTorch's own: on a CPU, where nobody traces or differentiates it."""
-    plain = not (torch.compiler.is_compiling() or asks_gradient(*tensors) or needs_reference())
-    return plain and all(t is None or (t.device.type == "cpu" and not isinstance(t, FakeTensor)) for t in tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
+    return is_plain(*given) and all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in given)
 
 
 @overridable

@@ -147,19 +147,15 @@ class Int4Linear(Int4Weight, QuantizedLinear):
 
 
 class Int4Conv2d(Int4Weight, QuantizedConv2d):
-    """`nn.Conv2d` with its weight in NF4; one that is packed on a CPU unpacks channels last, as is fastest there."""
+    """`nn.Conv2d` with its weight in NF4, packed channels last: CPUs and tensor cores are fastest so."""
 
     channel = 1
-    is_channels_last = False
 
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        self.is_channels_last = weight.device.type == "cpu"
-        return quantize_nf4(weight.permute(0, 2, 3, 1) if self.is_channels_last else weight)
+        return quantize_nf4(weight.permute(0, 2, 3, 1))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I, kh, kw] in floating point."""
-        if not self.is_channels_last:
-            return super().dequantize(dtype)
         outputs, inputs, kh, kw = self.weight_shape
         shape = torch.Size((outputs, kh, kw, inputs))
         return dequantize_nf4(self.weight, self.absmax, shape, dtype).permute(0, 3, 1, 2)

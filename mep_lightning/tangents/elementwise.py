@@ -251,6 +251,9 @@ for _replaced, _function in FUNCTIONS:
     rule(*_replaced)(_through(_function))
 
 
+rule(kernels.geglu)(kernels.geglu.reference)
+
+
 @rule(torch.clamp, Tensor.clamp)
 def _clamp(x: Dual, min: Any = None, max: Any = None) -> Dual:
     if isinstance(min, Tensor) or isinstance(max, Tensor):

@@ -116,7 +116,7 @@ def _layer_norm(
     return Dual(kernels.layer_norm_tangents(x.stack, shape, weight, bias, eps))
 
 
-@rule(F.group_norm)
+@rule(F.group_norm, kernels.group_norm)
 def _group_norm(
     x: Dual, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Dual:

@@ -79,6 +79,37 @@ def test_other_shapes_are_captured_apart(monkeypatch):
     assert Replayed.captures == 2
 
 
+class Refused(CUDAGraphed):
+    asked = 0
+
+    def capture(self, *arguments):
+        Refused.asked += 1
+        raise UserError("the step cannot be captured as a CUDA graph")
+
+
+def test_what_cannot_be_captured_is_called_as_it_is_unless_it_must_be(monkeypatch):
+    monkeypatch.setattr(Refused, "asked", 0)
+    double = Refused(lambda x: 2 * x, insists=False)
+    with pytest.warns(UserWarning, match="launching kernels one by one: the step cannot be captured"):
+        assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+    assert Refused.asked == 1
+    with pytest.raises(UserError, match="cannot be captured"):
+        Refused(lambda x: x)(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "takes"), [({}, True), ({"compile": True}, False), ({"cuda_graph": False}, False)], ids=str
+)
+def test_a_step_on_a_gpu_is_a_graph_by_itself(tiny_base, settings, takes):
+    module = PersonalizationModule(
+        adapter=TokenEmbedding(init="ball"), estimator=RandomGradientEstimator(n=2), **settings
+    )
+    on_gpu = MagicMock(device=torch.device("cuda"), offload="none")
+    assert module.takes_graph(on_gpu) is takes
+    assert not module.takes_graph(tiny_base)
+
+
 def test_an_answer_is_not_overwritten_by_the_next():
     double = Replayed(lambda x: 2 * x)
     first = double(torch.ones(2))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import base as base_module
 from mep_lightning.bases import encode_prompts, identify, load_base, open_base, predict_noise
-from mep_lightning.bases.weights import in_tiles
+from mep_lightning.bases.weights import made_frugal
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
@@ -189,7 +189,7 @@ def test_an_autoencoder_sees_large_pictures_in_tiles_and_others_whole():
 def test_a_tile_is_what_an_autoencoder_was_trained_on_unless_that_is_too_large(own, tile):
     small = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = in_tiles(AutoencoderKL(**small, **kinds, sample_size=own))
+    vae = made_frugal(AutoencoderKL(**small, **kinds, sample_size=own))
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (tile, tile // 8)
 
 

@@ -156,9 +156,10 @@ def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
     main()
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
     assert written == {
-        f"cuda/{name}.json" for name in ("step-sd21", "methods-sd21", "memory-sd21", "kernels", "fidelity")
+        f"cuda/{name}.json"
+        for name in ("step-sd21", "methods-sd21", "memory-sd21", "kernels", "fidelity", "profile-sd21")
     }
-    assert asked == ["sd21"] * 5
+    assert asked == ["sd21"] * 6
 
 
 @pytest.mark.parametrize("method", tune.AXES)

@@ -14,7 +14,7 @@ from benchmarks.ordinary import (
     plainly_dequantizing_,
 )
 from mep_lightning.bases import load_base
-from mep_lightning.bases.transformer import AttentionProcessor, BlockwiseFeedForward
+from mep_lightning.bases.frugal import REPLACED, AttentionProcessor
 from mep_lightning.quantization import QuantizedWeight
 
 
@@ -23,7 +23,7 @@ def test_the_plain_layers_compute_what_ours_do():
     plain = copy.deepcopy(unet)
     as_it_comes_(plain)
     plainly_dequantizing_(plain)
-    assert not any(isinstance(part, BlockwiseFeedForward) for part in plain.modules())
+    assert not any(type(part) in REPLACED.values() for part in plain.modules())
     assert not any(isinstance(processor, AttentionProcessor) for processor in plain.attn_processors.values())
     assert plain.conv_in.weight.is_contiguous() and plain.mid_block.resnets[0].conv1.weight.is_contiguous()
     assert not any(isinstance(part, QuantizedWeight) for part in plain.modules())
@@ -75,7 +75,7 @@ def test_both_sides_are_timed_in_one_run():
 
 def test_every_method_is_timed_in_training_and_drawing(monkeypatch):
     kept = ("zoodip", "lora", methods.MERGED, "hollowed_net", "selective")
-    monkeypatch.setattr(methods, "RECIPES", {name: methods.RECIPES[name] for name in kept})
+    monkeypatch.setattr(methods, "CASES", {name: methods.CASES[name] for name in kept})
     rows = methods.run("tiny", rounds=1)
     timed = {metric: [row["case"] for row in rows if metric in row["metric"]] for metric in ("training", "denoising")}
     branches = ["selective, high resolution", "selective, low resolution"]

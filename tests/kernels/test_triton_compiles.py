@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mep_lightning.kernels.attention_tangents import triton as tangents
+from mep_lightning.kernels.dequantize import triton as dequantizing
+from mep_lightning.kernels.geglu import triton as geglu
 from mep_lightning.kernels.int8_conv2d import triton as conv
 from mep_lightning.kernels.int8_linear import triton as linear
 from mep_lightning.kernels.norm_tangents import triton as norms
@@ -47,15 +49,19 @@ for dtype in ("fp32", "bf16", "fp16"):
         (rows._quantize_rows_kernel, {"x": f"*{dtype}", "q": "*i8"}, {"BLOCK": 1024}),
         (linear._linear_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE),
         (linear._linear_kernel.fn, {"x": "*i8", "q": "*i8", "y": f"*{dtype}"}, TILE),
-        (norms._sums_kernel, {"x": f"*{dtype}"}, dict(BLOCK=256, WIDTH=16)),
-        (norms._group_kernel, NORM(dtype), dict(BLOCK=256, WIDTH=16, CHUNKS=16) | SCALED),
+        (dequantizing._dequantize_kernel, {"q": "*i8", "w": f"*{dtype}"}, dict(ROWS=4, BLOCK=1024)),
+        (geglu._geglu_kernel, dict.fromkeys("xy", f"*{dtype}"), {"BLOCK": 1024}),
+        (norms._sums_kernel, {"x": f"*{dtype}"}, dict(BLOCK=256, WIDTH=16, CARRIES=True)),
+        (norms._sums_kernel, {"x": f"*{dtype}"}, dict(BLOCK=256, WIDTH=16, CARRIES=False)),
+        (norms._group_kernel, NORM(dtype), dict(BLOCK=256, WIDTH=16, CHUNKS=16, CARRIES=True) | SCALED),
+        (norms._group_kernel, NORM(dtype), dict(BLOCK=256, WIDTH=16, CHUNKS=16, CARRIES=False) | SCALED),
         (norms._layer_kernel, NORM(dtype), {"BLOCK": 2048} | SCALED),
         (pointwise._activation_kernel, dict.fromkeys("xy", f"*{dtype}"), {"GELU": True, "BLOCK": 1024}),
         (pointwise._activation_kernel, dict.fromkeys("xy", f"*{dtype}"), {"GELU": False, "BLOCK": 1024}),
         (pointwise._product_kernel, dict.fromkeys("xyz", f"*{dtype}"), {"BLOCK": 1024}),
         (conv._conv_kernel.fn, {"x": f"*{dtype}", "q": "*i8", "y": f"*{dtype}"}, TILE | TAPS),
     ]
-ONES = dict(width=1, pixels=1, BLOCK=1, WIDTH=1, CHUNKS=1)  # arguments that are 1 become constants
+ONES = dict(width=1, pixels=1, BLOCK=1, WIDTH=1, CHUNKS=1, CARRIES=True)  # arguments that are 1 become constants
 CASES.append((norms._group_kernel, NORM("fp32"), ONES | SCALED))
 SHARED = 101376  # of a consumer's GPU
 TANGENTS = []
@@ -99,4 +105,4 @@ def test_every_kernel_compiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "compiled 57", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 69", done.stderr[-2000:]

@@ -82,6 +82,7 @@ ONE = {  # name: function of a Dual [2, 3, 4]
     "square": torch.square,
     "relu": F.relu,
     "gelu": F.gelu,
+    "geglu": kernels.geglu,
     "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": nn.SiLU(),
     "dropout": nn.Dropout(0.5).eval(),

@@ -1,4 +1,4 @@
-"""Norms and their tangents on a GPU.
+"""Norms on a GPU, with tangents or without.
 
 A group norm in two launches: sums over chunks of a group's pixels, and what is made of them. A value's sums are of what
 it is above the group's first number, so that a large mean does not drown a small spread in fp32. A layer norm's row
@@ -23,7 +23,7 @@ CHUNKS = 64
 @triton.jit
 def _sums_kernel(
     x,  # [1 + n, B, C, P]
-    sums,  # fp32 [n, B * groups, chunks, 4]
+    sums,  # fp32 [max(n, 1), B * groups, chunks, 4]
     groups,
     width,
     pixels,
@@ -34,6 +34,7 @@ def _sums_kernel(
     x_p,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    CARRIES: tl.constexpr,
 ):
     """Sums of x - a, its square, dx and (x - a) dx over a chunk of a group; a is the group's first number."""
     chunk, which, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -50,16 +51,18 @@ def _sums_kernel(
         at = base + pixel[:, None] * x_p + channel[None, :] * x_c
         inside = (start + place[:, None] < span) & (pixel[:, None] < pixels) & (channel[None, :] < width)
         value = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32) - first, 0.0)
-        move = tl.load(at + (i + 1).to(tl.int64) * x_n, mask=inside, other=0.0).to(tl.float32)
         total += value
         square += value * value
-        moved += move
-        both += value * move
+        if CARRIES:
+            move = tl.load(at + (i + 1).to(tl.int64) * x_n, mask=inside, other=0.0).to(tl.float32)
+            moved += move
+            both += value * move
     at = sums + ((i * tl.num_programs(1) + which) * tl.num_programs(0) + chunk) * 4
     tl.store(at, tl.sum(tl.sum(total, 1), 0))
     tl.store(at + 1, tl.sum(tl.sum(square, 1), 0))
-    tl.store(at + 2, tl.sum(tl.sum(moved, 1), 0))
-    tl.store(at + 3, tl.sum(tl.sum(both, 1), 0))
+    if CARRIES:
+        tl.store(at + 2, tl.sum(tl.sum(moved, 1), 0))
+        tl.store(at + 3, tl.sum(tl.sum(both, 1), 0))
 
 
 @triton.jit
@@ -85,6 +88,7 @@ def _group_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CARRIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -99,11 +103,12 @@ def _group_kernel(
     count = width * pixels * 1.0
     total = tl.sum(tl.load(told, mask=there, other=0.0), 0) / count
     square = tl.sum(tl.load(told + 1, mask=there, other=0.0), 0) / count
-    moved = tl.sum(tl.load(told + 2, mask=there, other=0.0), 0) / count
-    both = tl.sum(tl.load(told + 3, mask=there, other=0.0), 0) / count
     mean = tl.load(base).to(tl.float32) + total
     slope = 1.0 / tl.sqrt(tl.maximum(square - total * total, 0.0) + eps)
-    share = (both - total * moved) * slope  # mean(z dx)
+    if CARRIES:
+        moved = tl.sum(tl.load(told + 2, mask=there, other=0.0), 0) / count
+        both = tl.sum(tl.load(told + 3, mask=there, other=0.0), 0) / count
+        share = (both - total * moved) * slope  # mean(z dx)
     channel, place = tl.arange(0, WIDTH).to(tl.int64), tl.arange(0, BLOCK)
     known = channel < width
     gain = tl.full((WIDTH,), 1.0, tl.float32)
@@ -118,9 +123,10 @@ def _group_kernel(
         at = base + pixel[:, None] * x_p + channel[None, :] * x_c
         to = target + pixel[:, None] * out_p + channel[None, :] * out_c
         normal = (tl.load(at, mask=inside, other=0.0).to(tl.float32) - mean) * slope
-        move = tl.load(at + (i + 1).to(tl.int64) * x_n, mask=inside, other=0.0).to(tl.float32)
-        along = (move - moved - normal * share) * slope * gain[None, :]
-        tl.store(to + (i + 1).to(tl.int64) * out_n, along.to(out.dtype.element_ty), mask=inside)
+        if CARRIES:
+            move = tl.load(at + (i + 1).to(tl.int64) * x_n, mask=inside, other=0.0).to(tl.float32)
+            along = (move - moved - normal * share) * slope * gain[None, :]
+            tl.store(to + (i + 1).to(tl.int64) * out_n, along.to(out.dtype.element_ty), mask=inside)
         if i == 0:
             tl.store(to, (normal * gain[None, :] + shift[None, :]).to(out.dtype.element_ty), mask=inside)
 
@@ -162,7 +168,7 @@ def _layer_kernel(
 
 
 def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As the reference; x on a GPU, in fp32, bf16 or fp16, with tangents and not empty."""
+    """As the reference; x on a GPU, in fp32, bf16 or fp16, and not empty."""
     out = room(x[0], len(x) - 1)
     source, target = _images(x), _images(out)
     count, batch, channels, pixels = source.shape
@@ -170,11 +176,11 @@ def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Ten
     padded = triton.next_power_of_2(width)
     block = max(1, min(TILE // padded, triton.next_power_of_2(pixels)))
     span = triton.cdiv(triton.cdiv(pixels, block), CHUNKS) * block
-    grid = (triton.cdiv(pixels, span), batch * groups, count - 1)
-    sums = torch.empty(count - 1, batch * groups, grid[0], 4, device=x.device, dtype=torch.float32)
+    grid = (triton.cdiv(pixels, span), batch * groups, max(count - 1, 1))
+    sums = torch.empty(grid[2], grid[1], grid[0], 4, device=x.device, dtype=torch.float32)
     sizes = (groups, width, pixels, span)
     parameters, given = _pointers(x, weight, bias)
-    _sums_kernel[grid](source, sums, *sizes, *source.stride(), block, padded)
+    _sums_kernel[grid](source, sums, *sizes, *source.stride(), block, padded, count > 1)
     _group_kernel[grid](
         source,
         sums,
@@ -187,6 +193,7 @@ def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Ten
         block,
         padded,
         triton.next_power_of_2(grid[0]),
+        count > 1,
         *given,
     )
     return out
@@ -208,7 +215,7 @@ def _images(x: Tensor) -> Tensor:
 
 
 def layer_norm_tangents(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As the reference of one dimension; x as for `group_norm_tangents`."""
+    """As the reference of one dimension; x as for `group_norm_tangents`, with tangents."""
     length = x.shape[-1]
     rows = x.reshape(len(x), -1, length)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()

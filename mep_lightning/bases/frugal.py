@@ -1,4 +1,4 @@
-"""How a frozen U-Net's transformers compute: attention through our kernel, feed-forward layers in blocks of rows."""
+"""How a frozen base computes: through our kernels, in blocks of rows, images in the memory format that they have."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
 
-from mep_lightning.kernels import attention
+from mep_lightning.kernels import attention, geglu, group_norm
 from mep_lightning.kernels.dispatch import needs_reference
 from mep_lightning.tangents import Dual
 
@@ -64,9 +66,51 @@ class BlockwiseFeedForward(FeedForward):
         return torch.cat([FeedForward.forward(self, block) for block in rows.split(at_once)]).view_as(hidden_states)
 
 
-def compute_frugally_(unet: UNet2DConditionModel) -> None:
-    """Let a U-Net's attentions and feed-forward layers compute as ours do; its modules and their names stay."""
-    unet.set_attn_processor(AttentionProcessor())
-    for part in unet.modules():
-        if type(part) is FeedForward and isinstance(part.net[-1], torch.nn.Linear):
-            part.__class__ = BlockwiseFeedForward
+class Gate(GEGLU):
+    """diffusers' gated layer in one pass over what it projects."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [..., C] -> [..., D]."""
+        return geglu(self.proj(hidden_states))
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm, which leaves channels last where they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, *pixels] -> the same."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Transformer(Transformer2DModel):
+    """diffusers' transformer of images, which leaves channels last where they are."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        """hidden_states [B, H W, C'] -> [B, C, H, W]."""
+        last = residual.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        return (image if self.use_linear_projection else self.proj_out(image)) + residual
+
+
+REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    FeedForward: BlockwiseFeedForward,
+    GEGLU: Gate,
+    nn.GroupNorm: GroupNorm,
+    Transformer2DModel: Transformer,
+}
+"""What computes as ours does; a module's tensors and their names stay."""
+
+
+def compute_frugally_(module: nn.Module) -> None:
+    """Let a U-Net's or an autoencoder's layers compute as ours do."""
+    if isinstance(module, UNet2DConditionModel):
+        module.set_attn_processor(AttentionProcessor())
+    for part in module.modules():
+        ours = REPLACED.get(type(part))
+        if ours is not None and not (isinstance(part, FeedForward) and not isinstance(part.net[-1], nn.Linear)):
+            part.__class__ = ours
