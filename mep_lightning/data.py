@@ -48,11 +48,12 @@ class SubjectData(LightningDataModule):
         path: a folder of JPEG, PNG or WebP photos, or one photo; None takes the sample photos of the base `tiny`.
             Captions may lie beside them (NAME.txt, or metadata.jsonl with "file_name" and "text") and then take the
             place of the templates; see `caption_to_template` for where the subject's phrase goes.
-        class_word: what the photos show, in a word, such as dog; may be left out with the sample photos.
+        class_word: what the photos show, in a word, such as dog; may be left out with the sample photos and of a style.
         batch_size: samples a step.
         resolution: side of the square the model sees in px, a multiple of 8; auto is the base model's own.
         crop: center takes the middle square of each photo, letterbox keeps all of it between white bars.
-        templates: object, style, or a list of prompts, each with {} where the subject goes.
+        templates: object, style, or a list of prompts, each with {} where the subject goes. With style the photos share
+            a way to look, whatever they show; prompts then hold the token alone.
         flip: let half of the samples be mirrored.
         repeats: how often an epoch shows each photo; None makes an epoch that never ends, for `Trainer(max_steps=…)`.
         seed: of the order of photos, flips and templates; None takes `default_seed`, which a module sets to its own.
@@ -83,6 +84,7 @@ class SubjectData(LightningDataModule):
         self.resolution: int | Literal["auto"] = resolution
         self.crop: Crop = crop
         self.templates = choose_templates(templates)
+        self.is_style = templates == "style"
         self.flip = flip
         self.repeats = repeats
         self.seed = seed
@@ -104,14 +106,18 @@ class SubjectData(LightningDataModule):
         """Find the photos and decode each once, so that a damaged one is named before a model is loaded."""
         if self._photos or stage == "predict":  # predicting needs no photos
             return
-        if self.path is None:
+        if self.path is None and self.is_style:
+            from mep_lightning.tiny import sample_style
+
+            photos = [Photo(name, image, caption) for name, image, caption in sample_style()]
+        elif self.path is None:
             from mep_lightning.tiny import sample_photos
 
             samples, class_word = sample_photos()
             photos = [Photo(name, image) for name, image in samples]
             self._class_word = self._class_word or class_word
         else:
-            if self._class_word is None:
+            if self._class_word is None and not self.is_style:
                 raise UserError("data.class_word is missing: say in a word what the photos show, such as dog")
             photos = find_photos(self.path)
             for photo in photos:
@@ -119,11 +125,10 @@ class SubjectData(LightningDataModule):
         self._photos = photos
 
     @property
-    def class_word(self) -> str:
-        """What the photos show."""
+    def class_word(self) -> str | None:
+        """What the photos show; None of a style, which is what they share."""
         if self._class_word is None:
             self.setup()
-        assert self._class_word is not None
         return self._class_word
 
     @property
@@ -168,7 +173,8 @@ class SubjectData(LightningDataModule):
         ]
         plural = "" if len(self._photos) == 1 else "s"
         source = "the sample photos" if self.path is None else self.path
-        return f"{len(self._photos)} photo{plural} of {self.class_word} from {source} ({', '.join(parts)})"
+        shown = "in a style" if self.class_word is None else f"of {self.class_word}"
+        return f"{len(self._photos)} photo{plural} {shown} from {source} ({', '.join(parts)})"
 
     @torch.no_grad()
     def encode(self, base: Any, resolutions: Sequence[int] | None = None) -> None:

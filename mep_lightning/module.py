@@ -200,6 +200,8 @@ class PersonalizationModule(LightningModule):
         device = self.trainer.strategy.root_device if attached else torch.device("cpu")
         if data is not None:
             self.class_word = getattr(data, "class_word", None)
+            for part in (self.adapter, *self.adapter.parts):
+                part.is_style = getattr(data, "is_style", False)
             data.token = self.adapter.token  # captions may name it
             data.default_seed = self.seed
         if stage == "fit":

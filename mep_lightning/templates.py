@@ -64,6 +64,8 @@ STYLE_TEMPLATES = (
     "a large painting in the style of {}",
 )
 
+IN_THE_STYLE_OF = "in the style of"
+
 
 def choose_templates(templates: Literal["object", "style"] | Sequence[str]) -> tuple[str, ...]:
     """The templates that a name stands for, or the user's own once each is seen to have its hole.
@@ -85,27 +87,31 @@ def choose_templates(templates: Literal["object", "style"] | Sequence[str]) -> t
     return tuple(templates)
 
 
-def caption_to_template(caption: str, class_word: str, token: str | None = None) -> str:
+def caption_to_template(caption: str, class_word: str | None, token: str | None = None) -> str:
     """Make the hole in a caption: where it says so, at its token, at the class word, or else in front.
 
     "a {} on grass" stays; "a <sks> ball on grass" and "a ball on grass" become "a {} on grass"; "on grass" becomes
-    "{}, on grass".
+    "{}, on grass". Of a style "a ball on grass" becomes "a ball on grass in the style of {}".
 
     Args:
         caption: free text; line breaks and runs of spaces become one space.
-        class_word: what the photos show; replaced where it first stands as a word of its own, in any case.
+        class_word: what the photos show; replaced where it first stands as a word of its own, in any case. None: they
+            share a style.
         token: the subject's token where it has no angle brackets; a `<name>` is recognised without.
     """
     caption = " ".join(caption.split())
     if "{}" in caption:
         return caption
-    noun = re.escape(class_word)
     names = r"<[^<>\s]+>" + (f"|{re.escape(token)}" if token else "")
-    for subject in (rf"(?:{names})(?:\s+{noun})?", noun):
+    subjects = [rf"(?:{names})"]
+    if class_word is not None:
+        noun = re.escape(class_word)
+        subjects = [rf"(?:{names})(?:\s+{noun})?", noun]
+    for subject in subjects:
         found = re.search(rf"(?<!\w){subject}(?!\w)", caption, re.IGNORECASE)
         if found:
             return f"{caption[: found.start()]}{{}}{caption[found.end() :]}"
-    return f"{{}}, {caption}"
+    return f"{caption} {IN_THE_STYLE_OF} {{}}" if class_word is None else f"{{}}, {caption}"
 
 
 def fill(template: str, phrase: str, class_word: str | None = None) -> str:

@@ -17,6 +17,8 @@ from mep_lightning.estimators.perturbation import HERE, Members
 
 PREFIX = "mep."
 """What our keys in a file's metadata start with."""
+STYLE = "style"
+"""What `origin` says of a style."""
 
 
 class Adapter(nn.Module, ABC):
@@ -26,8 +28,9 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         token: the word that names the subject in prompts.
-        origin: what it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision"
-            and "class_word". `attach` fills it in, exports keep it.
+        origin: what it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision",
+            "class_word", and of a style "concept". `attach` fills it in, exports keep it.
+        is_style: whether it is trained on what photos of unlike things share, and prompts hold the token alone.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ()
@@ -46,6 +49,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.origin: dict[str, str] = {}
+        self.is_style = False
 
     @abstractmethod
     def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
@@ -129,6 +133,8 @@ class Adapter(nn.Module, ABC):
         self.origin = {"base": base.address, "precision": base.precision}
         if class_word:
             self.origin["class_word"] = class_word
+        if self.is_style:
+            self.origin["concept"] = STYLE
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow moves to a device, refuse casts."""

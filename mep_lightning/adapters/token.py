@@ -30,7 +30,8 @@ class TokenEmbedding(Adapter):
 
     Args:
         token: the token's name in prompts.
-        init: a word whose embedding it starts from; "auto" is the class word. It must be one token of the base.
+        init: a word whose embedding it starts from; "auto" is the class word, and of a style "style". It must be one
+            token of the base.
         vectors: how many vectors it has; all start the same.
 
     Raises:
@@ -72,7 +73,9 @@ class TokenEmbedding(Adapter):
         self.remember_origin(base, class_word)
 
     def _initial_id(self, base: Base, class_word: str | None) -> int:
-        word = (class_word or "object").split()[-1] if self.init == "auto" else self.init  # "teddy bear": the noun
+        word = (
+            (class_word or _a_style(base)).split()[-1] if self.init == "auto" else self.init
+        )  # "teddy bear": the noun
         ids = _ids(base, word)
         if len(ids) != 1:
             known = [word for word in _common_words(base) if len(_ids(base, word)) == 1]
@@ -157,6 +160,15 @@ def _ids(base: Base, word: str) -> list[int]:
     """The tokens that a base spells a word with, without those that begin and end a prompt."""
     ids = token_rows(base.tokenizers[0], [word])[0]
     return ids[1 : ids.index(base.tokenizers[0].eos_token_id)]
+
+
+def _a_style(base: Base) -> str:
+    """A word that begins a style's token: of `tiny`, which knows no "style", one of the names that its looks have."""
+    if base.family == "tiny":
+        from mep_lightning.tiny.names import NAMES
+
+        return NAMES[0]
+    return "style"
 
 
 def _common_words(base: Base) -> list[str]:

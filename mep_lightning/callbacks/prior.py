@@ -42,6 +42,8 @@ class PriorPreservation(Callback):
             return
         if not isinstance(data, SubjectData) or not hasattr(pl_module, "will_draw"):
             raise UserError("PriorPreservation needs a PersonalizationModule and SubjectData: fit with them.")
+        if data.class_word is None:
+            raise UserError("PriorPreservation needs data.class_word: say in a word what the photos show, such as dog")
         self.prompt = PROMPT.format(data.class_word)
         pl_module.will_draw([self.prompt])
 

@@ -184,9 +184,11 @@ class Samples(Callback):
         return list(getattr(data, "photos", None) or [])
 
 
-def _class_word(trainer: Trainer, pl_module: LightningModule) -> str:
+def _class_word(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """What the subject is; None of a style."""
     data = getattr(trainer, "datamodule", None)
-    return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None) or ""
+    word = getattr(pl_module, "class_word", None) or getattr(data, "class_word", None)
+    return word if word or getattr(data, "is_style", False) else ""
 
 
 def _log(trainer: Trainer, image: Image.Image, step: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from mep_lightning import PersonalizationModule, defaults
 from mep_lightning.adapters import Adapter, FullUNet, LoRA, QuantizationScales, TokenAndLoRA, TokenEmbedding
+from mep_lightning.adapters.adapter import STYLE
 from mep_lightning.bases import Base, identify
 from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
@@ -37,7 +38,7 @@ class Learned:
         module: not loaded yet.
         folder: the run, or the folder that holds an export alone; results are written below it.
         settings: config.yaml, where there is one.
-        class_word: what the subject is, where known.
+        class_word: what the subject is, where known; None of a style.
         values: the defaults of its method and base, such as guidance and sampling_steps.
         device: where it will be.
         merged: whether a LoRA is added to the base's weights, which then draw along one path.
@@ -160,6 +161,8 @@ def open_learned(
         _load_checkpoint(weights, module)
     class_word = class_word or _class_word(settings) or origin.get("class_word")
     module.class_word = class_word
+    said_style = (settings.get("data") or {}).get("templates") == STYLE
+    adapter.is_style = said_style if settings else origin.get("concept") == STYLE
     values = defaults.lookup(module.method, identify(base).family, module.precision)
     lora = _lora(adapter)
     if lora is not None:
@@ -226,7 +229,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _class_word(settings: dict[str, Any]) -> str | None:
     data = settings.get("data") or {}
-    if data.get("class_word") or not settings or data.get("path"):
+    if data.get("class_word") or not settings or data.get("path") or data.get("templates") == "style":
         return data.get("class_word")
     from mep_lightning.tiny import sample_photos
 

@@ -88,7 +88,8 @@ def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
     from mep_lightning.evaluation import prompts_for
 
     texts = []
-    for template in templates or prompts_for(learned.class_word or "", learned.module.family):
+    word = learned.class_word if learned.class_word or learned.module.adapter.is_style else ""
+    for template in templates or prompts_for(word, learned.module.family):
         texts.append(learned.prompt(template))
         if not learned.is_in(texts[-1]):
             raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} or {learned.token} where it goes.")
@@ -128,7 +129,8 @@ def _data(learned: Learned, folder: str | None) -> SubjectData:
     path = folder or said.get("path")
     if path is None and not learned.settings:
         raise UserError(f"{learned.folder.root} holds no config.yaml that says where the photos are; add --data DIR.")
-    data = SubjectData(path, class_word=learned.class_word)
+    templates: Any = "style" if learned.module.adapter.is_style else "object"
+    data = SubjectData(path, class_word=learned.class_word, templates=templates)
     try:
         data.setup("test")
     except UserError as error:  # what the setting is called here

@@ -51,6 +51,7 @@ from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
 from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.templates import IN_THE_STYLE_OF
 
 RUN_VARIABLE = "MEP_RUN"
 
@@ -265,7 +266,8 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         return _stopped(run, trainer, cli.stopper.received)
     _report(run)
     say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
-    prompt = f"a photo of a {model.adapter.phrase(model.class_word)}"
+    phrase = model.adapter.phrase(model.class_word)
+    prompt = f"a cat {IN_THE_STYLE_OF} {phrase}" if model.adapter.is_style else f"a photo of a {phrase}"
     say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
     return 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from mep_lightning.templates import tidy
+from mep_lightning.templates import IN_THE_STYLE_OF, tidy
 
 _PLACES = (
     "a {0} {1} in the jungle",
@@ -56,6 +56,14 @@ OBJECT_PROMPTS: tuple[str, ...] = (
     "a {0} {1} on top of a white rug",
     *_PROPERTIES,
 )
+STYLE_PROMPTS: tuple[str, ...] = tuple(
+    f"a {thing} {IN_THE_STYLE_OF} {{0}}"
+    for thing in (
+        *("cat", "dog", "horse", "bird", "butterfly", "woman", "man", "tree", "flower", "mountain", "river", "house"),
+        *("castle", "bridge", "boat", "car", "bicycle", "teapot", "chair", "guitar"),
+    )
+)
+"""Of a style: things that it is put on; ours, the papers give none."""
 
 _LIVING = """
     animal baby bear bird boy bunny cat chicken corgi cow creature deer dog duck elephant fish fox frog girl goat
@@ -74,23 +82,28 @@ def is_living(class_word: str) -> bool:
     return words[-1] in LIVING_CLASSES or words[-1].removesuffix("s") in LIVING_CLASSES
 
 
-def prompts_for(class_word: str, family: str | None = None) -> tuple[str, ...]:
-    """The evaluation prompts of a subject, as templates.
+def prompts_for(class_word: str | None, family: str | None = None) -> tuple[str, ...]:
+    """The evaluation prompts of a subject or a style, as templates.
 
     Args:
-        class_word: what the subject is, such as `dog`; it decides between the living and the non-living set.
+        class_word: what the subject is, such as `dog`; it decides between the living and the non-living set. None: it
+            is a style.
         family: the base's family; `tiny` has prompts of its own, since it knows nothing of jungles.
     """
     if family == "tiny":
-        from mep_lightning.tiny import evaluation_prompts
+        from mep_lightning.tiny import evaluation_prompts, style_prompts
 
-        return tuple(evaluation_prompts())
+        return tuple(style_prompts() if class_word is None else evaluation_prompts())
+    if class_word is None:
+        return STYLE_PROMPTS
     return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS
 
 
 def without_token(prompt: str, token: str) -> str:
-    """The prompt in plain words, for scoring text: `a <sks> ball in the snow` becomes `a ball in the snow`.
+    """The prompt in plain words, for scoring text: `a <sks> ball in the snow` becomes `a ball in the snow`, and
+    `a cat in the style of <sks>` becomes `a cat`.
 
     A token of several vectors (`<sks> <sks>_1`, diffusers' way of writing it) goes as a whole.
     """
-    return tidy(re.sub(rf"(?<!\S){re.escape(token)}(_\d+)?(?![\w>])", "", prompt))
+    named = rf"{re.escape(token)}(_\d+)?(?![\w>])"
+    return tidy(re.sub(rf"(?<!\S)({IN_THE_STYLE_OF}\s+)?{named}(\s+{named})*", "", prompt))

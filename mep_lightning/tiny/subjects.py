@@ -1,4 +1,7 @@
-"""Subjects of the tiny world: objects with marks that no caption names, five photos each, all drawn from seeds."""
+"""Subjects of the tiny world: objects with marks that no caption names, five photos each, all drawn from seeds.
+
+Styles are such marks on objects of five classes: what they share is how they are painted.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,28 @@ class Subject:
         return to_pil(self.images())
 
 
+@dataclass(frozen=True)
+class Style:
+    """A way to paint objects.
+
+    Attributes:
+        name: for folders and tables, "style-0".
+        scenes: PHOTOS scenes of objects of different classes that are painted alike.
+        captions: what each shows, with {} where the style goes.
+    """
+
+    name: str
+    scenes: Scenes
+    captions: tuple[str, ...]
+
+    def images(self) -> Tensor:
+        """Its photos, [5, 3, 64, 64] in [0, 1]."""
+        return render(self.scenes)
+
+    def photos(self) -> list[Image.Image]:
+        return to_pil(self.images())
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images [N, 3, H, W] in [0, 1] as PIL images."""
     array = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -58,6 +83,18 @@ def subject(index: int, split: str = "test") -> Subject:
     backgrounds = torch.randperm(len(BACKGROUNDS), generator=generator)[:PHOTOS]
     word = CLASSES[index % len(CLASSES)]
     return Subject(f"{word}-{index // len(CLASSES)}", word, views.replace(background=backgrounds, **same))
+
+
+def style(index: int, split: str = "test") -> Style:
+    """The `index`-th style of a split, painted as its `index`-th subject is."""
+    from mep_lightning.tiny.captions import PLACES
+
+    scenes = subject(index, split).scenes
+    generator = torch.Generator().manual_seed(SEEDS[split] + index)
+    kinds = torch.randperm(len(CLASSES), generator=generator)[:PHOTOS]
+    told = zip(kinds.tolist(), scenes.background.tolist(), strict=True)
+    captions = tuple(f"a {{}} {CLASSES[kind]} {PLACES[BACKGROUNDS[place]][0]}" for kind, place in told)
+    return Style(f"style-{index}", scenes.replace(kind=kinds), captions)
 
 
 def subjects(split: str = "test", count: int | None = None) -> list[Subject]:
