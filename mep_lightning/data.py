@@ -303,7 +303,7 @@ class Batches:
     A DataLoader would have Lightning advise more workers, which could only slow down what lies in memory already.
     """
 
-    def __init__(self, data: SubjectData) -> None:
+    def __init__(self, data: Any) -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Batch]:

@@ -50,6 +50,7 @@ from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES
 from mep_lightning.phases import phase
+from mep_lightning.preparation import acquaint, encode
 from mep_lightning.selection import Selector
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
@@ -160,6 +161,8 @@ class PersonalizationModule(LightningModule):
         """How many steps the selector reckons with; a resumed run keeps its first."""
         self.prior_weight = 1.0
         """Of the loss of what the class looks like (`PriorPreservation`)."""
+        self.example: str | None = None
+        """A prompt that will be trained on, with "{}" where the subject goes; None where none is known."""
         self._texts: list[str] = []
         for one in self.estimators:
             if one.seed is None:
@@ -199,20 +202,14 @@ class PersonalizationModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None) if attached else None
         device = self.trainer.strategy.root_device if attached else torch.device("cpu")
         if data is not None:
-            self.class_word = getattr(data, "class_word", None)
-            for part in (self.adapter, *self.adapter.parts):
-                part.is_style = getattr(data, "is_style", False)
-            data.token = self.adapter.token  # captions may name it
-            data.default_seed = self.seed
+            acquaint(self, data)
         if stage == "fit":
             self.ranks = Ranks.of(self._trainer)
             advice.refuse_streaming_backwards(self, device)
         if data is not None and stage == "fit":
             found = self.base or self.open(device)
             self._fill_in_defaults(found.family)
-            with phase("encode"):
-                high = found.resolution if data.resolution == "auto" else data.resolution
-                data.encode(found, [high] if self.low_resolution is None else [high, self.low_resolution])
+            encode(self, data, found)
             self._texts += [self.named(text) for text in data.texts] if hasattr(data, "texts") else []
         base = self.load(device)
         if stage == "fit":
@@ -274,9 +271,7 @@ class PersonalizationModule(LightningModule):
         for one in self.estimators:
             one.begin(self.adapter, base)
         if self.subspace is not None:
-            data = getattr(self._trainer, "datamodule", None)
-            texts = data.texts if isinstance(data, SubjectData) else [None]
-            self.subspace.begin(self.adapter, base, self.named(texts[0]) if texts[0] else None)
+            self.subspace.begin(self.adapter, base, None if self.example is None else self.named(self.example))
         if self.hollow is not None:
             self.adapter.origin["hollowed"] = str(self.hollow.fraction)
         return base

@@ -30,7 +30,7 @@ def losses(module: PersonalizationModule, members: Members | Tensor, draw: Draw)
         remember(base, draw.prompts)
         told = condition_on(base, draw.prompts)
         with adapter.at(members):
-            return _errors(module, told, len(members), draw)
+            return _means(_errors(module, told, len(members), draw), draw, module.prior_weight)
     ids = prompt_ids(base, draw.prompts, adapter.tokens())
     if module.graphed is not None and not (torch.is_grad_enabled() or draw.priors):
         (values,) = adapter.tokens(members).values()
@@ -38,7 +38,7 @@ def losses(module: PersonalizationModule, members: Members | Tensor, draw: Draw)
         return Dual(module.graphed(values.stack, *rest)) if isinstance(values, Dual) else module.graphed(values, *rest)
     told = condition_on_ids(base, ids, adapter.tokens(members))
     with adapter.at(members if isinstance(members, Members) else Members()):
-        return _errors(module, told, len(members), draw)
+        return _means(_errors(module, told, len(members), draw), draw, module.prior_weight)
 
 
 def of_token(
@@ -48,11 +48,50 @@ def of_token(
     carried = values.dim() == CARRIED
     members = Dual(values) if carried else values
     told = condition_on_ids(module.loaded(), ids, module.adapter.tokens(members))  # of V * B prompts
-    found = _errors(module, told, len(members), Draw(noisy, timestep, target, []))
+    draw = Draw(noisy, timestep, target, [])
+    found = _means(_errors(module, told, len(members), draw), draw, module.prior_weight)
     return found.stack if isinstance(found, Dual) else found
 
 
+def of_tokens(
+    module: PersonalizationModule, values: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, target: Tensor
+) -> Tensor:
+    """Losses of S subjects at once, each with a token of its own and photos of its own; stacks in and out for tangents.
+
+    Args:
+        module: one of theirs, with the base that they share.
+        values: of the tokens, [V, S, vectors, D], or with tangents [1 + n, 1, S, vectors, D].
+        ids: of S * B prompts, subject-major, in which subject s goes by `subject_name(s)`; [encoders, S * B, T].
+        noisy, timestep, target: of S * B samples.
+
+    Returns:
+        [V, S], or with tangents [1 + n, 1, S].
+    """
+    carried = values.dim() == CARRIED + 1
+    members: Tensor = Dual(values) if carried else values
+    subjects = members.shape[1]
+    tokens = {subject_name(s): members[:, s] for s in range(subjects)}
+    told = condition_on_ids(module.loaded(), ids, tokens)
+    errors = _errors(module, told, len(members), Draw(noisy, timestep, target, []))
+    found = errors.unflatten(1, (subjects, -1)).flatten(2).mean(2)
+    return found.stack if isinstance(found, Dual) else found
+
+
+def subject_name(number: int) -> str:
+    """What a subject's token is called in the prompts of several."""
+    return f"<subject-{number}>"
+
+
+def _means(errors: Tensor, draw: Draw, prior_weight: float) -> Tensor:
+    """Losses [V] of squared errors [V, B, C, H, W]."""
+    own = errors[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
+    if not draw.priors:
+        return own
+    return own + prior_weight * errors[:, -draw.priors :].flatten(1).mean(1)
+
+
 def _errors(module: PersonalizationModule, told: Conditioning, members: int, draw: Draw) -> Tensor:
+    """What each member's prediction errs by, squared, fp32 [V, B, C, H, W]."""
     hollow = module.hollow if draw.activation is not None else None
     with integer_products() if module.activations == INTEGERS else nullcontext():
         predicted = module.predict_noise(
@@ -66,8 +105,4 @@ def _errors(module: PersonalizationModule, told: Conditioning, members: int, dra
             cut=hollow.cut if hollow else None,
             activation=draw.activation,
         )
-    error = (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)  # [V, B, C, H, W]
-    own = error[:, : len(draw.noisy) - draw.priors].flatten(1).mean(1)
-    if not draw.priors:
-        return own
-    return own + module.prior_weight * error[:, -draw.priors :].flatten(1).mean(1)
+    return (predicted.float().unflatten(0, (members, -1)) - draw.target).pow(2)

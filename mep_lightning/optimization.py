@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
@@ -22,15 +23,20 @@ SCHEDULES = ("auto", "constant", "linear", "cosine")
 OPTIMIZERS = ("adam", "adam8bit")
 
 
-def configure(module: PersonalizationModule) -> OptimizerLRScheduler:
+def configure(module: PersonalizationModule, groups: list[dict[str, Any]] | None = None) -> OptimizerLRScheduler:
     """Adam over the adapter, in fp32, and its learning rate's schedule (without a Trainer it stays constant).
+
+    Args:
+        module: whose settings.
+        groups: of parameters, instead of the adapter's.
 
     Raises:
         UserError: the schedule needs an end that the run has not.
     """
     assert not isinstance(module.lr, str) and not isinstance(module.eps, str)  # filled in by `load`
+    groups = module.adapter.parameter_groups if groups is None else groups
     if module.estimator.moves_itself:
-        return torch.optim.SGD(module.adapter.parameter_groups, lr=1.0)
+        return torch.optim.SGD(groups, lr=1.0)
     settings: dict[str, Any] = {"lr": module.lr, "betas": module.betas, "eps": module.eps}
     settings |= {"weight_decay": module.weight_decay}
     if module.optimizer == "adam" and next(module.adapter.parameters()).is_cuda:
@@ -38,7 +44,7 @@ def configure(module: PersonalizationModule) -> OptimizerLRScheduler:
     kind: type[Optimizer] = FusedZOAdam if any(map(weighs, module.estimators)) else torch.optim.Adam
     if module.optimizer == "adam8bit":
         kind = adam8bit(module)
-    optimizer = kind(module.adapter.parameter_groups, **settings)
+    optimizer = kind(groups, **settings)
     if module.lr_scheduler == "constant" or module._trainer is None:
         return optimizer
     steps = module.trainer.estimated_stepping_batches
@@ -51,7 +57,7 @@ def configure(module: PersonalizationModule) -> OptimizerLRScheduler:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def resume_schedule(module: PersonalizationModule) -> None:
+def resume_schedule(module: LightningModule) -> None:
     """A resumed schedule runs to this run's end, which may be another than when its checkpoint was written."""
     optimizer, schedule = module.optimizers(), module.lr_schedulers()
     if isinstance(schedule, LambdaLR) and isinstance(optimizer, LightningOptimizer):

@@ -92,7 +92,7 @@ class FusedZOAdam(Adam):
                 theta.grad = None
         told = {theta: (self._told.pop(theta), group) for theta, group in self._all() if theta in self._told}
         drawn = all(this.along is None for this, _ in told.values())
-        if drawn and (len(told) <= ALONE or next(iter(told)).is_cuda):
+        if drawn and (len(told) <= ALONE or next(iter(told)).is_cuda or not _are_drawn_together(told)):
             for theta, (this, group) in told.items():
                 self._update(theta, this, group)
             made = {theta: theta.grad for theta in told}
@@ -162,3 +162,10 @@ class FusedZOAdam(Adam):
             told.basis,
             theta.grad,
         )
+
+
+def _are_drawn_together(told: dict[Tensor, tuple[_Told, dict[str, Any]]]) -> bool:
+    """Whether parameters' directions come from one draw, in which each has its own number, and nothing is projected."""
+    draws = {(this.seed, this.step) for this, _ in told.values()}
+    numbers = {this.param_id for this, _ in told.values()}
+    return len(draws) == 1 and len(numbers) == len(told) and all(this.basis is None for this, _ in told.values())

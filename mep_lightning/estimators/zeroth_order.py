@@ -137,13 +137,17 @@ class ZerothOrderEstimator(Estimator):
         Returns:
             weights [n], g = sum_i weights_i e_i, and the losses [V].
         """
-        members = self.around(step)
-        if along is not None and len(along) != self.count:
-            raise UserError(f"{type(self).__name__} asks along {self.count} directions, and was given {len(along)}")
-        if along is not None:
-            members = replace(members, noise={0: along})
-        heard = self._heard_of(members, loss_fn, parameters or {}, ranks)
+        heard = self._heard_of(self.asked(step, along), loss_fn, parameters or {}, ranks)
         return self.weights(heard, dims, along is not None), heard[: self.members]
+
+    def asked(self, step: int, along: Tensor | None = None) -> Members:
+        """The members of a step, along the directions of (seed, step) or along those that are given (`weigh`)."""
+        members = self.around(step)
+        if along is None:
+            return members
+        if len(along) != self.count:
+            raise UserError(f"{type(self).__name__} asks along {self.count} directions, and was given {len(along)}")
+        return replace(members, noise={0: along})
 
     def _heard_of(
         self, members: Members, loss_fn: Callable[[Members], Tensor], parameters: Mapping[int, Tensor], ranks: Ranks

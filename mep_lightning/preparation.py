@@ -1,0 +1,30 @@
+"""What a module is told of its data before the base comes: what the photos show, and their latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mep_lightning.bases import BaseFolder
+from mep_lightning.data import SubjectData
+from mep_lightning.phases import phase
+
+if TYPE_CHECKING:
+    from mep_lightning.module import PersonalizationModule
+
+
+def acquaint(module: PersonalizationModule, data: Any) -> None:
+    """Tell a module what its photos show, and the data how captions may name it and what its draws come from."""
+    module.class_word = getattr(data, "class_word", None)
+    for part in (module.adapter, *module.adapter.parts):
+        part.is_style = getattr(data, "is_style", False)
+    data.token = module.adapter.token
+    data.default_seed = module.seed
+    if module.subspace is not None and isinstance(data, SubjectData):
+        module.example = data.texts[0]
+
+
+def encode(module: PersonalizationModule, data: Any, found: BaseFolder) -> None:
+    """Encode the photos at every resolution that the module trains at."""
+    with phase("encode"):
+        high = found.resolution if data.resolution == "auto" else data.resolution
+        data.encode(found, [high] if module.low_resolution is None else [high, module.low_resolution])

@@ -1,0 +1,292 @@
+"""Several subjects on one device: each trains a token of its own, and one forward pass over the frozen base serves all.
+
+A step of S subjects is S steps of `PersonalizationModule`, whose draws, directions, subspaces and updates stay each
+subject's own; their members' rows lie in one batch. What a subject learns is what it would learn alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mep_lightning import advice, objective, optimization
+from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.bases import prompt_ids
+from mep_lightning.bases.cuda_graph import CUDAGraphed
+from mep_lightning.checkpoint import describe, refuse_another_run
+from mep_lightning.data import Batches, SubjectData
+from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.estimators import Backprop, FiniteDifferenceEstimator, FusedZOAdam, ZerothOrderEstimator
+from mep_lightning.estimators.perturbation import Members
+from mep_lightning.kernels.tf32 import whole_products
+from mep_lightning.module import PersonalizationModule
+from mep_lightning.phases import phase
+from mep_lightning.preparation import acquaint, encode
+from mep_lightning.tangents import Dual
+from mep_lightning.templates import fill
+
+ALIKE = ("base_name", "precision", "activations", "offload", "method", "lr", "lr_scheduler", "betas", "eps")
+"""What subjects of a batch have in common, beside their estimators."""
+
+
+class SubjectBatchData(LightningDataModule):
+    """The photos of several subjects; a batch is a list of theirs.
+
+    Args:
+        subjects: name -> its photos; names stand for the subjects in logs and exports.
+    """
+
+    def __init__(self, subjects: Mapping[str, SubjectData]) -> None:
+        super().__init__()
+        if not subjects:
+            raise UserError("SubjectBatchData was given no subject: give it at least one")
+        self.subjects = dict(subjects)
+        self.repeats = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find and decode every subject's photos."""
+        for data in self.subjects.values():
+            data.setup(stage)
+
+    def batch(self, step: int) -> list[dict[str, Any]]:
+        """Every subject's batch of a step."""
+        return [dict(data.batch(step)) for data in self.subjects.values()]
+
+    def train_dataloader(self) -> Batches:
+        """Batches from the step the trainer is at, without an end: give the Trainer max_steps."""
+        return Batches(self)
+
+
+class SubjectBatch(LightningModule):
+    """Trains the tokens of several `PersonalizationModule`s together; fit it with `SubjectBatchData`.
+
+    Args:
+        subjects: one for each subject in the data, in their order, alike in base, method and settings; seeds may
+            differ. Each has its token afterwards, as if it had been trained alone.
+
+    Raises:
+        UserError: they are not alike, or train something else than tokens.
+    """
+
+    def __init__(self, subjects: Sequence[PersonalizationModule]) -> None:
+        super().__init__()
+        if not subjects:
+            raise UserError("SubjectBatch was given no subject: give it at least one PersonalizationModule")
+        for one in subjects:
+            _refuse_unlike(subjects[0], one)
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.subjects = nn.ModuleList(subjects)
+        self.graphed: CUDAGraphed | None = None
+
+    @property
+    def each(self) -> list[PersonalizationModule]:
+        """The subjects."""
+        return [one for one in self.subjects if isinstance(one, PersonalizationModule)]
+
+    @property
+    def first(self) -> PersonalizationModule:
+        """That whose settings speak for all."""
+        return self.each[0]
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Encode all photos, load the base once, and attach every token to it."""
+        advice.refuse_precision(self.first)
+        data, device = self._data(), self.trainer.strategy.root_device
+        if self.trainer.world_size > 1:
+            raise UserError("SubjectBatch trains in one process: let each process train subjects of its own")
+        for module, photos in zip(self.each, data.subjects.values(), strict=True):
+            module.trainer = self.trainer
+            acquaint(module, photos)
+        if stage == "fit":
+            advice.refuse_streaming_backwards(self.first, device)
+            found = self.first.base or self.first.open(device)
+            for module in self.each:
+                module._fill_in_defaults(found.family)
+            with found.borrowed_vae() as vae:
+                about = {"resolution": found.resolution, "vae_factor": found.vae_factor, "family": found.family}
+                lender: Any = SimpleNamespace(vae=vae, device=found.device, **about)
+                for module, photos in zip(self.each, data.subjects.values(), strict=True):
+                    encode(module, photos, lender)
+        base = self.first.load(device)
+        for module in self.each[1:]:
+            module.take(base)
+        for module in self.each:  # one graph serves them all
+            base.graphs = [graph for graph in base.graphs if graph is not module.graphed]
+            module.graphed = None
+        if self.first.takes_graph(base):
+            insists = self.first.cuda_graph is True
+            self.graphed = CUDAGraphed(partial(objective.of_tokens, self.first), insists)
+            base.graphs.append(self.graphed)
+
+    def _data(self) -> SubjectBatchData:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        count = len(self.subjects)
+        if not isinstance(data, SubjectBatchData) or len(data.subjects) != count:
+            raise UserError(f"SubjectBatch of {count} subjects is fitted with SubjectBatchData of as many")
+        return data
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One Adam over all tokens."""
+        groups = [group for module in self.each for group in module.adapter.parameter_groups]
+        return optimization.configure(self.first, groups)
+
+    def on_train_start(self) -> None:
+        """What hangs on the run's end."""
+        optimization.resume_schedule(self)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
+        """Every subject draws; one forward pass; every subject estimates, projects and steps."""
+        with phase("step"):
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            optimizer.zero_grad()
+            losses = self._give_gradients(batch, optimizer.optimizer)
+            optimizer.step()
+            if isinstance(scheduler := self.lr_schedulers(), LambdaLR):
+                scheduler.step()
+            for module in self.each:
+                if module.subspace:
+                    module.subspace.observe(module.adapter.numbered()[0].detach())
+        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=1)
+        for name, loss in zip(self._data().subjects, losses.mean(0), strict=True):
+            self.log(f"train/loss/{name}", loss, batch_size=1)
+
+    def _give_gradients(self, batch: list[dict[str, Any]], optimizer: Any) -> Tensor:
+        """Give every token's gradient to the optimizer; the losses [V, S]."""
+        estimator = self.first.estimator
+        if isinstance(estimator, ZerothOrderEstimator):
+            whole = whole_products() if isinstance(estimator, FiniteDifferenceEstimator) else nullcontext()
+            with torch.no_grad(), whole:
+                return self._tell(batch, optimizer)
+        with torch.enable_grad():
+            losses = self._losses([_theta(module).unsqueeze(0) for module in self.each], batch)  # [1, S]
+
+            def summed(_: Members) -> Tensor:
+                return losses.sum()[None]
+
+            assert isinstance(estimator, Backprop)
+            estimator.backward(summed, list(self.parameters()))
+        return losses.detach()
+
+    def _tell(self, batch: list[dict[str, Any]], optimizer: Any) -> Tensor:
+        assert isinstance(optimizer, FusedZOAdam)
+        step, asked = self.global_step, []
+        for module in self.each:
+            theta, subspace, estimator = _theta(module), module.subspace, _estimator(module)
+            if subspace:
+                subspace.prepare(theta)
+            along = subspace.directions(estimator.seed or 0, step, estimator.count) if subspace else None
+            asked.append((estimator.asked(step, None if along is None else along.to(theta.device)), along))
+        values = [members.of(_theta(module)) for module, (members, _) in zip(self.each, asked, strict=True)]
+        told = self._losses(values, batch)  # [V, S], of tangents a Dual
+        losses = []
+        for s, (module, (members, along)) in enumerate(zip(self.each, asked, strict=True)):
+            theta, subspace, estimator = _theta(module), module.subspace, _estimator(module)
+            heard = estimator.heard(told[:, s], len(members))
+            dims = (subspace.dims_left if subspace else None) or theta.numel()
+            weights = estimator.weights(heard, dims, along is not None)
+            basis = subspace.basis_on(theta.device) if subspace else None
+            along = None if along is None else along.to(theta.device)
+            optimizer.receive(theta, weights, estimator.seed or 0, step, 0, basis, True, along)
+            losses.append(heard[: estimator.members])
+        return torch.stack(losses, 1)
+
+    def _losses(self, values: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
+        """Losses [V, S] of every subject's members, each [V, vectors, D], on its own draw."""
+        base = self.first.loaded()
+        draws = [module.draw(own) for module, own in zip(self.each, batch, strict=True)]
+        prompts = [
+            fill(text, _phrase(module, s), module.class_word)
+            for s, (module, own) in enumerate(zip(self.each, batch, strict=True))
+            for text in own["prompts"]
+        ]
+        stacked = torch.stack(values, 1)  # [V, S, vectors, D]
+        names = {objective.subject_name(s): values[0][0] for s in range(len(values))}
+        ids = prompt_ids(base, prompts, names)
+        noisy, timestep, target = (
+            torch.cat([getattr(draw, name) for draw in draws]) for name in ("noisy", "timestep", "target")
+        )
+        arguments = (stacked.stack if isinstance(stacked, Dual) else stacked), ids, noisy, timestep, target
+        replays = self.graphed is not None and not torch.is_grad_enabled()
+        run: Any = self.graphed if replays else partial(objective.of_tokens, self.first)
+        return Dual(run(*arguments)) if isinstance(stacked, Dual) else run(*arguments)
+
+    # -- after and between ---------------------------------------------------------------------------------------------
+
+    def export(self, folder: str | Path) -> dict[str, list[Path]]:
+        """Write every subject's token to a folder of its name, as `TokenEmbedding.export` does; name -> paths."""
+        return {
+            name: module.adapter.export(Path(folder) / name)
+            for name, module in zip(self._data().subjects, self.each, strict=True)
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside tokens and optimiser: what every subject's run was."""
+        checkpoint["mep"] = {"subjects": [describe(module) for module in self.each]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check by hand that the checkpoint is of these subjects and complete.
+
+        Raises:
+            CheckpointError: another number of subjects, or other settings.
+        """
+        saved = (checkpoint.get("mep") or {}).get("subjects")
+        if not isinstance(saved, list) or len(saved) != len(self.subjects):
+            raise CheckpointError(f"the checkpoint is not one of {len(self.subjects)} subjects trained together")
+        for number, (module, own) in enumerate(zip(self.each, saved, strict=True)):
+            prefix = f"subjects.{number}."
+            state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+            refuse_another_run({"mep": own, "state_dict": state}, module)
+            if module.subspace:
+                module.subspace.load_state_dict(own["subspace"])
+
+
+def _phrase(module: PersonalizationModule, number: int) -> str:
+    name = objective.subject_name(number)
+    return f"{name} {module.class_word}" if module.class_word else name
+
+
+def _theta(module: PersonalizationModule) -> nn.Parameter:
+    assert isinstance(module.adapter, TokenEmbedding)
+    return module.adapter.theta
+
+
+def _estimator(module: PersonalizationModule) -> ZerothOrderEstimator:
+    assert isinstance(module.estimator, ZerothOrderEstimator)
+    return module.estimator
+
+
+def _refuse_unlike(first: PersonalizationModule, one: PersonalizationModule) -> None:
+    """Raise UserError where a subject cannot share a batch with the first."""
+    for name, kind, wanted in (
+        ("adapter", one.adapter, TokenEmbedding),
+        ("estimator", one.estimator, (ZerothOrderEstimator, Backprop)),
+    ):
+        if not isinstance(kind, wanted):
+            raise UserError(f"SubjectBatch trains tokens by a gradient: a subject's {name} is {type(kind).__name__}")
+    if one.selector is not None or one.hollow is not None:
+        raise UserError("SubjectBatch takes no selector and no hollow: train such subjects one by one")
+    unlike = [name for name in ALIKE if getattr(one, name) != getattr(first, name)]
+    kinds = [(type(m.estimator), getattr(m.estimator, "n", 0), type(m.subspace)) for m in (first, one)]
+    if kinds[0] != kinds[1]:
+        unlike.append("estimator or subspace")
+    if getattr(one.adapter, "vectors", 1) != getattr(first.adapter, "vectors", 1):
+        unlike.append("adapter.vectors")
+    if unlike:
+        raise UserError(f"the subjects of a SubjectBatch differ in {', '.join(unlike)}: give all of them the same")

@@ -1,0 +1,156 @@
+"""Subjects in one batch learn what they would learn alone."""
+
+import pytest
+import torch
+from lightning import Trainer
+from safetensors.torch import load_file
+
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import LoRA, TokenEmbedding
+from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.estimators import (
+    ConditioningSubspace,
+    ForwardGradientEstimator,
+    RandomGradientEstimator,
+    SubspaceGradient,
+)
+from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData
+from mep_lightning.tiny.subjects import subject
+
+WAYS = {
+    "zoodip": dict(estimator=RandomGradientEstimator(n=2, mu=1e-3), subspace=SubspaceGradient(tau=2, nu=0.1)),
+    "fast": dict(estimator=RandomGradientEstimator(n=2, mu=1e-3), subspace=ConditioningSubspace()),
+    "tangents": dict(estimator=ForwardGradientEstimator(n=2)),
+    "backprop": dict(),
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Photos of three subjects, by class word."""
+    found = {}
+    for index in range(3):
+        one = subject(index)
+        folder = tmp_path / one.name
+        folder.mkdir()
+        for i, photo in enumerate(one.photos()):
+            photo.save(folder / f"{i}.png")
+        found[one.class_word] = folder
+    return found
+
+
+def data_of(folders):
+    return {word: SubjectData(folder, class_word=word) for word, folder in folders.items()}
+
+
+def module_of(number, way="zoodip", **settings):
+    settings = {"precision": "int8", "seed": number, "lr": 1e-2, **WAYS[way], **settings}
+    return PersonalizationModule(adapter=TokenEmbedding(init="ball"), **settings)
+
+
+def trainer_of(root, steps, **settings):
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    return Trainer(max_steps=steps, accelerator="cpu", default_root_dir=root, **quiet, **settings)
+
+
+def together(folders, root, way, steps=4, checkpoint=None, **settings):
+    module = SubjectBatch([module_of(i, way, **settings) for i in range(len(folders))])
+    trainer = trainer_of(root, steps, enable_checkpointing=False)
+    trainer.fit(module, SubjectBatchData(data_of(folders)), ckpt_path=checkpoint, weights_only=True)
+    return module, trainer
+
+
+def tokens_of(module):
+    return [one.adapter.theta.detach().clone() for one in module.each]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_learns_what_it_would_learn_alone(way, folders, tmp_path):
+    module, _ = together(folders, tmp_path, way)
+    batched = tokens_of(module)
+    for number, (word, folder) in enumerate(folders.items()):
+        alone = module_of(number, way)
+        trainer_of(tmp_path, 4, enable_checkpointing=False).fit(alone, SubjectData(folder, class_word=word))
+        start = module_of(number, way)
+        start.load()
+        moved = (alone.adapter.theta - start.adapter.theta).norm()
+        assert moved > 0.01
+        rounding = 0.02 if isinstance(alone.estimator, RandomGradientEstimator) else 1e-3  # a difference's is larger
+        assert (alone.adapter.theta - batched[number]).norm() <= rounding * moved
+    assert (batched[0] - batched[1]).norm() > 0.01
+
+
+def test_more_subjects_than_have_a_launch_each(folders, tmp_path):
+    """Directions of different subjects go by the same number, and must not be taken for one another's."""
+    photos = {f"{word}-{i}": SubjectData(folder, class_word=word) for i in (0, 1) for word, folder in folders.items()}
+    for way in ("zoodip", "fast"):
+        module = SubjectBatch([module_of(i, way) for i in range(6)])
+        trainer_of(tmp_path, 3, enable_checkpointing=False).fit(module, SubjectBatchData(photos))
+        alone = module_of(5, way)
+        trainer_of(tmp_path, 3, enable_checkpointing=False).fit(alone, list(photos.values())[5])
+        start = module_of(5, way)
+        start.load()
+        moved = (alone.adapter.theta - start.adapter.theta).norm()
+        assert (alone.adapter.theta - module.each[5].adapter.theta).norm() <= 0.02 * moved
+
+
+@pytest.mark.parametrize("way", ["zoodip", "backprop"])
+def test_a_resumed_batch_goes_on_bit_by_bit(way, folders, tmp_path):
+    whole, _ = together(folders, tmp_path, way, steps=5)
+    _, trainer = together(folders, tmp_path, way, steps=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, _ = together(folders, tmp_path, way, steps=5, checkpoint=tmp_path / "last.ckpt")
+    for one, other in zip(tokens_of(whole), tokens_of(resumed), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(CheckpointError, match="not one of 1 subjects"):
+        together(dict(list(folders.items())[:1]), tmp_path, way, steps=6, checkpoint=tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="trained with lr"):
+        together(folders, tmp_path, way, steps=6, checkpoint=tmp_path / "last.ckpt", lr=0.5)
+
+
+def test_every_subject_is_exported_by_its_name(folders, tmp_path):
+    module, _ = together(folders, tmp_path, "zoodip", steps=1)
+    written = module.export(tmp_path / "out")
+    assert list(written) == list(folders)
+    for word, one in zip(folders, module.each, strict=True):
+        (path,) = written[word]
+        assert path == tmp_path / "out" / word / "learned_embeds.safetensors"
+        assert torch.equal(load_file(path)["<sks>"], one.adapter.theta)
+        assert one.adapter.origin["class_word"] == word
+
+
+def test_a_step_is_one_forward_pass(folders, tmp_path, monkeypatch):
+    module = SubjectBatch([module_of(i) for i in range(3)])
+    rows = []
+    trainer = trainer_of(tmp_path, 2, enable_checkpointing=False)
+    data = SubjectBatchData(data_of(folders))
+
+    def count(unet, args):
+        rows.append(len(args[0]))
+
+    module.first.load().unet.conv_out.register_forward_pre_hook(count)
+    trainer.fit(module, data)
+    assert rows == [9, 9]  # three members of three subjects
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        ([], "no subject"),
+        ([module_of(0), module_of(1, lr=1.0)], "differ in lr"),
+        ([module_of(0), module_of(1, "fast")], "differ in method, estimator or subspace"),
+        ([PersonalizationModule(adapter=LoRA(rank=2))], "adapter is LoRA"),
+    ],
+    ids=["none", "lr", "subspace", "lora"],
+)
+def test_what_cannot_share_a_batch_is_refused(others, sentence):
+    with pytest.raises(UserError, match=sentence):
+        SubjectBatch(others)
+
+
+def test_data_of_another_number_of_subjects_are_refused(folders, tmp_path):
+    module = SubjectBatch([module_of(0), module_of(1)])
+    with pytest.raises(UserError, match="SubjectBatch of 2 subjects is fitted with SubjectBatchData of as many"):
+        trainer_of(tmp_path, 1, enable_checkpointing=False).fit(module, SubjectBatchData(data_of(folders)))
+    with pytest.raises(UserError, match="no subject"):
+        SubjectBatchData({})
