@@ -31,6 +31,9 @@ def main() -> None:
     if args.suite == "precisions":
         sheets.precisions()
         return
+    if args.suite == "styles":
+        sheets.styles(args.folder)
+        return
     on_gpu = getattr(args, "device", "cpu").startswith("cuda")
     names = [name for name in PERFORMANCE if name != "profile" or on_gpu] if args.suite == "all" else [args.suite]
     if args.out is None and not _is_whole(args, suites):
@@ -92,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
     suites.add_parser("pairs", help="whether antithetic draws or control variates could help, on tiny")
+    several = suites.add_parser("several", help="subjects an hour, one at a time and several in a batch, on tiny")
+    several.add_argument("--rounds", type=int, default=3)
     suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=list(AXES), required=True)
@@ -116,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
     for suite in suites.choices.values():
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     suites.add_parser("precisions", help="draw docs/images/precisions.png, the embedded base in every precision")
+    styles = suites.add_parser("styles", help="draw docs/images/styles.png, styles of the tiny world on other objects")
+    styles.add_argument("--folder", type=Path, default=Path("runs/styles"), help="of the runs, which are kept")
     suites.add_parser("tables", help="write the tables and plots of docs/ anew from benchmarks/results")
     return top
 
@@ -198,6 +205,12 @@ def _paths(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return paths.run()
 
 
+def _several(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import several
+
+    return several.run(args.rounds)
+
+
 def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import published
 
@@ -245,6 +258,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
     "branches": _branches,
     "pairs": _pairs,
     "paths": _paths,
+    "several": _several,
     "conditioning": _conditioning,
     "tiny": _tiny,
     "quality": _cells,

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.photos import find_photos
+from mep_lightning.tiny.subjects import Style, style
+from mep_lightning.tiny.world import CLASSES
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 SIDE, GAP, HEAD, FONT = 64, 2, 14, 10
@@ -29,7 +31,9 @@ def save(path: Path, titles: Sequence[str], lines: Sequence[Line]) -> None:
     sheet = Image.new("RGB", (len(titles) * step - GAP, HEAD + len(lines) * step - GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        pen.text((column * step + SIDE / 2, 1), title, "black", anchor="ma", font_size=FONT)
+        is_wide = pen.textlength(title, font_size=FONT) > step
+        at, anchor = (column * step, "la") if is_wide else (column * step + SIDE / 2, "ma")
+        pen.text((at, 1), title, "black", anchor=anchor, font_size=FONT)
     for number, line in enumerate(lines):
         for column, picture in enumerate(line):
             if picture is not None:
@@ -73,6 +77,47 @@ def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo
         for precision in PRECISIONS
     ]
     save(path, PRECISIONS, list(zip(*drawn, strict=True)))
+
+
+def styles(folder: Path, path: Path = PICTURES / "styles.png", count: int = 3) -> None:
+    """Pictures in a style, then that style on objects that its pictures did not show: a line a style (Figure 6).
+
+    Runs of `zoodip_style` are kept in the folder, and not trained again.
+    """
+    lines = []
+    for index in range(count):
+        one = style(index)
+        shown = [one.scenes.kind == kind for kind in range(len(CLASSES))]
+        others = [kind for kind, found in zip(CLASSES, shown, strict=True) if not found.any()]
+        drawn = _in_style(one, folder / one.name, [f"a {{}} {kind} on grass" for kind in others])
+        lines.append([*one.photos(), None, *drawn])
+    width = max(map(len, lines))
+    titles = ["pictures in the style", *[""] * (width - 1)]
+    titles[len(style(0).photos()) + 1] = "the style on other objects"
+    save(path, titles, lines)
+
+
+def _in_style(one: Style, folder: Path, templates: Sequence[str]) -> list[Image.Image]:
+    """What a token that was trained on a style draws."""
+    from mep_lightning import defaults
+    from mep_lightning.cli import main
+    from mep_lightning.commands.learned import open_learned
+    from mep_lightning.evaluation import generate
+
+    pictures, run = folder / "pictures", folder / "run"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for i, (picture, caption) in enumerate(zip(one.photos(), one.captions, strict=True)):
+        picture.save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(caption)
+    if not (run / "adapter").is_dir():
+        words = ["fit", "--config", "zoodip_style", "--data.path", str(pictures), "--run", str(run)]
+        assert main([*words, *(["--resume"] if run.is_dir() else [])]) == 0
+    learned = open_learned(run)
+    prompts = [learned.prompt(template) for template in templates]
+    learned.load(prompts)
+    values = defaults.lookup("zoodip", "tiny", learned.module.precision)
+    steps, guidance = values["sampling_steps"], values["guidance"]
+    return generate(learned.module, prompts, [0] * len(prompts), steps=steps, guidance=guidance)
 
 
 def _drawn(run: Path) -> list[Image.Image]:

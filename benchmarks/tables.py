@@ -296,6 +296,17 @@ def _path_and_way(case: str) -> tuple[str, str]:
     return (path, mu) if path else (case.removeprefix("tiny ").removesuffix(f" {CARRIED}"), CARRIED)
 
 
+def batched(rows: list[Row]) -> str:
+    """A method a line: subjects an hour by how many are in a batch, and how many times as many as one at a time."""
+    told: dict[str, dict[str, str]] = {}
+    for row in rows:
+        method, count = row["case"].split(" a batch")[0].removeprefix("tiny ").split(", ")
+        if row["metric"] == "subjects an hour":
+            told.setdefault(method, {})[count] = f"{row['value']:.0f} ({row['ratio']:.2f})"
+    counts = list(next(iter(told.values())))
+    return markdown(["method", *counts], [[method, *own.values()] for method, own in told.items()])
+
+
 def profiled(rows: list[Row]) -> str:
     """A way to take a step a line: its time, the device's, launches, and the kernels that take most."""
     lines = []
@@ -336,6 +347,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
     "published": published,
+    "several": batched,
     "cuda/profile-sd15": profiled,
     "kernels": operations,
     "cuda/kernels": operations,

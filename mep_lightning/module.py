@@ -397,6 +397,8 @@ class PersonalizationModule(LightningModule):
         norm = torch.nn.utils.get_total_norm(grads) if grads else math.nan
         if grads or self.selector is not None:
             self.log("train/grad_norm", norm, batch_size=count)
+        if self.ranks.world > 1:
+            self.log("train/bytes_sent", float(self.ranks.sent), batch_size=count)  # by this process so far
         if self.selector is not None:
             self.log("train/high", float(draw.high), batch_size=count)
             self.log("train/timestep", draw.timestep.float().mean(), batch_size=count)

@@ -97,6 +97,7 @@ def main() -> None:
         strategy, _, case = name.partition(":")
         made = fitted(case, Path(out), devices=int(devices), strategy=strategy)
         found = {"theta": {k: theta.detach() for k, theta in made.adapter.numbered().items()}, "sent": made.ranks.sent}
+        found["logged"] = made.trainer.callback_metrics["train/bytes_sent"].item()
         torch.save(found, Path(out) / f"{name}.{made.ranks.rank}")
 
 

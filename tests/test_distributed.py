@@ -79,6 +79,7 @@ def test_little_travels(two, case):
     sent = two[f"zo_ddp:{case}"][0]["sent"]
     assert 0 < sent <= 4 * shares * ranks.STEPS + renewals
     assert sent / ranks.STEPS <= 64 * shares  # the promise
+    assert 0 < two[f"zo_ddp:{case}"][0]["logged"] <= sent  # of the last step that was logged
 
 
 @pytest.mark.slow
