@@ -7,7 +7,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mep_lightning.adapters import LoRA, lora_layers
+from mep_lightning.adapters.targets import matching, undotted
 from mep_lightning.bases import load_base, predict_noise
+from mep_lightning.bases.load import build_unet
+from mep_lightning.bases.skeleton import architecture
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator
 from mep_lightning.estimators.perturbation import HERE, Members
@@ -271,6 +274,36 @@ def test_kohyas_keys_are_those_that_comfyui_and_a1111_look_for(base, tmp_path):
     }
     assert len(tensors) == 3 * 80 and tensors[f"{stem}.alpha"] == 4
     adapter.detach()
+
+
+BLOCKS = {
+    "sd15": {"down": {0: (2, 1), 1: (2, 1), 2: (2, 1)}, "mid": 1, "up": {1: (3, 1), 2: (3, 1), 3: (3, 1)}},
+    "sdxl": {"down": {1: (2, 2), 2: (2, 10)}, "mid": 10, "up": {0: (3, 10), 1: (3, 2)}},
+}
+BLOCKS["sd21"] = BLOCKS["sd15"]
+"""Of the published U-Nets: block -> (transformers, blocks in each), as kohya's files number them."""
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_key_is_one_that_kohyas_files_of_a_published_base_have(name):
+    about = BLOCKS[name]
+    places = [
+        (f"{side}_blocks_{block}_attentions_{number}", depth)
+        for side in ("down", "up")
+        for block, (count, depth) in about[side].items()
+        for number in range(count)
+    ]
+    places.append(("mid_block_attentions_0", about["mid"]))
+    published = {
+        f"lora_unet_{place}_transformer_blocks_{block}_{attention}_{layer}"
+        for place, depth in places
+        for block in range(depth)
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_v", "to_out_0")
+    }
+    unet = build_unet(architecture(name))
+    assert {f"lora_unet_{undotted(key)}" for key in matching(unet, LoRA().targets, (), "targets")} == published
+    assert len(published) == {"sd15": 128, "sd21": 128, "sdxl": 560}[name]
 
 
 def test_an_export_is_read_back_with_its_origin(base, tmp_path):
