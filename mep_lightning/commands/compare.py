@@ -45,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
 
     quiet_after_imports()
     folder = ComparisonFolder(Path(options.out).expanduser())
-    if options.data is None and identify(options.base).family != "tiny":
+    family = identify(options.base).family  # a base that is none is told once, not by every cell
+    if options.data is None and family != "tiny":
         raise UserError(
             "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
         )
