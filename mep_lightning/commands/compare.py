@@ -45,13 +45,17 @@ def run(argv: Sequence[str]) -> int:
 
     quiet_after_imports()
     folder = ComparisonFolder(Path(options.out).expanduser())
-    family = identify(options.base).family  # a base that is none is told once, not by every cell
-    if options.data is None and family != "tiny":
+    if options.data is None and identify(options.base).family != "tiny":
         raise UserError(
             "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
         )
     shared = _shared(options)
-    subjects = _subjects(options, folder, lambda: folder.claim(shared))
+
+    def claim() -> None:
+        identify(options.base)  # what is no base is told once, not by every cell
+        folder.claim(shared)
+
+    subjects = _subjects(options, folder, claim)
     cells = [_cell(folder, options, *which) for which in _all(methods, subjects, options)]
     done = folder.records()
     todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]

@@ -49,7 +49,7 @@ def test_it_is_planned_for(single_files, capsys):
     [
         ["fit", "--config", "zoodip", "--data.path", "photos", "--model.base"],
         ["plan", "--base"],
-        ["compare", "--methods", "zoodip", "--data", "photos", "--out", "out", "--base"],
+        ["compare", "--methods", "zoodip", "--data", ".", "--out", "out", "--base"],
         ["predict", "--run", "export", "--prompts", "a {}", "--base"],
     ],
 )
