@@ -14,10 +14,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mep_lightning.bases.single_file import CUT, SingleFile
+from mep_lightning.bases.single_file import CUT, SingleFile, read_header
 from mep_lightning.bases.weights import read
 from mep_lightning.errors import UserError
 
@@ -92,8 +91,7 @@ def converted(file: SingleFile, module: nn.Module, part: str) -> Iterator[tuple[
 def names(file: SingleFile, module: nn.Module, part: str) -> dict[str, Stored]:
     """Each name in diffusers' layout, and what its tensor is made of."""
     prefix = file.prefixes[part]
-    with safe_open(file.path, "pt") as tensors:
-        shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys() if key.startswith(prefix)}  # noqa: SIM118
+    shapes = {key: shape for key, shape in read_header(file.path)[0].items() if key.startswith(prefix)}
     held = {key: Stored(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
     try:
         found = _convert(held, file, module, part)

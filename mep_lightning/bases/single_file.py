@@ -22,7 +22,7 @@ TEXTS = {
 REFINER = "conditioner.embedders.0.model."
 READS_LATENTS, READS_TEXT = f"{UNET}input_blocks.0.0.weight", "attn2.to_k.weight"
 OTHER_CHANNELS = {9: "inpainting models", 8: "InstructPix2Pix models", 7: "upscalers", 5: "depth models"}
-LORA = ("lora_", ".lora_", "lora.", "hada_", "lokr_", "dora_scale")
+LORA = ("lora_", "lora.", "hada_", "lokr_", "dora_scale")
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 STEPS_OF_SD2_BASE = 875000
 """`global_step` of the one SD2 file that diffusers knows to predict noise."""
@@ -88,7 +88,7 @@ def open_file(name: str | Path) -> SingleFile:
             f"base {str(name)!r} is pickled, and no pickle is executed here: take its publisher's .safetensors, or "
             "convert it by diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py with --to_safetensors"
         )
-    shapes, said, trained_steps = _header(path)
+    shapes, said, trained_steps = read_header(path)
     if refusal := _refusal(shapes):
         raise UserError(f"base {str(name)!r} {refusal}")
     kinds = [kind for kind, prefixes in TEXTS.items() if any(_has(shapes, prefix) for prefix in prefixes)]
@@ -107,7 +107,7 @@ def open_file(name: str | Path) -> SingleFile:
     return found
 
 
-def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], int | None]:
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], int | None]:
     """Each tensor's shape, the file's metadata, and for how many steps it says that it was trained."""
     try:
         with safe_open(path, "np") as file:
@@ -183,6 +183,8 @@ def _parameterization(path: Path) -> str | None:
         settings: Any = yaml.safe_load(path.read_text())
         for key in ("model", "params"):
             settings = settings.get(key) if isinstance(settings, dict) else None
-        return PREDICTIONS[settings.get("parameterization", "eps")] if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or "denoiser_config" in settings:  # SDXL's code says it otherwise
+            return None
+        return PREDICTIONS[settings.get("parameterization", "eps")]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{path} does not say what the base beside it predicts: {mend}") from None

@@ -159,8 +159,12 @@ def test_what_sd2_predicts_is_told_beside_in_the_file_or_by_diffusers_rule(singl
     path.with_suffix(".yaml").write_text("model: {params: {parameterization: x0}}")
     with pytest.raises(UserError, match="model.yaml does not say .* set model.params.parameterization to eps or v"):
         identify(path)
-    path.with_suffix(".yaml").write_text("notes: nothing of ours")
-    assert identify(path).prediction == "epsilon"
+    for other in ("notes: nothing of ours", "model: {params: {denoiser_config: {}}}", "model: {base: tiny}"):
+        path.with_suffix(".yaml").write_text(other)
+        assert identify(path).prediction == "epsilon"  # as `global_step` says
+    path.with_suffix(".yaml").write_text("model: [")
+    with pytest.raises(UserError, match="model.yaml does not say"):
+        identify(path)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -224,6 +228,14 @@ def test_an_export_says_which_file_it_belongs_to(single_files, photo_folder, tmp
 
 def whole(tensors):
     return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def test_a_file_that_is_gone_by_then_is_named(single_files, tmp_path):
+    path = changed(single_files, "sdxl", tmp_path)
+    base = load_base(path, vae=False)
+    path.unlink()
+    with pytest.raises(UserError, match="model.safetensors cannot be read"), base.borrowed_vae():
+        pass
 
 
 def only(*names):
