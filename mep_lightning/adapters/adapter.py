@@ -26,7 +26,7 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         token: the word that names the subject in prompts.
-        origin: what it belongs to, as far as known: "base" (a hub id, a local one's absolute path or tiny), "precision"
+        origin: what it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision"
             and "class_word". `attach` fills it in, exports keep it.
     """
 
