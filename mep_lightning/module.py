@@ -60,7 +60,7 @@ class PersonalizationModule(LightningModule):
     """Personalises a frozen base: photos in, an adapter out.
 
     Args:
-        base: `tiny`, a folder in diffusers' layout, or a hub id.
+        base: `tiny`, a folder in diffusers' layout, a single .safetensors file, or a hub id.
         precision: what the base's weights are kept in: "fp32", "bf16", "fp16", "int8" or "int4".
         adapter: what is trained; a `TokenEmbedding` by default.
         estimator: where the gradient comes from; `Backprop` by default.

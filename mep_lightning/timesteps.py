@@ -80,7 +80,7 @@ class SNRTimesteps(TimestepSampler):
     def _weights(self, alphas_cumprod: Tensor) -> Tensor:
         alphas = alphas_cumprod.double().cpu()
         snr = alphas / (1 - alphas)
-        return (snr.clamp_max(self.gamma) / snr).float()
+        return (self.gamma / snr).clamp_max(1).float()  # min(SNR, gamma) / SNR, also where a schedule ends at SNR 0
 
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
         if self.probability is None:

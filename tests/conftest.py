@@ -33,6 +33,25 @@ def sdxl_folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def made_single_files(tmp_path_factory):
+    """Small models of each family's build, as folders and as single files; tests must leave them as they were."""
+    from tests import single_file
+
+    root = tmp_path_factory.mktemp("single")
+    single_file.save(root)
+    return root
+
+
+@pytest.fixture
+def single_files(made_single_files, monkeypatch):
+    """Those, with small architectures in the place of the packaged ones."""
+    from mep_lightning.bases import families
+
+    monkeypatch.setattr(families, "ARCHITECTURES", made_single_files / "architectures")
+    return made_single_files
+
+
 @pytest.fixture
 def photo_folder(tmp_path):
     """A folder of the sample subject's photos as mixed files."""

@@ -15,6 +15,10 @@ def test_snr_timesteps_follow_the_min_snr_weight(tiny_base):
     assert abs((drawn < 500).float().mean().item() - expected) < 0.01
 
 
+def test_a_schedule_may_end_in_pure_noise():
+    assert SNRTimesteps(torch.tensor([0.99, 0.5, 0.0])).probability.tolist() == pytest.approx([5 / 99, 1, 1])
+
+
 @pytest.mark.parametrize("sampler", [SNRTimesteps, UniformTimesteps])
 def test_a_sampler_follows_the_base_unless_it_was_given_a_schedule(sampler):
     base, own = torch.linspace(0.9, 0.1, 70), torch.linspace(0.9, 0.1, 20)

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
+from transformers import CLIPTokenizer
 
+from mep_lightning.bases.conversion import converted
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.bases.families import Family
+from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, Family
+from mep_lightning.bases.single_file import SingleFile
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
-from mep_lightning.bases.weights import load_vae, memory_format
+from mep_lightning.bases.vocabulary import find_vocabulary, load_tokenizer, tokenizer_for
+from mep_lightning.bases.weights import Tensors, build_vae, load_vae, memory_format, stored, vae_dtype
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,14 +36,15 @@ class BaseFolder:
     """A base that is known and not loaded: what its folder says, and where and in which precision it is wanted.
 
     Attributes:
-        name: as the user gave it ("tiny", a folder, a hub id).
-        folder: where its files lie.
+        name: as the user gave it ("tiny", a folder, a hub id, a single file).
+        folder: where its files lie; of a single file, those that describe its architecture.
         info: family, native resolution, prediction type.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (what the weights are kept in).
         dtype: what activations are computed in.
         device: where it computes.
         offload: where the weights are: "none" on the device; "stream" in host memory, from where they visit a GPU layer
             by layer, or on a CPU in a file that is mapped into memory.
+        file: the single file that holds its weights, where one does.
     """
 
     name: str
@@ -48,6 +54,7 @@ class BaseFolder:
     dtype: torch.dtype
     device: torch.device
     offload: str = "none"
+    file: SingleFile | None = None
 
     @property
     def weights_device(self) -> torch.device:
@@ -61,7 +68,9 @@ class BaseFolder:
 
     @property
     def address(self) -> str:
-        """Where it is found again from anywhere on this machine: its name, or a local folder's absolute path."""
+        """Where it is found again from anywhere on this machine: its name, or a local one's absolute path."""
+        if self.file is not None:  # what lies beside it belongs to it, so a link is not followed
+            return str(self.file.path.absolute())
         is_local = self.name != "tiny" and Path(self.name).expanduser().is_dir()
         return str(self.folder.resolve()) if is_local else self.name
 
@@ -77,10 +86,38 @@ class BaseFolder:
     def vae_factor(self) -> int:
         return self.info.vae_factor
 
+    def tensors(self, module: nn.Module, part: str) -> Tensors:
+        """The stored weights of a module that was built from a part of `folder`, one at a time."""
+        return stored(self.folder / part) if self.file is None else converted(self.file, module, part)
+
+    def source(self, part: str) -> Path:
+        """What holds a part's weights, for messages."""
+        return self.folder / part if self.file is None else self.file.path
+
+    @property
+    def schedule(self) -> Mapping[str, Any]:
+        """Settings of the noise schedule that are not those in `folder`."""
+        return {} if self.file is None else self.file.schedule
+
+    def read_tokenizer(self, part: str, length: int) -> CLIPTokenizer:
+        """A tokenizer, named as in `folder`, for a text encoder that reads so many tokens."""
+        if self.file is None:
+            return load_tokenizer(self.folder / part)
+        encoder = TEXT_ENCODERS[TOKENIZERS.index(part)]
+        return tokenizer_for(self.file, find_vocabulary(self.file), encoder, length)
+
+    def read_vae(self) -> AutoencoderKL:
+        """The autoencoder, read from disk, where weights wait."""
+        if self.file is None:
+            return load_vae(self.folder, self.weights_device, self.dtype)
+        dtype = vae_dtype(self.folder, self.dtype)
+        tensors = partial(self.tensors, part="vae")
+        return build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype)
+
     @contextmanager
     def borrowed_vae(self) -> Iterator[AutoencoderKL]:
         """The autoencoder for the length of a `with`, read from disk; `SubjectData.encode` needs no more of a base."""
-        vae = load_vae(self.folder, self.weights_device, self.dtype)
+        vae = self.read_vae()
         stream = self.placed(vae)
         try:
             yield vae

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mep_lightning.bases.single_file import SingleFile, is_single_file, open_file
 from mep_lightning.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""Configuration files of the public bases."""
 VARIANTS = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
@@ -33,22 +36,28 @@ class Family:
 
 
 def locate(name: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a base: `tiny`, a local folder in diffusers' layout, or a hub id (fetched into the hub's cache).
+    """The folder that describes a base: `tiny`, a local one in diffusers' layout, a hub id's (fetched into the hub's
+    cache), or the packaged one that a single file has the architecture of.
 
     Args:
-        name: what the user calls the base.
+        name: what the user calls the base; a hub id may end in `@` and a revision.
         weights: False fetches only the JSON files of a hub id.
 
     Raises:
         UserError: nothing is there, or the folder lacks a part.
     """
+    if is_single_file(name):
+        return ARCHITECTURES / open_file(name).architecture
     if str(name) == "tiny":
         folder = TINY_FOLDER
         hint = "reinstall mep-lightning, its weights did not come along"
     elif Path(name).expanduser().is_dir():
         folder, hint = Path(name).expanduser(), "give a folder that diffusers' save_pretrained wrote"
-    elif Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise UserError(f"base {str(name)!r} is no folder: give an existing one, a hub id such as owner/name, or tiny")
+    elif Path(name).is_file() or not _may_be_on_hub(str(name)):
+        raise UserError(
+            f"base {str(name)!r} is no folder: give an existing one, a .safetensors file, a hub id such as owner/name, "
+            "or tiny"
+        )
     else:
         folder, hint = _download(str(name), weights=weights), "choose a repository in diffusers' layout"
     wanted = ("model_index.json", *PARTS, *((TEXT_ENCODERS[1], TOKENIZERS[1]) if is_sdxl(folder) else ()))
@@ -58,17 +67,29 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     return folder
 
 
+def _may_be_on_hub(name: str) -> bool:
+    return not Path(name).is_absolute() and not name.startswith((".", "~")) and _split(name)[0].count("/") == 1
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """A hub id, and the branch, tag or commit behind its `@`."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def _download(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    repository, revision = _split(name)
+
     files = ["unet/diffusion_pytorch_model*", "vae/diffusion_pytorch_model*", "text_encoder*/model*"]
-    patterns = ["*.json", "*.txt"] + ([f"{name}.safetensors" for name in files] if weights else [])
+    patterns = ["*.json", "*.txt"] + ([f"{file}.safetensors" for file in files] if weights else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=VARIANTS))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=VARIANTS))
     except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
         raise UserError(
             f"base {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): "
-            "check the name and the network, or give a local folder in diffusers' layout"
+            "check the name and the network, or give a local folder or .safetensors file"
         ) from error
 
 
@@ -78,7 +99,7 @@ def identify(name: str | Path) -> Family:
 
 
 def describe(folder: Path, name: str | Path) -> Family:
-    """As `identify`, of a folder; messages call the base by its name."""
+    """As `identify`, of a base's folder; its name is for messages, and says where a single file corrects the folder."""
     index, unet, vae, scheduler = (
         _read(folder / part)
         for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
@@ -99,7 +120,19 @@ def describe(folder: Path, name: str | Path) -> Family:
             raise UserError(f"{folder / part}/config.json has no {key}: fetch the base again")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = scheduler.get("prediction_type", "epsilon")
-    return Family(family, unet["sample_size"] * factor, factor, prediction)
+    info = Family(family, unet["sample_size"] * factor, factor, prediction)
+    return _corrected(info, open_file(name), width) if is_single_file(name) else info
+
+
+def _corrected(info: Family, file: SingleFile, width: int) -> Family:
+    """What is known of a single file whose architecture is described."""
+    if file.width != width:
+        raise UserError(
+            f"base {str(file.path)!r} is of no known family: its U-Net attends to {file.width} dimensions of text, and "
+            f"{file.architecture}'s to {width}"
+        )
+    prediction = file.schedule.get("prediction_type", info.prediction)
+    return replace(info, prediction=prediction, resolution=file.side or info.resolution)
 
 
 def is_sdxl(folder: Path) -> bool:

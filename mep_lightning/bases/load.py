@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -15,8 +16,10 @@ from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.conditioning import remember
 from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, describe, is_sdxl, locate
 from mep_lightning.bases.frugal import compute_frugally_
+from mep_lightning.bases.single_file import is_single_file, open_file
 from mep_lightning.bases.streaming import Stream
-from mep_lightning.bases.weights import Tensors, fill_, load_vae, read_part, stored
+from mep_lightning.bases.vocabulary import find_vocabulary
+from mep_lightning.bases.weights import Tensors, fill_, read_part
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -92,6 +95,9 @@ def open_base(
         raise UserError(f"offload {offload!r} is unknown: choose one of {', '.join(OFFLOADS)}")
     folder = locate(name, weights=weights)
     info = describe(folder, name)
+    file = open_file(name) if is_single_file(name) else None
+    if file is not None and weights:
+        find_vocabulary(file)  # what cannot be had is told before gigabytes are read
     device = exact_device(device)
     return BaseFolder(
         name=str(name),
@@ -101,6 +107,7 @@ def open_base(
         dtype=activation_dtype(precision, device, info.family, activations),
         device=device,
         offload=offload,
+        file=file,
     )
 
 
@@ -117,7 +124,8 @@ def load_base(
     """Load a base and freeze it.
 
     Args:
-        name: `tiny`, a folder in diffusers' layout, or a hub id.
+        name: `tiny`, a folder in diffusers' layout, a hub id (with `@` and a revision, where one is wanted), or a
+            single file in safetensors, as SD1, SD2 and SDXL are published in one.
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (U-Net and text encoder; the autoencoder stays in floats).
         device: where to.
         offload: "none", or "stream" for weights that wait outside the device's memory (see `BaseFolder`).
@@ -130,11 +138,17 @@ def load_base(
         UserError: an unknown precision, a base that is not there, incomplete or of a family not supported.
     """
     found = open_base(name, precision, device, offload, activations=activations)
+    if found.file is not None and found.file.is_guess:
+        rank_zero_warn(
+            f"{name} does not say what it predicts, and is taken for {found.info.prediction}, as diffusers does: where "
+            f"that is wrong, write model: {{params: {{parameterization: eps}}}} (or v) into "
+            f"{found.file.path.with_suffix('.yaml')}"
+        )
     return assemble(
         found,
-        tensors=lambda module, part: stored(part),
-        tokenizer=lambda part, length: _load_tokenizer(found.folder / part),
-        vae=(lambda: load_vae(found.folder, found.weights_device, found.dtype)) if vae else None,
+        tensors=found.tensors,
+        tokenizer=found.read_tokenizer,
+        vae=found.read_vae if vae else None,
         prompts=prompts,
     )
 
@@ -142,7 +156,7 @@ def load_base(
 def assemble(
     found: BaseFolder,
     *,
-    tensors: Callable[[nn.Module, Path], Tensors],
+    tensors: Callable[[nn.Module, str], Tensors],
     tokenizer: Callable[[str, int], CLIPTokenizer],
     vae: Callable[[], AutoencoderKL] | None,
     prompts: Sequence[str] | None = None,
@@ -151,18 +165,17 @@ def assemble(
 
     Args:
         found: the base that is wanted.
-        tensors: the weights of a module that was built from a part's folder.
-        tokenizer: makes the tokenizer in a folder's part, for a text encoder that reads so many tokens.
+        tensors: the weights of a module that was built from a part of that folder.
+        tokenizer: makes the tokenizer that is named so there, for a text encoder that reads so many tokens.
         vae: makes the autoencoder; None leaves it out.
         prompts: as for `load_base`.
     """
     folder = found.folder
 
     def placed(module: nn.Module, part: str) -> list[Stream]:
-        path = folder / part
         if found.precision in QUANTIZED:
             quantize_module_(module, found.precision)
-        fill_(module, tensors(module, path), path, found.dtype, found.weights_device, found.memory_format)
+        fill_(module, tensors(module, part), found.source(part), found.dtype, found.weights_device, found.memory_format)
         stream = found.placed(module.eval().requires_grad_(False))
         return [] if stream is None else [stream]
 
@@ -172,10 +185,10 @@ def assemble(
         return encoders, [stream for each in streams for stream in each]
 
     def read_unet(modules: Sequence[nn.Module]) -> None:
-        path, unet = folder / "unet", base.unet
+        unet = base.unet
         names = tuple(f"{name}." for name, part in unet.named_modules() if part in set(modules))
-        wanted = ((key, value) for key, value in tensors(unet, path) if key.startswith(names))
-        fill_(unet, wanted, path, found.dtype, found.weights_device, found.memory_format)
+        wanted = ((key, value) for key, value in tensors(unet, "unet") if key.startswith(names))
+        fill_(unet, wanted, found.source("unet"), found.dtype, found.weights_device, found.memory_format)
 
     with phase("load"):
         lengths = [config.max_position_embeddings for config in _text_configs(folder)]
@@ -187,7 +200,7 @@ def assemble(
             read_unet=read_unet,
             tokenizers=[tokenizer(part, length) for part, length in zip(TOKENIZERS, lengths, strict=False)],
             vae=None,
-            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **found.schedule),
             scaling_factor=read_part(AutoencoderKL.load_config, folder / "vae").get("scaling_factor", 0.18215),
         )
         if prompts is None:
@@ -219,12 +232,3 @@ def build_text_encoders(folder: Path) -> list[Any]:
 def _text_configs(folder: Path) -> list[CLIPTextConfig]:
     parts = TEXT_ENCODERS if is_sdxl(folder) else TEXT_ENCODERS[:1]
     return [read_part(CLIPTextConfig.from_pretrained, folder / part) for part in parts]
-
-
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):  # transformers would make it up
-        raise UserError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed")
-    try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"{folder} holds a tokenizer that cannot be read: fetch the base again") from error

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from mep_lightning.bases.base import Base, BaseFolder
-from mep_lightning.bases.families import TINY_FOLDER, describe, locate
+from mep_lightning.bases.families import ARCHITECTURES, TINY_FOLDER, describe, locate
 from mep_lightning.bases.load import activation_dtype, assemble, exact_device
-from mep_lightning.bases.weights import Tensors, fill_, made_frugal, read_part, vae_dtype
+from mep_lightning.bases.weights import Tensors, build_vae, vae_dtype
 from mep_lightning.quantization import QuantizedWeight
 
-ARCHITECTURES = Path(__file__).parent / "architectures"
 Maker = Callable[[str, tuple[int, ...]], Tensor]
 """Makes up a tensor of a name and a shape."""
 
@@ -83,11 +82,8 @@ def skeleton(
 
 def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
     """An autoencoder with made-up weights, where and in what a base is wanted."""
-    with torch.device("meta"):
-        module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, found.folder / "vae"))
-    dtype = vae_dtype(found.folder, found.dtype)
-    fill_(module, made_up(module, make), found.folder / "vae", dtype, found.device, found.memory_format)
-    return made_frugal(module.eval().requires_grad_(False))
+    dtype, folder = vae_dtype(found.folder, found.dtype), found.folder / "vae"
+    return build_vae(folder, lambda module: made_up(module, make), folder, found.device, dtype)
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mep_lightning.bases.families import is_sdxl
 from mep_lightning.bases.frugal import compute_frugally_
+from mep_lightning.bases.single_file import CUT
 from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
 
@@ -36,7 +37,7 @@ def fill_(
     Args:
         module: its quantised layers pack what they are given, everything else becomes `dtype`.
         tensors: the weights under their names, such as `stored(folder)`.
-        source: the folder that messages name.
+        source: the folder or single file that messages name.
         dtype: of norms, biases, embeddings and layers that are not quantised.
         device: where everything goes.
         memory_format: of convolutions' weights.
@@ -55,8 +56,7 @@ def fill_(
         expected = getattr(owner, name)
         if expected.shape != tensor.shape:
             raise UserError(
-                f"{key} in {source} is {list(tensor.shape)}, the model takes {list(expected.shape)}: config.json and "
-                "weights do not belong together, fetch the base again"
+                f"{key} in {source} is {list(tensor.shape)}, the model takes {list(expected.shape)}: {_misfit(source)}"
             )
         value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         value = _formatted(value, memory_format)
@@ -68,7 +68,15 @@ def fill_(
     missing = [name for name, value in _values(module) if value.is_meta]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{source} lacks {missing[0]}{more}: its weights are incomplete, fetch the base again")
+        incomplete = "its weights are incomplete, fetch the base again" if source.is_dir() else _misfit(source)
+        raise UserError(f"{source} lacks {missing[0]}{more}: {incomplete}")
+
+
+def _misfit(source: Path) -> str:
+    """What a tensor of another shape means, and the mend."""
+    if source.is_dir():
+        return "config.json and weights do not belong together, fetch the base again"
+    return CUT
 
 
 def _formatted(value: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -94,6 +102,16 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
         folder / "vae",
     )
     return made_frugal(module.eval().requires_grad_(False).to(device, memory_format=memory_format(device, dtype)))
+
+
+def build_vae(
+    folder: Path, tensors: Callable[[nn.Module], Tensors], source: Path, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL:
+    """The autoencoder that a folder describes, as `load_vae` gives it, with other tensors than that folder's."""
+    with torch.device("meta"):
+        module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder))
+    fill_(module, tensors(module), source, dtype, device, memory_format(device, dtype))
+    return made_frugal(module.eval().requires_grad_(False))
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
@@ -164,14 +182,24 @@ def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
         UserError: there are none, or a file is damaged.
     """
     for path in _files(folder):
-        try:
+        yield from read(path)
+
+
+def read(path: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, all or those under some keys.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        if keys is None:
             with safe_open(path, "pt") as tensors:
                 keys = list(tensors.keys())
-            for key in keys:
-                with safe_open(path, "pt") as tensors:  # opened anew, or the pages already read would stay mapped
-                    yield key, tensors.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}): fetch the base again") from None
+        for key in keys:
+            with safe_open(path, "pt") as tensors:  # opened anew, or the pages already read would stay mapped
+                yield key, tensors.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): fetch the base again") from None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -50,7 +50,12 @@ def run(argv: Sequence[str]) -> int:
             "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
         )
     shared = _shared(options)
-    subjects = _subjects(options, folder, lambda: folder.claim(shared))
+
+    def claim() -> None:
+        identify(options.base)  # what is no base is told once, not by every cell
+        folder.claim(shared)
+
+    subjects = _subjects(options, folder, claim)
     cells = [_cell(folder, options, *which) for which in _all(methods, subjects, options)]
     done = folder.records()
     todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]

@@ -12,7 +12,7 @@ from mep_lightning.errors import UserError
 
 EPILOG = """\
 most used settings (each can also stand in a YAML file):
-  --model.base ID_OR_DIR          a hub id, a folder in diffusers' layout, or tiny (default)
+  --model.base ID_OR_DIR          a hub id, a folder in diffusers' layout, a .safetensors file, or tiny (default)
   --model.precision P             what its weights are kept in: fp32, bf16, fp16, int8 or int4
   --model.offload stream          weights wait in host memory and visit the GPU layer by layer
   --model.lr LR                   learning rate

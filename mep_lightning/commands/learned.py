@@ -147,7 +147,7 @@ def open_learned(
     origin = {} if settings else adapter.origin
     base = base or said.get("base") or origin.get("base")
     if base is None:
-        raise UserError(f"{run.root}: no config.yaml says its base; add --base tiny, a folder or a hub id.")
+        raise UserError(f"{run.root}: no config.yaml says its base; add --base tiny, a folder, file or hub id.")
     kept_in: Any = precision or said.get("precision") or origin.get("precision") or "fp32"
     if kept_in not in PRECISIONS:
         where = f"{run.config}: " if settings else f"{weights}: "

@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
 def _options() -> Options:
     parser = Options("plan", "Predicts the peak memory of every method on a base, without loading it.", EPILOG)
     parser.add_argument(
-        "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder or a hub id (default: %(default)s)"
+        "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder, file or hub id (default: %(default)s)"
     )
     parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the base's own)")
     parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")

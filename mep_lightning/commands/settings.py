@@ -109,7 +109,7 @@ def make_absolute(config: Namespace) -> None:
     """Makes the folders in the settings independent of where `mep` was called, so that a run resumes from anywhere."""
     if config.data.path is not None:
         config.data.path = str(Path(config.data.path).expanduser().absolute())
-    if config.model.base != "tiny" and Path(config.model.base).expanduser().is_dir():
+    if config.model.base != "tiny" and Path(config.model.base).expanduser().exists():
         config.model.base = str(Path(config.model.base).expanduser().absolute())
 
 

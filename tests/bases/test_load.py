@@ -272,6 +272,26 @@ def test_a_hub_id_without_a_network():
         load_base("some-owner/some-model")
 
 
+def cached_on_hub(cache, repository, folder, revision):
+    """A folder as the hub's client keeps it, under a revision."""
+    stored = cache / f"models--{repository.replace('/', '--')}"
+    commit = "c" * 40
+    shutil.copytree(folder, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / revision).write_text(commit)
+
+
+def test_a_hub_id_may_be_pinned_to_a_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached_on_hub(tmp_path, "some-owner/some-model", BASE, "v2.0")
+    for name in ("some-owner/some-model@v2.0", f"some-owner/some-model@{'c' * 40}"):
+        assert (open_base(name).family, open_base(name).address) == ("tiny", name)
+    for name in ("some-owner/some-model", "some-owner/some-model@v1.0"):
+        with pytest.raises(UserError, match="neither a folder here nor to be had from the hub"):
+            open_base(name)
+
+
 def test_an_unknown_precision():
     with pytest.raises(UserError, match="precision 'int3' is unknown: choose one of fp32"):
         load_base("tiny", "int3")
