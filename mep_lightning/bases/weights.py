@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mep_lightning.bases.families import is_sdxl
 from mep_lightning.bases.frugal import compute_frugally_
+from mep_lightning.bases.heap import Portions, give_back
 from mep_lightning.bases.single_file import CUT
 from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
@@ -45,7 +46,9 @@ def fill_(
     Raises:
         UserError: a tensor is missing or of another shape.
     """
+    portions = Portions()
     for key, tensor in tensors:
+        portions.passes(tensor.nbytes)
         owner, name = _find(module, key)
         if owner is None:
             continue  # such as position_ids, which older files hold and newer models make
@@ -64,6 +67,7 @@ def fill_(
             setattr(owner, name, nn.Parameter(value, requires_grad=False))
         else:
             owner.register_buffer(name, value)
+    give_back()
     _make_position_ids(module, device)
     missing = [name for name, value in _values(module) if value.is_meta]
     if missing:
