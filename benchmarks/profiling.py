@@ -22,7 +22,7 @@ LONGEST = 60
 
 def run(base: str, rounds: int = 15, device: str = "cuda") -> list[Row]:
     """For finite differences and tangents, launched one by one and as a graph, a step's seconds, those of them that the
-    device is at work, its launches, and the seconds of the kernels that take most."""
+    device is at work, its kernels, and the seconds of the kernels that take most."""
     assert torch.device(device).type == "cuda", "a GPU's kernels are what is profiled"
     rows = []
     for carried in ("", real_step.CARRIED):
@@ -44,11 +44,11 @@ def of_step(case: str, step: Callable[[], object], rounds: int) -> list[Row]:
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
     at_work = sum(event.self_device_time_total for event in events) / STEPS / 1e6
     launches = sum(event.count for event in events) // STEPS
-    print(f"{case}: {1e3 * seconds:.1f} ms, {1e3 * at_work:.1f} of them at work, {launches} launches", flush=True)
+    print(f"{case}: {1e3 * seconds:.1f} ms, {1e3 * at_work:.1f} of them at work, {launches} kernels", flush=True)
     return [
         row("profile", case, "seconds a step", seconds, "s"),
         row("profile", case, "seconds at work", at_work, "s"),
-        row("profile", case, "launches", launches, ""),
+        row("profile", case, "kernels", launches, ""),
         *(
             row(
                 "profile",

@@ -109,9 +109,8 @@ def _in_style(one: Style, folder: Path, templates: Sequence[str]) -> list[Image.
     for i, (picture, caption) in enumerate(zip(one.photos(), one.captions, strict=True)):
         picture.save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(caption)
-    if not (run / "adapter").is_dir():
-        words = ["fit", "--config", "zoodip_style", "--data.path", str(pictures), "--run", str(run)]
-        assert main([*words, *(["--resume"] if run.is_dir() else [])]) == 0
+    anew = ["--config", "zoodip_style", "--data.path", str(pictures), "--run", str(run)]
+    assert main(["fit", *(["--run", str(run), "--resume"] if run.is_dir() else anew)]) == 0
     learned = open_learned(run)
     prompts = [learned.prompt(template) for template in templates]
     learned.load(prompts)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -24,7 +25,7 @@ ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """The mu at which a finite difference is truest where activations are in half precision (docs/performance.md)."""
 
 
-def refuse_precision(module: PersonalizationModule) -> None:
+def refuse_precision(module: LightningModule) -> None:
     """Raise UserError for a Trainer whose precision scales losses."""
     trainer = module._trainer
     if trainer is not None and trainer.precision not in ALLOWED_TRAINER_PRECISIONS:

@@ -53,7 +53,8 @@ class SubjectData(LightningDataModule):
         resolution: side of the square the model sees in px, a multiple of 8; auto is the base model's own.
         crop: center takes the middle square of each photo, letterbox keeps all of it between white bars.
         templates: object, style, or a list of prompts, each with {} where the subject goes. With style the photos share
-            a way to look, whatever they show; prompts then hold the token alone.
+            a way to look, whatever they show; prompts then hold the token alone (or with the class word, if there is
+            one, as in "in the style of <sks> watercolor").
         flip: let half of the samples be mirrored.
         repeats: how often an epoch shows each photo; None makes an epoch that never ends, for `Trainer(max_steps=…)`.
         seed: of the order of photos, flips and templates; None takes `default_seed`, which a module sets to its own.
@@ -127,9 +128,14 @@ class SubjectData(LightningDataModule):
     @property
     def class_word(self) -> str | None:
         """What the photos show; None of a style, which is what they share."""
-        if self._class_word is None:
+        if self._class_word is None and not self.is_style:
             self.setup()
         return self._class_word
+
+    @property
+    def has_priors(self) -> bool:
+        """Whether pictures of the class go with the photos."""
+        return self._priors is not None
 
     @property
     def names(self) -> list[str]:

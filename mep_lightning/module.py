@@ -156,6 +156,8 @@ class PersonalizationModule(LightningModule):
         """The processes that train together, once a fit has begun."""
         self.method = method or defaults.method_of(self.adapter, self.estimator, selector, subspace)
         self.class_word: str | None = None
+        self.photos: SubjectData | None = None
+        """Of the subject, where the data are such."""
         self.base: Base | None = None
         self.horizon: int | None = None
         """How many steps the selector reckons with; a resumed run keeps its first."""
@@ -353,8 +355,7 @@ class PersonalizationModule(LightningModule):
 
     def _batch_at(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
         """Another draw's photos, where the data know of draws; data of the user's own give each rank its batches."""
-        data = getattr(self._trainer, "datamodule", None)
-        return dict(data.batch(index)) if isinstance(data, SubjectData) else batch
+        return batch if self.photos is None else dict(self.photos.batch(index))
 
     def draw_for(self, batch: dict[str, Any], high: bool, generator: Generator, timestep: Tensor | None = None) -> Draw:
         """The draw of a branch; timesteps int64 [B], drawn after the noise where there are none."""
@@ -369,9 +370,8 @@ class PersonalizationModule(LightningModule):
 
     def _moments(self, batch: dict[str, Any], resolution: int | None) -> Moments:
         """The batch's latents in fp32: afresh from the data, as a bf16-true Trainer has rounded the batch's own."""
-        data = getattr(self._trainer, "datamodule", None)
-        if isinstance(data, SubjectData) and "rows" in batch:
-            mean, std = data.at(resolution or max(data.latents), batch["rows"])
+        if self.photos is not None and "rows" in batch:
+            mean, std = self.photos.at(resolution or max(self.photos.latents), batch["rows"])
         else:
             mean, std = batch["mean"].float(), batch["std"].float()
         device = self.loaded().device

@@ -17,6 +17,7 @@ def acquaint(module: PersonalizationModule, data: Any) -> None:
     module.class_word = getattr(data, "class_word", None)
     for part in (module.adapter, *module.adapter.parts):
         part.is_style = getattr(data, "is_style", False)
+    module.photos = data if isinstance(data, SubjectData) else None
     data.token = module.adapter.token
     data.default_seed = module.seed
     if module.subspace is not None and isinstance(data, SubjectData):

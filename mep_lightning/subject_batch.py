@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mep_lightning import advice, objective, optimization
 from mep_lightning.adapters import TokenEmbedding
-from mep_lightning.bases import prompt_ids
+from mep_lightning.bases import Base, prompt_ids
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import Batches, SubjectData
@@ -35,8 +35,12 @@ from mep_lightning.phases import phase
 from mep_lightning.preparation import acquaint, encode
 from mep_lightning.tangents import Dual
 from mep_lightning.templates import fill
+from mep_lightning.timesteps import TimestepSampler
 
-ALIKE = ("base_name", "precision", "activations", "offload", "method", "lr", "lr_scheduler", "betas", "eps")
+ALIKE = (
+    *("base_name", "precision", "activations", "offload", "method", "lr", "lr_scheduler", "betas", "eps"),
+    *("weight_decay", "optimizer", "checkpointing", "compiled", "cuda_graph"),
+)
 """What subjects of a batch have in common, beside their estimators."""
 
 
@@ -51,6 +55,8 @@ class SubjectBatchData(LightningDataModule):
         super().__init__()
         if not subjects:
             raise UserError("SubjectBatchData was given no subject: give it at least one")
+        if len(set(map(id, subjects.values()))) < len(subjects):
+            raise UserError("SubjectBatchData was given the same SubjectData twice: make one for each subject")
         self.subjects = dict(subjects)
         self.repeats = None
 
@@ -59,12 +65,26 @@ class SubjectBatchData(LightningDataModule):
         for data in self.subjects.values():
             data.setup(stage)
 
+    def refuse_unlike(self) -> None:
+        """Raise UserError where encoded subjects' batches would not go together."""
+        sizes = {(one.batch_size, max(one.latents), one.has_priors) for one in self.subjects.values()}
+        if len(sizes) > 1 or any(one.has_priors for one in self.subjects.values()):
+            raise UserError(
+                "the subjects of a SubjectBatch need the same batch_size and resolution, and no prior preservation"
+            )
+
     def batch(self, step: int) -> list[dict[str, Any]]:
         """Every subject's batch of a step."""
         return [dict(data.batch(step)) for data in self.subjects.values()]
 
     def train_dataloader(self) -> Batches:
-        """Batches from the step the trainer is at, without an end: give the Trainer max_steps."""
+        """Batches from the step the trainer is at, without an end.
+
+        Raises:
+            UserError: the trainer waits for an end.
+        """
+        if self.trainer is not None and self.trainer.max_steps == -1 and self.trainer.max_epochs not in (None, -1):
+            raise UserError("An epoch of SubjectBatchData never ends: give the Trainer max_steps")
         return Batches(self)
 
 
@@ -100,11 +120,35 @@ class SubjectBatch(LightningModule):
         """That whose settings speak for all."""
         return self.each[0]
 
+    @property
+    def base(self) -> Base | None:
+        """What all of them share."""
+        return self.first.base
+
+    @property
+    def method(self) -> str:
+        """Of all of them."""
+        return self.first.method
+
+    @property
+    def timesteps(self) -> TimestepSampler:
+        """What draws their timesteps, such as `PUTS` sets."""
+        return self.first.timesteps
+
+    @timesteps.setter
+    def timesteps(self, sampler: TimestepSampler) -> None:
+        for module in self.each:
+            module.timesteps = sampler
+
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Encode all photos, load the base once, and attach every token to it."""
-        advice.refuse_precision(self.first)
+        """Encode all photos, load the base once, and attach every token to it.
+
+        Raises:
+            UserError: a Trainer of several processes or of another precision, or data that do not fit.
+        """
+        advice.refuse_precision(self)
         data, device = self._data(), self.trainer.strategy.root_device
         if self.trainer.world_size > 1:
             raise UserError("SubjectBatch trains in one process: let each process train subjects of its own")
@@ -121,11 +165,14 @@ class SubjectBatch(LightningModule):
                 lender: Any = SimpleNamespace(vae=vae, device=found.device, **about)
                 for module, photos in zip(self.each, data.subjects.values(), strict=True):
                     encode(module, photos, lender)
+            data.refuse_unlike()
         base = self.first.load(device)
         for module in self.each[1:]:
             module.take(base)
+        stale = [self.graphed, *(module.graphed for module in self.each)]
+        base.graphs = [graph for graph in base.graphs if graph not in stale]
+        self.graphed = None
         for module in self.each:  # one graph serves them all
-            base.graphs = [graph for graph in base.graphs if graph is not module.graphed]
             module.graphed = None
         if self.first.takes_graph(base):
             insists = self.first.cuda_graph is True
@@ -156,7 +203,8 @@ class SubjectBatch(LightningModule):
             optimizer = self.optimizers()
             assert isinstance(optimizer, LightningOptimizer)
             optimizer.zero_grad()
-            losses = self._give_gradients(batch, optimizer.optimizer)
+            with torch.autocast(self.device.type, enabled=self.first._autocast(self.first.estimator)):
+                losses = self._give_gradients(batch, optimizer.optimizer)
             optimizer.step()
             if isinstance(scheduler := self.lr_schedulers(), LambdaLR):
                 scheduler.step()
@@ -171,9 +219,11 @@ class SubjectBatch(LightningModule):
         """Give every token's gradient to the optimizer; the losses [V, S]."""
         estimator = self.first.estimator
         if isinstance(estimator, ZerothOrderEstimator):
-            whole = whole_products() if isinstance(estimator, FiniteDifferenceEstimator) else nullcontext()
-            with torch.no_grad(), whole:
+            with torch.no_grad():
                 return self._tell(batch, optimizer)
+        for module in self.each:
+            if module.subspace:
+                module.subspace.prepare(_theta(module))
         with torch.enable_grad():
             losses = self._losses([_theta(module).unsqueeze(0) for module in self.each], batch)  # [1, S]
 
@@ -182,6 +232,9 @@ class SubjectBatch(LightningModule):
 
             assert isinstance(estimator, Backprop)
             estimator.backward(summed, list(self.parameters()))
+        for module in self.each:
+            if module.subspace and (grad := _theta(module).grad) is not None:
+                module.subspace.project_(grad)
         return losses.detach()
 
     def _tell(self, batch: list[dict[str, Any]], optimizer: Any) -> Tensor:
@@ -194,7 +247,9 @@ class SubjectBatch(LightningModule):
             along = subspace.directions(estimator.seed or 0, step, estimator.count) if subspace else None
             asked.append((estimator.asked(step, None if along is None else along.to(theta.device)), along))
         values = [members.of(_theta(module)) for module, (members, _) in zip(self.each, asked, strict=True)]
-        told = self._losses(values, batch)  # [V, S], of tangents a Dual
+        whole = whole_products() if isinstance(self.first.estimator, FiniteDifferenceEstimator) else nullcontext()
+        with whole:
+            told = self._losses(values, batch)  # [V, S], of tangents a Dual
         losses = []
         for s, (module, (members, along)) in enumerate(zip(self.each, asked, strict=True)):
             theta, subspace, estimator = _theta(module), module.subspace, _estimator(module)
@@ -274,11 +329,12 @@ def _estimator(module: PersonalizationModule) -> ZerothOrderEstimator:
 
 def _refuse_unlike(first: PersonalizationModule, one: PersonalizationModule) -> None:
     """Raise UserError where a subject cannot share a batch with the first."""
-    for name, kind, wanted in (
-        ("adapter", one.adapter, TokenEmbedding),
-        ("estimator", one.estimator, (ZerothOrderEstimator, Backprop)),
+    estimates = optimization.weighs(one.estimator) or type(one.estimator).estimate is Backprop.estimate
+    for name, kind, fits in (
+        ("adapter", one.adapter, isinstance(one.adapter, TokenEmbedding)),
+        ("estimator", one.estimator, estimates),
     ):
-        if not isinstance(kind, wanted):
+        if not fits:
             raise UserError(f"SubjectBatch trains tokens by a gradient: a subject's {name} is {type(kind).__name__}")
     if one.selector is not None or one.hollow is not None:
         raise UserError("SubjectBatch takes no selector and no hollow: train such subjects one by one")

@@ -111,7 +111,7 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
         found = re.search(rf"(?<!\w){subject}(?!\w)", caption, re.IGNORECASE)
         if found:
             return f"{caption[: found.start()]}{{}}{caption[found.end() :]}"
-    return f"{caption} {IN_THE_STYLE_OF} {{}}" if class_word is None else f"{{}}, {caption}"
+    return f"{caption.rstrip('.')} {IN_THE_STYLE_OF} {{}}" if class_word is None else f"{{}}, {caption}"
 
 
 def fill(template: str, phrase: str, class_word: str | None = None) -> str:

@@ -1,5 +1,8 @@
 """Subjects in one batch learn what they would learn alone."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import Trainer
@@ -7,6 +10,7 @@ from safetensors.torch import load_file
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
+from mep_lightning.callbacks import PUTS, Samples
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.estimators import (
     ConditioningSubspace,
@@ -22,6 +26,8 @@ WAYS = {
     "fast": dict(estimator=RandomGradientEstimator(n=2, mu=1e-3), subspace=ConditioningSubspace()),
     "tangents": dict(estimator=ForwardGradientEstimator(n=2)),
     "backprop": dict(),
+    "backprop, projected": dict(subspace=SubspaceGradient(tau=2, nu=0.1)),
+    "standardized": dict(estimator=RandomGradientEstimator(n=3, mu=1e-3, normalize=True, standardize=True)),
 }
 
 
@@ -39,8 +45,8 @@ def folders(tmp_path):
     return found
 
 
-def data_of(folders):
-    return {word: SubjectData(folder, class_word=word) for word, folder in folders.items()}
+def data_of(folders, **settings):
+    return {word: SubjectData(folder, class_word=word, **settings) for word, folder in folders.items()}
 
 
 def module_of(number, way="zoodip", **settings):
@@ -80,6 +86,62 @@ def test_each_learns_what_it_would_learn_alone(way, folders, tmp_path):
     assert (batched[0] - batched[1]).norm() > 0.01
 
 
+def test_photos_of_a_batch_stay_with_their_subject(folders, tmp_path):
+    """Two photos a step, at a learning rate that falls."""
+    settings = {"estimator": RandomGradientEstimator(n=2, mu=1e-3), "subspace": None, "lr_scheduler": "linear"}
+    module = SubjectBatch([module_of(i, **settings) for i in range(3)])
+    trainer_of(tmp_path, 4, enable_checkpointing=False).fit(module, SubjectBatchData(data_of(folders, batch_size=2)))
+    word, folder = list(folders.items())[1]
+    alone = module_of(1, **settings)
+    data = SubjectData(folder, class_word=word, batch_size=2)
+    trainer_of(tmp_path, 4, enable_checkpointing=False).fit(alone, data)
+    start = module_of(1)
+    start.load()
+    moved = (alone.adapter.theta - start.adapter.theta).norm()
+    assert moved > 0.01
+    assert (alone.adapter.theta - module.each[1].adapter.theta).norm() <= 0.02 * moved
+
+
+def test_batches_that_do_not_go_together_are_refused(folders, tmp_path):
+    data = data_of(folders)
+    data[next(iter(data))].batch_size = 2
+    module = SubjectBatch([module_of(i) for i in range(3)])
+    with pytest.raises(UserError, match="the same batch_size and resolution"):
+        trainer_of(tmp_path, 1, enable_checkpointing=False).fit(module, SubjectBatchData(data))
+    (one, *_) = data.values()
+    with pytest.raises(UserError, match="the same SubjectData twice"):
+        SubjectBatchData({"a": one, "b": one})
+
+
+def test_a_trainer_that_cannot_train_it_is_refused(folders, tmp_path):
+    module, data = SubjectBatch([module_of(i) for i in range(3)]), SubjectBatchData(data_of(folders))
+    endless = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="never ends: give the Trainer max_steps"):
+        endless.fit(module, data)
+    drawing = trainer_of(tmp_path, 1, enable_checkpointing=False, callbacks=[Samples()])
+    with pytest.raises(UserError, match="SubjectBatch has none: leave it out"):
+        drawing.fit(module, data)
+
+
+def test_puts_says_which_timesteps_all_of_them_draw(folders, tmp_path):
+    module = SubjectBatch([module_of(i) for i in range(3)])
+    trainer = trainer_of(tmp_path, 1, enable_checkpointing=False, callbacks=[PUTS(low=600, high=700)])
+    trainer.fit(module, SubjectBatchData(data_of(folders)))
+    for one in module.each:
+        assert 600 <= int(one.draw(one.photos.batch(0)).timestep) < 700
+
+
+def test_the_example_in_the_documents_runs(folders, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, photos in zip(("rex", "tom"), folders.values(), strict=False):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        photos.rename(tmp_path / "photos" / name)
+    exec(compile(code.replace("6_000", "1"), "docs/scaling.md", "exec"), {})
+    assert len(list((tmp_path / "tokens").rglob("*.safetensors"))) == 2
+
+
 def test_more_subjects_than_have_a_launch_each(folders, tmp_path):
     """Directions of different subjects go by the same number, and must not be taken for one another's."""
     photos = {f"{word}-{i}": SubjectData(folder, class_word=word) for i in (0, 1) for word, folder in folders.items()}
@@ -91,6 +153,7 @@ def test_more_subjects_than_have_a_launch_each(folders, tmp_path):
         start = module_of(5, way)
         start.load()
         moved = (alone.adapter.theta - start.adapter.theta).norm()
+        assert moved > 0.01
         assert (alone.adapter.theta - module.each[5].adapter.theta).norm() <= 0.02 * moved
 
 

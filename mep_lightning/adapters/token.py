@@ -30,8 +30,8 @@ class TokenEmbedding(Adapter):
 
     Args:
         token: the token's name in prompts.
-        init: a word whose embedding it starts from; "auto" is the class word, and of a style "style". It must be one
-            token of the base.
+        init: a word whose embedding it starts from; "auto" is the class word, and of a style without one "style".
+            It must be one token of the base.
         vectors: how many vectors it has; all start the same.
 
     Raises:
@@ -73,9 +73,12 @@ class TokenEmbedding(Adapter):
         self.remember_origin(base, class_word)
 
     def _initial_id(self, base: Base, class_word: str | None) -> int:
-        word = (
-            (class_word or _a_style(base)).split()[-1] if self.init == "auto" else self.init
-        )  # "teddy bear": the noun
+        if self.init != "auto":
+            word = self.init
+        elif class_word:
+            word = class_word.split()[-1]  # "teddy bear": the noun
+        else:
+            word = _a_style(base) if self.is_style else "object"
         ids = _ids(base, word)
         if len(ids) != 1:
             known = [word for word in _common_words(base) if len(_ids(base, word)) == 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,6 +32,7 @@ class CUDAGraphed:
     def __init__(self, function: Function, insists: bool = True) -> None:
         self.function, self.insists = function, insists
         self._captured: dict[tuple[object, ...], Captured] = {}
+        self._pool: Any = None  # of all graphs: an answer is copied out before another replays
         self._refused = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -45,9 +47,10 @@ class CUDAGraphed:
         if key not in self._captured:
             try:
                 self._captured[key] = self.capture(*arguments)
-            except UserError as error:
+            except (UserError, torch.OutOfMemoryError) as error:
                 if self.insists:
                     raise
+                self.clear()
                 rank_zero_warn(f"launching kernels one by one: {error}")
                 self._refused = True
                 return self.function(*arguments)
@@ -60,6 +63,7 @@ class CUDAGraphed:
     def clear(self) -> None:
         """Give the memory of what was captured back."""
         self._captured.clear()
+        self._pool = None
 
     def capture(self, *arguments: Tensor) -> Captured:
         """Tensors to copy arguments into, what replays the function on them, and where its answer appears."""
@@ -67,13 +71,14 @@ class CUDAGraphed:
         try:
             with torch.cuda.device(inputs[0].device):
                 graph = torch.cuda.CUDAGraph()
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
                 beside = torch.cuda.Stream()
                 beside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(beside):
                     for _ in range(WARM_UPS):
                         self.function(*inputs)
                 torch.cuda.current_stream().wait_stream(beside)
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self._pool):
                     output = self.function(*inputs)
         except torch.OutOfMemoryError:
             raise

@@ -70,7 +70,12 @@ class Samples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts that would show nothing of what is learned, before anything is loaded."""
-        token = getattr(getattr(pl_module, "adapter", None), "token", None)
+        adapter = getattr(pl_module, "adapter", None)
+        if adapter is None:
+            raise UserError(
+                f"Samples draws what one adapter learned; {type(pl_module).__name__} has none: leave it out"
+            )
+        token = getattr(adapter, "token", None)
         for template in self.prompts or []:
             if token is not None and token not in fill(template, token, ""):
                 raise UserError(f"samples.prompts: {template!r} lacks the subject; put {{}} or {token} where it goes.")
@@ -121,7 +126,8 @@ class Samples(Callback):
         if self.prompts is not None:
             templates = self.prompts
         else:
-            known = prompts_for(class_word, getattr(pl_module, "family", None))
+            is_style = getattr(getattr(pl_module, "adapter", None), "is_style", False)
+            known = prompts_for(None if is_style else class_word or "", getattr(pl_module, "family", None))
             # A recoloured subject is hard to compare with the photos, so `a red …` is left to the evaluation.
             known = tuple(prompt for prompt in known if prompt.startswith("a {0}")) or known
             count = min(self.count, len(known))
@@ -185,10 +191,8 @@ class Samples(Callback):
 
 
 def _class_word(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """What the subject is; None of a style."""
     data = getattr(trainer, "datamodule", None)
-    word = getattr(pl_module, "class_word", None) or getattr(data, "class_word", None)
-    return word if word or getattr(data, "is_style", False) else ""
+    return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None)
 
 
 def _log(trainer: Trainer, image: Image.Image, step: int) -> None:

@@ -229,7 +229,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _class_word(settings: dict[str, Any]) -> str | None:
     data = settings.get("data") or {}
-    if data.get("class_word") or not settings or data.get("path") or data.get("templates") == "style":
+    if data.get("class_word") or not settings or data.get("path") or data.get("templates") == STYLE:
         return data.get("class_word")
     from mep_lightning.tiny import sample_photos
 

@@ -88,7 +88,7 @@ def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
     from mep_lightning.evaluation import prompts_for
 
     texts = []
-    word = learned.class_word if learned.class_word or learned.module.adapter.is_style else ""
+    word = None if learned.module.adapter.is_style else learned.class_word or ""
     for template in templates or prompts_for(word, learned.module.family):
         texts.append(learned.prompt(template))
         if not learned.is_in(texts[-1]):

@@ -58,6 +58,20 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
     return public
 
 
+def launches(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what launches Triton's kernels: they run where the first tensor lies, whichever GPU is the current."""
+
+    @functools.wraps(function)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = next((one for one in args if isinstance(one, Tensor)), None)
+        if tensor is None or not tensor.is_cuda:
+            return function(*args, **kwargs)
+        with torch.cuda.device_of(tensor):
+            return function(*args, **kwargs)
+
+    return there
+
+
 def needs_reference() -> bool:
     """Whether forward-mode AD or a `torch.func` transform is at work.
 
@@ -104,6 +118,8 @@ def runs_triton(tensor: Tensor, rival: bool = False) -> bool:
         rival: whether a library has a kernel for the same; Triton then answers only where MEP_KERNELS says so.
     """
     wanted = not rival or os.environ.get(SWITCH) == "triton"
+    if torch.compiler.is_compiling():  # traced code meets custom ops, whose bodies ask again
+        return False
     on_gpu = tensor.is_cuda and not isinstance(tensor, FakeTensor)
     return on_gpu and wanted and why_not_triton(tensor.device.index or 0) is None
 

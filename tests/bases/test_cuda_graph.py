@@ -155,7 +155,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_graph(monkeypatch):
     def full(x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name in ("CUDAGraph", "Stream", "current_stream"):
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, MagicMock)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.tiling import WIDE
 
 WIDEST = 256
@@ -122,6 +123,7 @@ def takes(q: Tensor) -> bool:
     return q.dtype.itemsize <= 4 and q.shape[-1] <= WIDEST and q.shape[0] > 1
 
 
+@launches
 def attention_tangents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As the reference; `takes(q)` must hold."""
     count, batch, heads, queries, depth = q.shape

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
+
 TILE = 4096
 """Numbers that a program has in hand."""
 LONGEST = 2048
@@ -32,6 +34,7 @@ def _dequantize_kernel(
     tl.store(w + at, values.to(w.dtype.element_ty), mask=inside)
 
 
+@launches
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As the reference, in q's memory format, whose rows must follow one another densely."""
     weight = torch.empty_like(q, dtype=dtype)

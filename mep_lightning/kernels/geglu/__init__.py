@@ -20,7 +20,7 @@ def geglu(x: Tensor) -> Tensor:
     Returns:
         [..., C], as precise as its dtype.
     """
-    if runs_triton(x) and is_plain(x) and x.dtype.itemsize <= 4 and x.numel() and x.is_contiguous():
+    if is_plain(x) and runs_triton(x) and x.dtype.itemsize <= 4 and x.numel() and x.is_contiguous():
         from mep_lightning.kernels.geglu import triton
 
         return triton.geglu(x)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
+
 BLOCK = 1024
 
 
@@ -25,6 +27,7 @@ def _geglu_kernel(
     tl.store(y + row * C + column, result.to(y.dtype.element_ty), mask=known)
 
 
+@launches
 def geglu(x: Tensor) -> Tensor:
     """As the reference; x on a GPU, contiguous, in fp32, bf16 or fp16, and not empty."""
     channels = x.shape[-1] // 2

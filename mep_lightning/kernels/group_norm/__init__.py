@@ -29,7 +29,7 @@ def group_norm(
         The same in x's shape and dtype; where no gradient is asked for, in its memory format.
     """
     is_plain_image = is_channels_last(x) and is_plain(x, weight, bias) and not torch.is_autocast_enabled(x.device.type)
-    if runs_triton(x) and is_plain_image and x.dtype.itemsize <= 4 and x.numel():
+    if is_plain_image and runs_triton(x) and x.dtype.itemsize <= 4 and x.numel():
         from mep_lightning.kernels.norm_tangents import triton
 
         return triton.group_norm_tangents(x[None], groups, weight, bias, eps)[0]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
 
 
@@ -66,6 +67,7 @@ def _conv_kernel(
     tl.store(at, values.to(y.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
+@launches
 def int8_conv2d(
     x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
 
 
@@ -57,12 +58,14 @@ def _linear_kernel(
     tl.store(at, values.to(y.dtype.element_ty), mask=(row[:, None] < M) & (column[None, :] < N))
 
 
+@launches
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """As the reference. x [..., K] in fp32, bf16 or fp16; q [N, K] int8, scale [N], bias [N] -> [..., N]."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # [M, K]
     return _launch(rows, q, scale, bias, None, x.dtype).view(*x.shape[:-1], q.shape[0])
 
 
+@launches
 def int8_linear_w8a8(
     x: Tensor, row_scale: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.stacks import room
 
 TILE = 4096
@@ -167,6 +168,7 @@ def _layer_kernel(
         tl.store(to, normal.to(out.dtype.element_ty), mask=known)
 
 
+@launches
 def group_norm_tangents(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """As the reference; x on a GPU, in fp32, bf16 or fp16, and not empty."""
     out = room(x[0], len(x) - 1)
@@ -214,6 +216,7 @@ def _images(x: Tensor) -> Tensor:
         return x.flatten(3)
 
 
+@launches
 def layer_norm_tangents(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """As the reference of one dimension; x as for `group_norm_tangents`, with tangents."""
     length = x.shape[-1]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.perturbed_lora_linear.reference import Probe
 from mep_lightning.kernels.philox.triton import normals
 from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
@@ -152,6 +153,7 @@ def _up_kernel(
     )
 
 
+@launches
 def perturbed_lora_linear(
     x: Tensor,
     q: Tensor,

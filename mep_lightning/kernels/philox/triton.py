@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
+
 BLOCKS = 256  # blocks of four elements a program
 
 
@@ -39,6 +41,7 @@ def _normal_kernel(out, seed, step, first_member, param_id, numel, BLOCKS: tl.co
     tl.store(out + row * numel + at, values, mask=at < numel)
 
 
+@launches
 def philox_normal(seed: int, step: int, members: Sequence[int], param_id: int, out: Tensor) -> None:
     """Fill `out`, fp32 [M, numel] and contiguous, in place; a launch for every run of consecutive members."""
     numel = out.shape[1]

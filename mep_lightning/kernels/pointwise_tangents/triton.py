@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.stacks import as_rows, room
 
 BLOCK = 1024
@@ -74,6 +75,7 @@ def _product_kernel(
         tl.store(to, (da * b + a * db).to(z.dtype.element_ty), mask=known)
 
 
+@launches
 def activation_tangents(x: Tensor, function: str) -> Tensor:
     """As the reference; `fuses(x)` must hold."""
     out = room(x[0], len(x) - 1)
@@ -85,6 +87,7 @@ def activation_tangents(x: Tensor, function: str) -> Tensor:
     return out
 
 
+@launches
 def product_tangents(x: Tensor, y: Tensor) -> Tensor:
     """As the reference; `fuses(x, y)` must hold."""
     out = room(x[0], len(x) - 1)

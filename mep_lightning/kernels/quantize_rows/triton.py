@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
+
 BLOCK = 1024
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds fp32 to an integer, halves to even
 
@@ -28,6 +30,7 @@ def _quantize_rows_kernel(x, q, scale, size, BLOCK: tl.constexpr):
         tl.store(q + row + at, tl.clamp(rounded, -127.0, 127.0).to(tl.int8), mask=at < size)
 
 
+@launches
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As the reference; x [O, ...] in fp32, bf16 or fp16, not empty."""
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
+
 LARGEST = 1 << 14  # elements that one program holds
 TILE = 1 << 13  # elements of the basis at a time
 
@@ -35,6 +37,7 @@ def takes(grad: Tensor, basis: Tensor) -> bool:
     return grad.is_contiguous() and grad.numel() <= LARGEST and basis.dtype.itemsize == 4
 
 
+@launches
 def subspace_project_(grad: Tensor, basis: Tensor) -> None:
     """As the reference; `takes(grad, basis)` must hold."""
     k, d = basis.shape

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.philox.triton import normal_elements
 from mep_lightning.kernels.subspace_project.triton import LARGEST, TILE, projected
 
@@ -68,6 +69,7 @@ def takes(theta: Tensor, basis: Tensor | None) -> bool:
     return theta.is_contiguous() and (basis is None or theta.numel() <= LARGEST)
 
 
+@launches
 def zo_step_(
     theta: Tensor,
     weights: Tensor,
