@@ -150,7 +150,7 @@ def _work(connection: Connection, logs: Path, threads: int | None) -> None:
     with suppress(EOFError, OSError, Interrupted):
         while True:
             cell: Cell = connection.recv()
-            with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "w", encoding="utf-8") as log:
+            with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "a", encoding="utf-8") as log:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os.dup2(log.fileno(), 1)

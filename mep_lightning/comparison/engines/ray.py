@@ -31,6 +31,12 @@ OBJECTS = 100 * 2**20
 """Bytes of a local cluster's object store: records are small."""
 GLANCE = 1e-4
 """The least of a GPU that a task can ask for: enough to see how large it is."""
+SETTINGS = {
+    "RAY_task_oom_retries": "0",  # what a node has no memory for would be tried without end
+    "RAY_worker_niceness": "0",  # seconds are measured, as of local processes
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anyone
+}
+"""Of the environment, where it does not say otherwise; Ray reads them when it is imported."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     Raises:
         UserError: none answers at the address.
     """
-    # A node without memory would otherwise be tried for ever; Ray reads it when it is imported.
-    os.environ.setdefault("RAY_task_oom_retries", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -154,6 +159,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
     else:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
         except Exception as error:  # of many kinds, all of which mean: not to be had
             raise UserError(
@@ -164,6 +170,17 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Whether anything listens at HOST:PORT: Ray itself would go on trying for minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, colon, port = address.rpartition("/")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _nodes(cpus: int) -> tuple[list[str], bool]:
@@ -185,7 +202,7 @@ def _look(nodes: Sequence[str], has_gpus: bool, root: Path, reads: Sequence[Path
     """Bytes of the smallest GPU, None where there is none; every node is asked whether it sees the files.
 
     Raises:
-        UserError: one does not, or cannot import this package.
+        UserError: one does not, or cannot run a task at all, as where this package is not installed.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -200,8 +217,8 @@ def _look(nodes: Sequence[str], has_gpus: bool, root: Path, reads: Sequence[Path
         found = ray.get([look.remote([mark, *reads], has_gpus) for look in looks])
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"a node of the Ray cluster cannot run mep-lightning ({reason(error)}): install the same version of it on "
-            "every node."
+            f"a node of the Ray cluster cannot run a first task ({reason(error).rstrip('.')}); see that it has this "
+            "version of mep-lightning, and memory."
         ) from error
     finally:
         mark.unlink(missing_ok=True)
