@@ -1,5 +1,7 @@
 """How much of a GPU a cell asks for."""
 
+from pathlib import Path
+
 import pytest
 
 from mep_lightning.commands.budget import recipe
@@ -43,3 +45,10 @@ def test_the_peak_is_the_plans_with_the_settings_that_cells_are_given():
 
 def test_nothing_is_known_of_a_base_that_cannot_be_rehearsed():
     assert peak_of_cell(find_recipe("zoodip"), "nowhere", []) is None
+
+
+def test_the_formula_is_documented_as_it_is():
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    scoring, context = (f"{size / 2**20:.0f} MiB" for size in (SCORING, OVERHEAD["cuda"]))
+    assert f"min(1, (max(training, drawing + {scoring}) + {context}) / memory of the smallest GPU)" in text
+    assert f"{scoring} for the networks that score pictures, {context} for CUDA's context" in text
