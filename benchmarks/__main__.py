@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import rows, sheets, tables
+from benchmarks import cost, rows, sheets, tables
 from benchmarks.tune import AXES
 from benchmarks.variants import SUITES
 
@@ -27,6 +27,9 @@ def main() -> None:
     args = suites.parse_args()
     if args.suite == "tables":
         tables.write()
+        return
+    if args.suite == "cost":
+        print("\n".join(cost.printed()))
         return
     if args.suite == "precisions":
         sheets.precisions()
@@ -123,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("precisions", help="draw docs/images/precisions.png, the embedded base in every precision")
     styles = suites.add_parser("styles", help="draw docs/images/styles.png, styles of the tiny world on other objects")
     styles.add_argument("--folder", type=Path, default=Path("runs/styles"), help="of the runs, which are kept")
+    suites.add_parser("cost", help="what a million subjects take on SD1.5, from the figures in benchmarks/results")
     suites.add_parser("tables", help="write the tables and plots of docs/ anew from benchmarks/results")
     return top
 

@@ -1,4 +1,4 @@
-"""`tables`: the tables and plots of docs/reproduction.md and docs/performance.md, from benchmarks/results."""
+"""`tables`: the tables and plots of docs/, from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import papers, plots
+from benchmarks import cost, papers, plots
 from benchmarks.fidelity import CARRIED
 from benchmarks.paths import DIMS, MARKS, RUNS
 from benchmarks.published import OURS, USED
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 DOCUMENTS = tuple(
     DOCS / f"{name}.md"
-    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace")
+    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace", "scaling")
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
@@ -349,6 +349,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "published": published,
     "several": batched,
     "cuda/profile-sd15": profiled,
+    "cuda/profile-sd15:cost": cost.of_a_step,
+    "cuda/methods-sd15:cost": cost.of_methods,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mep_lightning.commands.options import Options
-from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names
+from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names, recipes_folder
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 
 if TYPE_CHECKING:
     from mep_lightning.comparison.cells import Cell
+    from mep_lightning.comparison.engines import Engine
     from mep_lightning.comparison.folder import ComparisonFolder
     from mep_lightning.comparison.subjects import Subject
 
@@ -24,14 +25,22 @@ A cell is one method on one subject from one seed: `mep fit`, then `mep test`. W
 again runs the cells that are missing, and with more methods, subjects or seeds those beside them. A cell that fails, or
 runs out of memory or time, is a line in the table, and the others go on; --retry runs it again.
 
+--engine ray runs the cells as tasks of a Ray cluster: one of this machine, or the one at --address, whose nodes must
+all see --out, the photos and the base under the same paths. A cell asks for T CPUs and, where there are GPUs, for the
+part of one that `mep plan` says it takes; one whose worker or node is lost goes on elsewhere. Either engine carries on
+with what the other began.
+
 in --out: table.md, table.csv, table.json, report.html, and every cell's run below runs/
 
 examples:
   mep compare --methods zoodip,textual_inversion,lora --subjects 3 --seeds 2 --out compared
   mep compare --methods zoodip,qlora --data dreambooth/dataset --base ID_OR_DIR --only dog,cat2 --out dogs
+  mep compare --methods zoodip_fast --data SUBJECTS/ --base DIR --out /shared/many --engine ray --address auto
   mep compare --methods lora --fit "--model.precision bf16 --data.resolution 256" --data photos/ --base DIR --out small
 """
 NOT_METHODS = ("quickstart",)
+RETRIES = 3
+"""How often a cell is begun again whose Ray worker or node was lost, unless said otherwise."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -39,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     options = _options().parse_args(list(argv))
     methods = _methods(options.methods)
     _check(options)
+    _check_engine(options)
     from mep_lightning.bases import identify
     from mep_lightning.commands.chatter import quiet_after_imports
     from mep_lightning.comparison.folder import ComparisonFolder
@@ -65,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
         flush=True,
     )
     try:
-        _run_all(todo, folder, options)
+        _run_all(todo, folder, _engine(options, methods))
     finally:
         written = _write(folder, methods, subjects, options)
     print(written, flush=True)
@@ -91,23 +101,51 @@ def _options() -> Options:
     parser.add_argument("--clip", metavar="ID_OR_DIR", help="CLIP checkpoint of the scores, as for `mep test`")
     parser.add_argument("--dino", metavar="ID_OR_DIR", help="DINO checkpoint of the scores, as for `mep test`")
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")
-    parser.add_argument("--workers", type=int, default=1, metavar="W", help="cells at once, a process each (default 1)")
-    parser.add_argument("--threads", type=int, metavar="T", help="of each process (default: torch's own)")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where cells run (default: local processes)",
+    )
+    parser.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, or auto (default: one of this machine)")
+    parser.add_argument(
+        "--retries", type=int, metavar="N", help=f"of a cell whose Ray worker or node was lost (default {RETRIES})"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="W",
+        help="cells at once, a process each (default 1; of Ray: all it has room for)",
+    )
+    parser.add_argument("--threads", type=int, metavar="T", help="of each process (default: torch's own; of Ray: 1)")
     parser.add_argument("--timeout", type=float, metavar="MINUTES", help="that a cell may take")
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
     return parser
 
 
 def _check(options: Namespace) -> None:
-    for name in ("seeds", "images_per_prompt", "workers"):
+    for name in ("seeds", "images_per_prompt"):
         value = getattr(options, name)
         refuse_unless(value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
-    for name in ("max_steps", "subjects", "threads"):
+    for name in ("max_steps", "subjects", "workers", "threads"):
         value = getattr(options, name)
         refuse_unless(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
     refuse_unless(options.seeds < SEEDS, "--seeds", options.seeds, "fewer")
     fine = options.timeout is None or options.timeout > 0
     refuse_unless(fine, "--timeout", options.timeout, "minutes above 0")
+    refuse_unless(options.retries is None or options.retries >= 0, "--retries", options.retries, "0 or more")
+
+
+def _check_engine(options: Namespace) -> None:
+    """Before anything is written: whether Ray is there, and what is said to it meant for it."""
+    if options.engine == "ray":
+        from mep_lightning.comparison.engines.ray import require
+
+        require()
+        return
+    for name in ("address", "retries"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for Ray; add --engine ray, or leave it out.")
 
 
 def _methods(words: Sequence[str]) -> dict[str, Path]:
@@ -182,28 +220,63 @@ def _cell(folder: ComparisonFolder, options: Namespace, method: str, recipe: Pat
     from mep_lightning.comparison.cells import Cell
 
     run = folder.run(method, subject.name, seed).resolve()
-    fit = ["--config", str(recipe), "--run", str(run), "--model.base", options.base, "--model.seed", str(seed)]
-    fit += ["--data.path", str(subject.photos.resolve()), "--data.class_word", subject.class_word]
-    fit += ["--samples.count", "1", "--samples.every", "0"]
+    fit = ["--config", _recipe_anywhere(recipe), "--run", str(run), "--model.base", _anywhere(options.base)]
+    fit += ["--model.seed", str(seed), "--data.path", str(subject.photos.resolve())]
+    fit += ["--data.class_word", subject.class_word, "--samples.count", "1", "--samples.every", "0"]
     fit += [] if options.max_steps is None else ["--trainer.max_steps", str(options.max_steps)]
     test = ["--run", str(run), "--images-per-prompt", str(options.images_per_prompt), "--seed", str(1000 * seed)]
     for name in ("prompts", "clip", "dino"):
         value = getattr(options, name)
-        test += [] if value is None else [f"--{name}", str(value)]
+        test += [] if value is None else [f"--{name}", _anywhere(value)]
     return Cell(method, subject.name, seed, run, [*fit, *shlex.split(options.fit)], test)
 
 
-def _run_all(cells: Sequence[Cell], folder: ComparisonFolder, options: Namespace) -> None:
+def _anywhere(name: str) -> str:
+    """A file or folder by its whole path, which a process that began elsewhere finds too; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "tiny" and path.exists() else name
+
+
+def _recipe_anywhere(recipe: Path) -> str:
+    """A packaged recipe by its name, as the package may lie elsewhere on another machine; others by their path."""
+    packaged = recipes_folder()
+    inside = packaged in recipe.parents
+    return recipe.relative_to(packaged).with_suffix("").as_posix() if inside else str(recipe.resolve())
+
+
+def _engine(options: Namespace, methods: dict[str, Path]) -> Engine:
+    """What runs the cells."""
+    seconds = None if options.timeout is None else 60 * options.timeout
+    if options.engine == "local":
+        from mep_lightning.comparison.engines.local import LocalEngine
+
+        return LocalEngine(options.workers or 1, seconds, options.threads)
     from tqdm import tqdm
 
-    from mep_lightning.comparison.workers import run_all
+    from mep_lightning.comparison.engines.ray import RayEngine
+    from mep_lightning.comparison.share import peak_of_cell
+
+    named = [getattr(options, name) for name in ("base", "data", "prompts", "clip", "dino")]
+    words = [*map(_anywhere, filter(None, named)), *map(_recipe_anywhere, methods.values())]
+    return RayEngine(
+        address=options.address,
+        workers=options.workers,
+        timeout=seconds,
+        threads=options.threads or 1,
+        retries=RETRIES if options.retries is None else options.retries,
+        reads=[path for path in map(Path, words) if path.is_absolute()],
+        peak=lambda method: peak_of_cell(methods[method], options.base, shlex.split(options.fit)),
+        tell=lambda line: tqdm.write(line, file=sys.stdout),
+    )
+
+
+def _run_all(cells: Sequence[Cell], folder: ComparisonFolder, engine: Engine) -> None:
+    from tqdm import tqdm
 
     again = "Carry on with the same command."
-    seconds = None if options.timeout is None else 60 * options.timeout
     with tqdm(total=len(cells), desc="Cells", unit="cell", disable=None) as bar:
         try:
-            every = run_all(cells, folder.logs, workers=options.workers, timeout=seconds, threads=options.threads)
-            with closing(every) as ended:
+            with closing(engine.run_all(cells, folder.logs)) as ended:
                 for cell, record in ended:
                     folder.keep({"method": cell.method, "subject": cell.subject, "seed": cell.seed, **record})
                     bar.update()

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.run_folder import RunFolder
+from mep_lightning.run_folder import RunFolder, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
 STOPPED = 128
 """Exit statuses from here on say that a signal came."""
+RECORD = "cell.json"
+"""In a run's folder, what came of its cell: whoever waited for it may be gone when it is done."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def _record(cell: Cell) -> dict[str, Any]:
     from mep_lightning.commands import fit, test
     from mep_lightning.phases import Stopwatch
 
-    folder = RunFolder(cell.run)
+    folder, kept = RunFolder(cell.run), cell.run / RECORD
+    if kept.is_file():
+        return json.loads(kept.read_text())
     begun = folder.last_checkpoint.is_file()
     if not begun:
         shutil.rmtree(folder.root, ignore_errors=True)
@@ -95,8 +99,7 @@ def _record(cell: Cell) -> dict[str, Any]:
     measured = _measured(folder)
     pictures = len(list((folder.root / "evaluation").glob("*.png")))
     scores = json.loads(folder.metrics.read_text())
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # what is learned is exported
-    return {
+    record = {
         **{name: scores[name] for name in SCORES},
         **measured,
         "storage": sum(path.stat().st_size for path in _exported(folder)),
@@ -105,6 +108,9 @@ def _record(cell: Cell) -> dict[str, Any]:
         "minutes": None if begun else trained / 60,
         "seconds_per_image": drawing.seconds["sample"] / max(pictures, 1),
     }
+    write_atomically(kept, json.dumps(record) + "\n")
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # what is learned is exported
+    return record
 
 
 def _measured(folder: RunFolder) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ from mep_lightning.commands.recipes import read_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.table import Record
 from mep_lightning.errors import UserError
-from mep_lightning.plan import plan
+from mep_lightning.plan import Row, plan
 from mep_lightning.run_folder import RunFolder
 
 
@@ -22,27 +24,38 @@ def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> d
         config = RunFolder(folder.run(record["method"], record["subject"], record["seed"])).config
         if record["method"] in found or "error" in record or not config.is_file():
             continue
-        settings = read_recipe(config)
-        model, data = settings["model"], settings.get("data") or {}
-        side = data.get("resolution")
-        try:
-            rows = plan(
-                {record["method"]: recipe(str(config))},
-                base,
-                resolution=side if isinstance(side, int) else None,
-                batch_size=data.get("batch_size") or 1,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                precisions=[model["precision"]],
-                activations=model.get("activations") or "auto",
-                pictures=1,
-            )
-        except UserError:
-            continue
-        wanted = bool(model.get("checkpointing")), model.get("offload") or "none"
-        row = next((one for one in rows if (one.checkpointing, one.offload) == wanted), None)
+        row = rehearsed(config, base, read_recipe(config), device="cuda" if torch.cuda.is_available() else "cpu")
         if row is not None:
             found[record["method"]] = {
                 "training_planned": row.peak_bytes,
                 "inference_planned": row.inference_peak_bytes,
             }
     return found
+
+
+def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device: str) -> Row | None:
+    """The plan of a run; None where there is none for its settings.
+
+    Args:
+        recipe_file: what is trained and how.
+        base: as for `load_base`.
+        settings: of `model` (precision, activations, offload, checkpointing) and of `data` (resolution, batch_size).
+        device: "cuda" or "cpu".
+    """
+    model, data = settings["model"], settings.get("data") or {}
+    side = data.get("resolution")
+    try:
+        rows = plan(
+            {recipe_file.stem: recipe(str(recipe_file))},
+            base,
+            resolution=side if isinstance(side, int) else None,
+            batch_size=data.get("batch_size") or 1,
+            device=device,
+            precisions=[model.get("precision") or "fp32"],
+            activations=model.get("activations") or "auto",
+            pictures=1,
+        )
+    except UserError:
+        return None
+    wanted = bool(model.get("checkpointing")), model.get("offload") or "none"
+    return next((one for one in rows if (one.checkpointing, one.offload) == wanted), None)

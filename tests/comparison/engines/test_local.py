@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from mep_lightning.comparison.cells import Cell
-from mep_lightning.comparison.workers import Worker, run_all
+from mep_lightning.comparison.engines.local import LocalEngine, Worker
 
 
 def cell(tmp_path, seed, *words, steps="2"):
@@ -22,7 +22,7 @@ def cell(tmp_path, seed, *words, steps="2"):
 def test_a_mistake_a_hang_and_a_cell_that_works(tmp_path):
     cells = [cell(tmp_path, 0, "--model.lr", "-1"), cell(tmp_path, 1), cell(tmp_path, 2, steps="100000")]
     found = {}
-    with closing(run_all(cells, tmp_path / "logs", timeout=40, threads=1)) as ended:
+    with closing(LocalEngine(timeout=40, threads=1).run_all(cells, tmp_path / "logs")) as ended:
         for one, record in ended:
             found[one.seed] = record
     assert found[0] == {"error": "model.lr is -1.0; use a number above 0, or auto.", "kind": "failed"}
@@ -42,7 +42,7 @@ def test_a_killed_process_is_told_as_out_of_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Worker, "give", give_and_kill)
     cells = [cell(tmp_path, 0), cell(tmp_path, 1, "--model.lr", "-1")]
-    found = {one.seed: record for one, record in run_all(cells, tmp_path / "logs", threads=1)}
+    found = {one.seed: record for one, record in LocalEngine(threads=1).run_all(cells, tmp_path / "logs")}
     assert found[0] == {"error": "killed, as systems do that run out of memory", "kind": "memory"}
     assert found[1]["kind"] == "failed"
 
@@ -58,7 +58,7 @@ def test_who_goes_away_leaves_what_was_trained(tmp_path, monkeypatch):
             time.sleep(0.1)
         raise KeyboardInterrupt  # as Ctrl-C does
 
-    monkeypatch.setattr("mep_lightning.comparison.workers.wait", until_it_trains)
-    with pytest.raises(KeyboardInterrupt), closing(run_all([one], tmp_path / "logs", threads=1)) as ended:
+    monkeypatch.setattr("mep_lightning.comparison.engines.local.wait", until_it_trains)
+    with pytest.raises(KeyboardInterrupt), closing(LocalEngine(threads=1).run_all([one], tmp_path / "logs")) as ended:
         next(ended)
     assert (one.run / "checkpoints" / "last.ckpt").is_file()

@@ -1,23 +1,28 @@
-"""Cells in processes of their own: one that dies, hangs or runs out of memory loses that cell alone."""
+"""Cells in processes of this machine: one that dies, hangs or runs out of memory loses that cell alone."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import get_context
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from mep_lightning.comparison.cells import Cell, Interrupted, run
+from mep_lightning.comparison.engines import Ended
 
 PATIENCE = 60.0
 """Seconds that a process has to save what it trained once it is told to stop."""
+ATTENTION = 1.0
+"""Seconds after which who waits looks up: an interrupt that is no signal, as Ray's, wakes nobody."""
 
 
 class Worker:
@@ -59,51 +64,53 @@ class Worker:
         self.connection.close()
 
 
-def run_all(
-    cells: Sequence[Cell], logs: Path, *, workers: int = 1, timeout: float | None = None, threads: int | None = None
-) -> Generator[tuple[Cell, dict[str, Any]]]:
-    """Every cell with its record, in the order in which they end.
+@dataclass(frozen=True)
+class LocalEngine:
+    """Cells in processes of this machine.
 
     Args:
-        cells: what to run.
-        logs: the folder for what they print.
         workers: processes at once.
         timeout: seconds that a cell may take.
-        threads: of torch in each process.
-
-    A cell whose process died or took too long has the record `error` and `kind` "memory", "failed" or "time". When the
-    caller goes away, as with Ctrl-C, the processes save what they have trained.
+        threads: of torch in each process; None leaves them.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    waiting = deque(cells)
-    busy: list[Worker] = []
-    try:
-        while waiting or busy:
-            while waiting and len(busy) < workers:
-                busy.append(Worker(logs, threads))
-                busy[-1].give(waiting.popleft())
-            for worker, record in _ended(busy, timeout):
-                cell = worker.cell
-                assert cell is not None
-                if waiting and worker.process.is_alive():
-                    worker.give(waiting.popleft())
-                else:
-                    busy.remove(worker)
-                    worker.dismiss()
-                yield cell, record
-    finally:
-        for worker in busy:
-            if worker.process.is_alive():
-                worker.process.terminate()  # all at once
-        for worker in busy:
-            worker.stop()
+
+    workers: int = 1
+    timeout: float | None = None
+    threads: int | None = None
+
+    def run_all(self, cells: Sequence[Cell], logs: Path) -> Ended:
+        """As `Engine.run_all`."""
+        logs.mkdir(parents=True, exist_ok=True)
+        waiting = deque(cells)
+        busy: list[Worker] = []
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self.workers:
+                    busy.append(Worker(logs, self.threads))
+                    busy[-1].give(waiting.popleft())
+                for worker, record in _ended(busy, self.timeout):
+                    cell = worker.cell
+                    assert cell is not None
+                    if waiting and worker.process.is_alive():
+                        worker.give(waiting.popleft())
+                    else:
+                        busy.remove(worker)
+                        worker.dismiss()
+                    yield cell, record
+        finally:
+            for worker in busy:
+                if worker.process.is_alive():
+                    worker.process.terminate()  # all at once
+            for worker in busy:
+                worker.stop()
 
 
 def _ended(busy: Sequence[Worker], timeout: float | None) -> list[tuple[Worker, dict[str, Any]]]:
     """The workers whose cell came to an end, each with its record."""
-    patience = None
+    patience = ATTENTION
     if timeout is not None:
-        patience = max(0.0, min(worker.began for worker in busy) + timeout - time.monotonic())
+        left = min(worker.began for worker in busy) + timeout - time.monotonic()
+        patience = min(patience, max(0.0, left))
     ready = wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy], patience)
     ended = []
     for worker in busy:
@@ -135,6 +142,7 @@ def _death(status: int | None) -> dict[str, Any]:
 def _work(connection: Connection, logs: Path, threads: int | None) -> None:
     """What a process does: cells as they come, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told as well, and says when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads is not None:
         import torch
 
@@ -142,9 +150,17 @@ def _work(connection: Connection, logs: Path, threads: int | None) -> None:
     with suppress(EOFError, OSError, Interrupted):
         while True:
             cell: Cell = connection.recv()
-            with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "w", encoding="utf-8") as log:
+            with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "a", encoding="utf-8") as log:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 connection.send(run(cell))
+
+
+def _end_with_parent() -> None:
+    """Nobody would hear of the cell, and the next try may begin at once in the same folder: what is saved is saved."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
