@@ -215,8 +215,11 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     run, trainer, model, data = cli.request.run, cli.trainer, cli.model, cli.datamodule
     assert run is not None
     os.environ[RUN_VARIABLE] = str(run.root)
+    if cli.request.resume and is_first_process():
+        run.sweep()
     first_step = _step_of(run.last_checkpoint) if cli.request.resume else 0
-    if 0 < trainer.max_steps <= first_step:
+    ended = first_step == trainer.max_steps > 0 and not _is_finished(run)  # killed between its last step and its report
+    if 0 < trainer.max_steps <= first_step and not ended:
         say(
             f"{run.root} is at step {first_step}. Nothing is left to train; add --trainer.max_steps with a larger "
             "number to go on."
@@ -264,6 +267,8 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         _report(run)
         return _stopped(run, trainer, cli.stopper.received)
     _report(run)
+    if model.skipped.total:
+        say(f"{model.skipped.total} steps were skipped, as their loss or gradient was not finite.")
     say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
     prompt = f"a photo of a {model.adapter.phrase(model.class_word)}"
     say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
@@ -284,7 +289,16 @@ def _step_of(checkpoint: Path) -> int:
     return int(read_checkpoint(checkpoint)["global_step"])
 
 
+def _is_finished(run: RunFolder) -> bool:
+    """Whether a run has written all that comes after its last checkpoint; the report is the last of it."""
+    if not (run.report.is_file() and run.adapter.is_dir()):
+        return False
+    return run.report.stat().st_mtime_ns >= run.last_checkpoint.stat().st_mtime_ns
+
+
 def _span(first_step: int, max_steps: int) -> str:
+    if 0 < max_steps == first_step:
+        return f"Resuming at step {first_step}, the last: what comes after the training is still to be made."
     start = f"Resuming at step {first_step}" if first_step else "Training"
     return (
         f"{start} for {max_steps - first_step} steps." if max_steps > 0 else f"{start}, without end: stop with Ctrl-C."

@@ -22,7 +22,7 @@ from mep_lightning.errors import human
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
-from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.run_folder import TEMPORARY, RunFolder, write_atomically
 
 STEPS = 8  # grids of the training that it shows at most
 SCORES = {
@@ -201,6 +201,8 @@ def _read_loss(page: Page, run: RunFolder) -> None:
     steps, losses = [int(step) for step, _ in rows], [loss for _, loss in rows]
     page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
     page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
+    if skipped := [count for (count,) in _logged(run, ("train/skipped",)) if math.isfinite(count)]:
+        page.loss_note += f"; {max(skipped):.0f} steps were skipped, as their loss or gradient was not finite"
     if taken := _logged(run, ("step", "train/timestep", "train/high")):
         _read_branches(page, run, taken)
 
@@ -252,7 +254,8 @@ def _read_memory(page: Page, run: RunFolder) -> None:
 
 def _read_exports(page: Page, run: RunFolder) -> None:
     if run.adapter.is_dir():
-        files = sorted(path for path in run.adapter.rglob("*") if path.is_file())
+        found = (path for path in run.adapter.rglob("*") if path.is_file())
+        files = sorted(path for path in found if not path.name.startswith(TEMPORARY))
         page.exports = [(str(path.relative_to(run.root)), human(path.stat().st_size)) for path in files]
     if not page.exports:
         page.missing.append("adapter/ (the Export callback writes it)")
