@@ -1,4 +1,4 @@
-"""`kill`: runs of `mep fit` are killed at random moments and resumed; their exports must be those of a run that was not.
+"""`kill`: runs of `mep fit` are killed at random moments and resumed; they must export what a run does that was not.
 
 A process is forked from one that has imported everything, so that moments fall on a run's work. Every other kill comes
 at a random time; the others come while a file is being written, when a temporary is seen in the run's folder.
@@ -32,7 +32,7 @@ WRITES = 12
 LOOK = 0.0005
 """Seconds between two looks for a temporary."""
 SHORT = (
-    *("--model.base", "tiny", "--samples.count", "1", "--samples.every", "12", "--samples.steps", "2"),
+    *("--model.base", "tiny", "--samples.count", "1", "--samples.every", "10", "--samples.steps", "1"),
     *("--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "5", "--no-plan"),
 )
 METHODS: dict[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         "8",
     ),
     "lora": (
-        *("--config", "lora", "--trainer.max_steps", "16", "--checkpoint.every", "3"),
+        *("--config", "lora", "--trainer.max_steps", "12", "--checkpoint.every", "3"),
         *("--model.adapter.init_args.rank", "4"),
     ),
     "hollowed_net": (
@@ -56,7 +56,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What is killed: a token in forward passes, a LoRA, and one that makes activations ready before it trains."""
-HOLLOW = "trainer: {callbacks: [{class_path: HollowedActivations, init_args: {fraction: auto, samples: 64}}]}\n"
+HOLLOW = "trainer: {callbacks: [{class_path: HollowedActivations, init_args: {fraction: auto, samples: 48}}]}\n"
 PHASES = ("before its settings are kept", "loading", "stage 1", "training", "after the last step")
 WHEN = ("at a random time", "while a file is written")
 
@@ -236,7 +236,7 @@ def _at_write(root: Path, count: int, process: Any) -> bool:
     """Wait until so many files were seen being written; whether the process still is about it."""
     seen: set[str] = set()
     while process.is_alive():
-        seen |= {path for path in _temporaries(root)}
+        seen.update(_temporaries(root))
         if len(seen) >= count:
             return process.is_alive()
         time.sleep(LOOK)
@@ -259,9 +259,10 @@ def _finish(victim: Victim, tally: Tally) -> bool:
     """Let the run come to its end; False, and a lost run, where it does not."""
     process = victim.start()
     process.join(PATIENCE)
-    if process.exitcode == 0 and not broken(victim.run.root) and not _temporaries(victim.run.root):
-        if (victim.run.samples / "after.png").is_file() and victim.run.adapter.is_dir():
-            return True
+    is_there = (victim.run.samples / "after.png").is_file() and victim.run.adapter.is_dir()
+    is_clean = not broken(victim.run.root) and not _temporaries(victim.run.root)
+    if process.exitcode == 0 and is_there and is_clean:
+        return True
     if process.is_alive():
         process.kill()
         process.join()
