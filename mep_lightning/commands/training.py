@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -46,7 +47,7 @@ from mep_lightning.commands.settings import (
     save_config,
 )
 from mep_lightning.distributed import LostRankError
-from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.errors import CheckpointError, UserError, reason
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
@@ -261,6 +262,13 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         if isinstance(error, CheckpointError):
             raise UserError(f"{run.last_checkpoint}: {error}") from error
         raise
+    except Exception as error:
+        if before is not None and _is_restoring(trainer) and not isinstance(error, (OSError, torch.OutOfMemoryError)):
+            raise UserError(
+                f"{run.last_checkpoint} cannot be gone on from ({reason(error)}): it is damaged; delete it to begin "
+                "this run from its first step."
+            ) from error
+        raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return _stopped(run, trainer, signal.SIGINT)
     if cli.stopper.received is not None:
@@ -273,6 +281,11 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     prompt = f"a photo of a {model.adapter.phrase(model.class_word)}"
     say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
     return 0
+
+
+def _is_restoring(trainer: Trainer) -> bool:
+    """Whether Lightning is about handing out what a checkpoint holds."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
 
 
 def show_all_options(arguments: list[str]) -> int:
