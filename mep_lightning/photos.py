@@ -216,6 +216,8 @@ def _metadata_entry(line: str, where: str) -> tuple[str, str]:
     for key in ("file_name", "text"):
         if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
             raise UserError(f'{where} lacks "{key}": write {{"file_name": "1.jpg", "text": "…"}}')
+    if any("\ud800" <= letter <= "\udfff" for letter in entry["text"]):
+        raise UserError(f"{where} holds half of a character (\\ud800 to \\udfff): write it whole")
     return entry["file_name"], entry["text"]
 
 

@@ -24,6 +24,8 @@ GROWTH = 0.01
 """Memory is flat if, with twice its slope's error, it grows by less than this share of itself in `STEPS` steps."""
 SLOWING = 0.05
 """Speed is flat if, with twice its slope's error, it falls by less than this share of itself in `STEPS` steps."""
+FLAT, UNDECIDED, CHANGES = 1, 0, -1
+"""Verdicts: where it is not flat, it changes if its slope is beyond twice its error, and else the run was too short."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,11 @@ class Slope:
     error: float
     mean: float
 
-    @property
-    def growth(self) -> float:
-        """The most that it may be, as a share of the mean."""
-        return (self.value + 2 * self.error) / self.mean
-
-    @property
-    def fall(self) -> float:
-        """The most that it may fall, as a share of the mean."""
-        return (2 * self.error - self.value) / self.mean
+    def verdict(self, share: float, sign: int) -> int:
+        """Whether it may grow (sign 1) or fall (sign -1) by a share of the mean."""
+        if (sign * self.value + 2 * self.error) / self.mean < share:
+            return FLAT
+        return CHANGES if sign * self.value > 2 * self.error else UNDECIDED
 
 
 def fit_slope(steps: Sequence[float], figures: Sequence[float]) -> Slope:
@@ -114,7 +112,7 @@ def run(steps: int = STEPS, method: str = "zoodip") -> list[Row]:
 
 
 def rows(case: str, watch: Watch, steps: int, seconds: float) -> list[Row]:
-    """The figures of a run, and the verdicts: 1 for flat."""
+    """The figures of a run, and the verdicts."""
     first = int(SETTLED * len(watch.steps))
     settled = watch.steps[first:]
     memory, speed = fit_slope(settled, watch.resident[first:]), fit_slope(settled, watch.speeds[first:])
@@ -124,11 +122,11 @@ def rows(case: str, watch: Watch, steps: int, seconds: float) -> list[Row]:
         ("resident memory", memory.mean, "MiB"),
         ("resident memory, slope", memory.value, f"MiB / {STEPS} steps"),
         ("resident memory, error of the slope", memory.error, f"MiB / {STEPS} steps"),
-        ("resident memory is flat", float(memory.growth < GROWTH), "yes or no"),
+        ("resident memory, verdict", memory.verdict(GROWTH, 1), "1 flat, 0 undecided, -1 grows"),
         ("speed", speed.mean, "steps / s of the processor"),
         ("speed, slope", speed.value, f"steps / s / {STEPS} steps"),
         ("speed, error of the slope", speed.error, f"steps / s / {STEPS} steps"),
-        ("speed is flat", float(speed.fall < SLOWING), "yes or no"),
+        ("speed, verdict", speed.verdict(SLOWING, -1), "1 flat, 0 undecided, -1 falls"),
     ]
     found = [row("soak", case, metric, value, unit) for metric, value, unit in figures]
     found.append({**row("soak", case, "samples", len(watch.steps), "samples"), "resident_mib": watch.resident})

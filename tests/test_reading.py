@@ -5,6 +5,7 @@ import os
 import pytest
 import yaml
 
+from mep_lightning.cli import shortened
 from mep_lightning.commands.recipes import read_recipe
 from mep_lightning.errors import UserError
 from mep_lightning.reading import LARGEST, load_yaml, read_json, read_text
@@ -63,3 +64,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_json_that_cannot_be_read_is_none(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     assert read_json(tmp_path / "a.json") is None
+
+
+def test_a_sentence_that_repeats_a_long_setting_keeps_its_beginning_and_its_mend():
+    told = shortened(f"mine.yaml: model.base is {'x' * 5000!r};\nuse tiny.")
+    assert len(told) < 600 and told.startswith("mine.yaml: model.base is 'xx") and told.endswith("xx'; use tiny.")
+    assert shortened("a.png is empty") == "a.png is empty"
