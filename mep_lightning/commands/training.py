@@ -44,6 +44,7 @@ from mep_lightning.commands.settings import (
     refuse_changes,
     refuse_endless_decay,
     refuse_impossible,
+    refuse_nulls,
     save_config,
 )
 from mep_lightning.distributed import LostRankError
@@ -113,6 +114,7 @@ class FitCLI(LightningCLI):
         sources = Sources(self.request.recipes, self.request.settings)
         self.config = _parsed(parser, args, sources)
         refuse_impossible(self.config, sources.where)
+        refuse_nulls(self.config, sources.where)
 
     def before_instantiate_classes(self) -> None:
         fill_in_auto(self.config)
