@@ -29,6 +29,7 @@ def describe(module: Any) -> dict[str, Any]:
         "horizon": module.horizon,
         "hollow": _hollow(module),
         "estimators": [one.state_dict() for one in module.estimators],
+        "skipped": [module.skipped.total, module.skipped.in_a_row],
     }
 
 

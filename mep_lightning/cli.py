@@ -21,6 +21,8 @@ COMMANDS = {
     "doctor": "show versions, devices and which kernels are active",
 }
 
+LONGEST = 600
+"""Characters of what is said about a mistake."""
 HELP = f"""usage: mep COMMAND [options]
 
 Teaches a text-to-image diffusion model a new subject or style from a few photos, in very little memory.
@@ -70,7 +72,7 @@ def sentence_about(error: Exception, command: str) -> tuple[str, int] | None:
     """What to tell a user about an error, and the exit status; None where only a traceback helps."""
     kind = type(error).__name__
     if isinstance(error, UserError):
-        return str(error), 2
+        return shortened(str(error)), 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         again = "carry on with --resume" if command == "fit" else "try again"
         return f"{_place(error) or 'the run folder'}: the disk is full; make room and {again}.", 1
@@ -82,6 +84,12 @@ def sentence_about(error: Exception, command: str) -> tuple[str, int] | None:
     if kind == "MisconfigurationException":  # Lightning's own word for wrong Trainer settings
         return f"wrong trainer setting: {error}", 2
     return None
+
+
+def shortened(sentence: str) -> str:
+    """A sentence in one line; of one that repeats a setting of any length, the beginning and the mend at its end."""
+    sentence = " ".join(sentence.split())
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST // 2]} … {sentence[-LONGEST // 3 :]}"
 
 
 def _place(error: OSError) -> str:

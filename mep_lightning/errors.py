@@ -19,10 +19,14 @@ def refuse_unless(fine: bool, name: str, value: object, mend: str) -> None:
         raise UserError(f"{name} is {value}; use {mend}.")
 
 
+LONGEST = 200
+"""Characters of what a library says."""
+
+
 def reason(error: BaseException) -> str:
-    """What a library's exception says, in a line: its first, or its name where it says nothing."""
+    """What a library's exception says, in a short line: its first, or its name where it says nothing."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0][:LONGEST] if text else type(error).__name__
 
 
 def human(size: float) -> str:

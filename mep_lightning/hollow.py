@@ -30,6 +30,7 @@ from mep_lightning.bases.walk import activation_at
 from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError, human, refuse_unless
 from mep_lightning.phases import phase
+from mep_lightning.reading import read_json
 from mep_lightning.run_folder import write_atomically
 
 FAR = 0.05
@@ -223,16 +224,16 @@ def _done(progress: Path, path: Path, key: str, size: int) -> int:
     if not progress.is_file():
         return 0
     try:
-        said = json.loads(progress.read_text())
+        said = read_json(progress)
         theirs, done = said["key"], int(said["done"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0  # damaged: they are made again
     if theirs != key:
         raise UserError(
             f"{path} holds activations of another base, precision, cut, photos, prompts or seed: delete it, or name "
             "another folder"
         )
-    return done if path.is_file() and path.stat().st_size == size else 0
+    return max(done, 0) if path.is_file() and path.stat().st_size == size else 0
 
 
 def _reserve(path: Path, size: int) -> None:

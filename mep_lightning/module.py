@@ -52,6 +52,7 @@ from mep_lightning.optimization import OPTIMIZERS, SCHEDULES
 from mep_lightning.phases import phase
 from mep_lightning.preparation import acquaint, encode
 from mep_lightning.selection import Selector
+from mep_lightning.skipping import Skipped, gradients, is_sound, norm_of, skip
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler, UniformTimesteps
 
@@ -165,6 +166,8 @@ class PersonalizationModule(LightningModule):
         """Of the loss of what the class looks like (`PriorPreservation`)."""
         self.example: str | None = None
         """A prompt that will be trained on, with "{}" where the subject goes; None where none is known."""
+        self.skipped = Skipped()
+        """Steps whose loss or gradient was not finite."""
         self._texts: list[str] = []
         for one in self.estimators:
             if one.seed is None:
@@ -307,21 +310,29 @@ class PersonalizationModule(LightningModule):
         with phase("step"):
             self._log_step(*self._step(batch))
 
-    def _step(self, batch: dict[str, Any]) -> tuple[Draw, Tensor]:
-        draw, optimizer = self.draw(batch), self.optimizers()
+    def _step(self, batch: dict[str, Any]) -> tuple[Draw, Tensor, Tensor | None]:
+        step, draw, optimizer = self.global_step, self.draw(batch), self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one optimizer: its wrapped step is what Lightning counts
         estimator = self.estimator if draw.high else self.low_estimator
         optimizer.zero_grad()
         with torch.autocast(self.device.type, enabled=self._autocast(estimator)):
             losses = give_gradient(self, estimator, draw, optimizer.optimizer)
-        optimizer.step()
+        grads = gradients(self)
+        norm = norm_of(grads)
+        sound = is_sound(estimator, losses, optimizer.optimizer, grads, norm)
+        if not sound:
+            skip(optimizer.optimizer)
+        optimizer.step()  # a skipped step is counted too: the next one draws anew
         if isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # manual optimisation steps it by hand
             scheduler.step()
         if self.ranks.world > 1 and self.global_step % COMPARED_EVERY == 0:
             hold_alike(self)
-        if self.subspace:
+        if self.subspace and sound:
             agreed(self, self.subspace.observe, self.adapter.numbered()[0].detach())
-        return draw, losses
+        self.skipped.note(sound, step)
+        if not grads and (made := gradients(self)):  # from what the losses said of directions
+            grads, norm = made, norm_of(made)
+        return draw, losses, norm if grads else None
 
     def draw(self, batch: dict[str, Any]) -> Draw:
         """Noise, timesteps, texts and branch of this step, a pure function of (seed, step, batch) and of the rank.
@@ -389,14 +400,14 @@ class PersonalizationModule(LightningModule):
         """
         return objective.losses(self, members, draw)
 
-    def _log_step(self, draw: Draw, losses: Tensor) -> None:
-        count, trained = len(draw.prompts), self.adapter.numbered().values()
-        grads = [theta.grad for theta in trained if theta.grad is not None]
+    def _log_step(self, draw: Draw, losses: Tensor, norm: Tensor | None) -> None:
+        count = len(draw.prompts)
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=count)
         # What a step has not is told as such: a logger would repeat the last that it heard.
-        norm = torch.nn.utils.get_total_norm(grads) if grads else math.nan
-        if grads or self.selector is not None:
-            self.log("train/grad_norm", norm, batch_size=count)
+        if norm is not None or self.selector is not None:
+            self.log("train/grad_norm", math.nan if norm is None else norm, batch_size=count)
+        if self.skipped.total:
+            self.log("train/skipped", float(self.skipped.total), batch_size=count)
         if self.ranks.world > 1:
             self.log("train/bytes_sent", float(self.ranks.sent), batch_size=count)  # by this process so far
         if self.selector is not None:
@@ -452,6 +463,7 @@ class PersonalizationModule(LightningModule):
         """
         refuse_another_run(checkpoint, self)
         self.horizon = checkpoint["mep"].get("horizon")
+        self.skipped = Skipped.from_checkpoint(checkpoint["mep"].get("skipped"))
         if self.subspace:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
         for one, state in zip(self.estimators, checkpoint["mep"].get("estimators", []), strict=False):

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mep_lightning.errors import UserError
+from mep_lightning.reading import read_text
 
 Crop = Literal["center", "letterbox"]
 
@@ -209,16 +210,19 @@ def read_captions(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def _metadata_entry(line: str, where: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{where} is no JSON ({error.msg}): write {{"file_name": "1.jpg", "text": "…"}}') from error
+    except (ValueError, RecursionError) as error:  # digits without end are a ValueError
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
+        raise UserError(f'{where} is no JSON ({why}): write {{"file_name": "1.jpg", "text": "…"}}') from error
     for key in ("file_name", "text"):
         if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
             raise UserError(f'{where} lacks "{key}": write {{"file_name": "1.jpg", "text": "…"}}')
+    if any("\ud800" <= letter <= "\udfff" for letter in entry["text"]):
+        raise UserError(f"{where} holds half of a character (\\ud800 to \\udfff): write it whole")
     return entry["file_name"], entry["text"]
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: save it as UTF-8 or remove it") from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are written to be renamed."""
+FULL = re.compile(r"no space left|os error 28\b|unexpected pos|file write failed|disk quota", re.IGNORECASE)
+"""How libraries that write files by themselves tell of a full disk."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,25 @@ class RunFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is there yet: no folder, or a folder without a file."""
-        return not self.root.exists() or not any(self.root.iterdir())
+        """Whether nothing is there yet: no folder, or a folder without a file that was written to its end."""
+        return not self.root.exists() or all(path.name.startswith(TEMPORARY) for path in self.root.iterdir())
+
+    def sweep(self) -> None:
+        """Remove the half-written files that a kill left behind; nobody else may be writing to the folder."""
+        for path in self.root.rglob(f"{TEMPORARY}*") if self.root.is_dir() else ():
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write to, and puts it in `path`'s place when the body succeeds: write, fsync, rename.
+    """Yields a path to write to, and puts it in `path`'s place when the body succeeds: write, fsync, rename, fsync.
 
     A crash, a full disk or an exception leaves the old file as it was. The path to write to keeps the suffix. The file
     gets the mode that any new file gets, whatever wrote it: safetensors makes files that only their owner can read.
+
+    Raises:
+        OSError: as the system told it; with ENOSPC where a library has told of a full disk in words of its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +138,28 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write names no file
+            raise OSError(error.errno, os.strerror(error.errno), str(temporary)) from error
+        raise
+    except Exception as error:
+        if FULL.search(str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a name outlast a power cut; systems that cannot open or sync a folder do without."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:

@@ -1,10 +1,14 @@
 """The run's folder: names that are never shared, files that are whole or not there."""
 
+import errno
 import os
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
@@ -74,3 +78,80 @@ def test_is_empty(tmp_path, made, empty):
         (tmp_path / name).touch()
     assert RunFolder(tmp_path).is_empty is empty
     assert RunFolder(tmp_path / "missing").is_empty
+
+
+def test_leftovers_of_a_kill_are_nothing_and_are_swept(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for path in (run.root / ".tmp-1-config.yaml", run.adapter / ".tmp-1-learned_embeds.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    run.adapter.rename(run.root / ".tmp-adapter")
+    assert run.is_empty
+    (run.root / ".tmp-adapter").rename(run.adapter)
+    assert not run.is_empty
+    run.config.write_text("whole")
+    run.sweep()
+    assert [path for path in run.root.rglob("*") if path.is_file()] == [run.config]
+
+
+def test_the_name_outlasts_a_power_cut_too(tmp_path, monkeypatch):
+    """The folder is synced after the rename, and the file before it."""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *given: (done.append("renamed"), replace(*given)))
+    write_atomically(tmp_path / "a.json", "{}")
+    assert done == [False, "renamed", True]
+
+
+FULL = {
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "python": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("library", FULL)
+def test_a_full_disk_is_told_as_the_systems_whatever_the_library_calls_it(tmp_path, library):
+    path = write_atomically(tmp_path / "a.ckpt", "old")
+
+    def fill_up():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise FULL[library]
+
+    with pytest.raises(OSError, match="No space left") as told:
+        fill_up()
+    assert told.value.errno == errno.ENOSPC and Path(told.value.filename).parent == tmp_path
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_on_a_disk_that_is_full_the_old_file_stays(small_disk):
+    tensors = {"a": torch.zeros(2**20)}
+    writers = {"a.ckpt": lambda to: torch.save(tensors, to), "a.safetensors": lambda to: save_file(tensors, to)}
+    writers["a.json"] = lambda to: to.write_bytes(bytes(2**22))
+    for name, write in writers.items():
+        write_atomically(small_disk / name, "old")
+
+        def replace(name=name, write=write):
+            with replacing(small_disk / name) as temporary:
+                write(temporary)
+
+        with pytest.raises(OSError, match="No space left") as told:
+            replace()
+        assert told.value.errno == errno.ENOSPC
+        del told  # its frames hold the file that was being written, and with it the disk
+        assert (small_disk / name).read_text() == "old"
+    assert sorted(path.name for path in small_disk.iterdir()) == sorted(writers)

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mep_lightning.bases import Base
-from mep_lightning.errors import UserError
+from mep_lightning.errors import LONGEST, UserError, reason
 from mep_lightning.estimators.perturbation import HERE, Members
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What exported values may be."""
 PREFIX = "mep."
 """What our keys in a file's metadata start with."""
 STYLE = "style"
@@ -180,15 +183,20 @@ def read_export(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str
     """The tensors of an exported file, and our own keys of its metadata.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is not there, damaged, or holds values that are no finite numbers.
     """
     path = directory / name
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{directory} holds no {name}: give the folder of a finished run or of an export")
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
             metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): export it again") from None
+    except Exception as error:  # a header may name kinds of numbers that torch lacks, and sizes that no memory holds
+        raise UserError(f"{path} is damaged ({reason(error)}): export it again") from None
+    for key, value in tensors.items():
+        if value.dtype not in FLOATS:
+            raise UserError(f"{path} holds {key[:LONGEST]} as {value.dtype}, not as floating point: export it again")
+        if not value.isfinite().all():
+            raise UserError(f"{path} holds values that are not finite: export it again")
     return tensors, {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mep_lightning.adapters.adapter import Adapter, read_export, take_shapes
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
-from mep_lightning.run_folder import replacing
+from mep_lightning.run_folder import replacing, write_atomically
 
 FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -78,17 +78,14 @@ class FullUNet(Adapter):
         self.refuse_infinite()
         path = Path(directory) / FILE
         tensors = {name.replace("/", "."): theta.detach().cpu().contiguous() for name, theta in self.weights.items()}
+        for unet in self._within:
+            write_atomically(path.with_name("config.json"), unet.to_json_string())  # type: ignore[operator]
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"format": "pt", **self.metadata()})
-        for unet in self._within:
-            unet.save_config(path.parent)  # type: ignore[operator]
         return [path]
 
     def load_export(self, directory: Path) -> None:
-        path = Path(directory) / FILE
         tensors, origin = read_export(Path(directory), FILE)
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise UserError(f"{path} holds values that are not finite: export it again")
         self.token = origin.pop("token", self.token)
         self.origin, self._are_loaded = origin, True
         self.weights = nn.ParameterDict(

@@ -180,8 +180,8 @@ class LoRA(LayerAdapter):
         pairs = {name.removeprefix("unet."): (tensors.get(name + DOWN), tensors.get(name + UP)) for name in names}
         if not pairs or len(tensors) != 2 * len(pairs) or any(up is None for _, up in pairs.values()):
             raise UserError(f"{path} holds no LoRA of a U-Net in diffusers' keys (unet.….lora_A.weight, lora_B.weight)")
-        if not all(factor.isfinite().all() for factor in tensors.values()):
-            raise UserError(f"{path} holds values that are not finite: export it again")
+        if any(factor.dim() not in (2, 4) or factor.numel() == 0 for factor in tensors.values()):
+            raise UserError(f"{path} holds factors that are no matrices or kernels: export it again")
         ranks = {len(down) for down, _ in pairs.values()}  # type: ignore[arg-type]
         if len(ranks) > 1:
             raise UserError(f"{path} has layers of different ranks ({', '.join(map(str, sorted(ranks)))})")

@@ -146,8 +146,6 @@ class QuantizationScales(LayerAdapter):
         is_whole = names and len(names) + len(inputs) == len(tensors) and (not inputs or set(inputs) == set(names))
         if not is_whole or any(value.dim() != 1 for value in tensors.values()):
             raise UserError(f"{path} holds no scales of a U-Net (….scale, and ….input_scale for all or none)")
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise UserError(f"{path} holds values that are not finite: export it again")
         self.targets, self.input_channels = names, bool(inputs)
         self.token = origin.pop("token", self.token)
         self.origin = origin

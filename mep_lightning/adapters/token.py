@@ -55,6 +55,8 @@ class TokenEmbedding(Adapter):
     def attach(self, base: Base, class_word: str | None = None, without: Collection[nn.Module] = ()) -> None:
         """Start from the embedding of `init`; `theta` is [vectors, D], D the text encoders' widths added up."""
         if self.theta is not None:
+            if self.theta.dim() != 2 or len(self.theta) == 0:
+                raise UserError(f"the token {self.token} is {list(self.theta.shape)}, not [vectors, D]: it is damaged")
             self.vectors = len(self.theta)
         with_tokens(base.tokenizers[0], {self.token: self.vectors})  # refuses a name that is already a word
         widths = base.text_widths
@@ -143,8 +145,8 @@ class TokenEmbedding(Adapter):
         token = named if names == XL_KEYS else names[0]
         if len(token.split()) != 1 or len(token) > LONGEST:
             raise UserError(f"{path} names its token {token[:LONGEST]!r}: it must be one word, such as <sks>")
-        if not all(len(part) and part.isfinite().all() for part in parts):
-            raise UserError(f"{path} holds no vectors, or ones that are not finite: export it again")
+        if not all(len(part) for part in parts):
+            raise UserError(f"{path} holds no vectors: export it again")
         self.token = token
         self.widths = [part.shape[1] for part in parts]
         self.vectors = len(parts[0])

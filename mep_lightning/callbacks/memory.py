@@ -148,7 +148,9 @@ class MemoryProfiler(Callback):
         self._meter.stop()
         memory, self._meter = self._meter.summary(), None
         if trainer is not None and trainer.is_global_zero and memory["phases"]:
-            write(memory, RunFolder(Path(trainer.default_root_dir)))
+            run = RunFolder(Path(trainer.default_root_dir))
+            if "step" in memory["phases"] or not run.memory_json.is_file():  # figures of a training outlast an attempt
+                write(memory, run)
 
 
 def write(memory: dict[str, Any], run: RunFolder) -> None:

@@ -24,6 +24,7 @@ from mep_lightning.templates import fill
 
 SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5, "sampling_batch": 1}
 """How a module is sampled whose method and base have no defaults."""
+NEVER = -1
 
 
 class Samples(Callback):
@@ -66,7 +67,7 @@ class Samples(Callback):
         refuse_unless(few, "samples.batch_size", batch_size, "1 or more, or auto")
         self.every, self.prompts, self.count, self.seed = every, prompts, count, seed
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
-        self._shown_at = -1
+        self._shown_at = NEVER
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts that would show nothing of what is learned, before anything is loaded."""
@@ -118,6 +119,11 @@ class Samples(Callback):
         """What was learned, beside what was there before."""
         if trainer.is_global_zero and self._show_if_it_fits(trainer, pl_module, "after"):
             self._compare(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was killed after its last step has nothing to train when it is resumed, and this to draw."""
+        if self._shown_at == NEVER:
+            self.on_train_end(trainer, pl_module)
 
     def texts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """The prompts of this run with the subject filled in."""

@@ -19,8 +19,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import LONGEST, UserError
 from mep_lightning.phases import phase
+from mep_lightning.reading import LARGEST_LOG
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
 
 NEEDED = (
@@ -45,6 +46,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or lacks something; the message names the file and the key.
     """
     mend = "delete it to begin this run from its first step"
+    if not path.is_file():
+        raise UserError(f"{path} is no file; {mend}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler raise
@@ -56,7 +59,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if not isinstance(node, dict) or part not in node:
                 raise UserError(f"{path} lacks {key}: it is damaged, or of another program; {mend}.")
             node = node[part]
+    for section in ("state_dict", "optimizer_states", "mep"):
+        if infinite := _infinite(checkpoint.get(section), section):
+            raise UserError(f"{path} holds {infinite} with values that are not finite: it is damaged; {mend}.")
+    step = checkpoint["global_step"]
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise UserError(f"{path} says that it is at step {str(step)[:LONGEST]!r}: it is damaged; {mend}.")
     return checkpoint
+
+
+def _infinite(node: Any, name: str) -> str | None:
+    """The name of a tensor in a part of a checkpoint that holds another value than numbers; None where none does."""
+    if isinstance(node, torch.Tensor):
+        return name if node.is_floating_point() and not node.isfinite().all() else None
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return next((found for key, child in children if (found := _infinite(child, f"{name}.{key}"))), None)
 
 
 class LastCheckpoint(Checkpoint):
@@ -174,7 +191,9 @@ def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """The rows that are whole; none where there is no log yet."""
-    if not path.is_file():
+    if not path.exists():
         return []
+    if not path.is_file() or path.stat().st_size > LARGEST_LOG:
+        raise UserError(f"{path} is no log of a run: remove it.")
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         return [row for row in csv.DictReader(file) if None not in row and (row.get("step") or "").isdecimal()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mep_lightning.adapters.adapter import STYLE
 from mep_lightning.bases import Base, identify
 from mep_lightning.bases.load import DTYPES, OFFLOADS, PRECISIONS, QUANTIZED
 from mep_lightning.commands.recipes import nearest, read_recipe
-from mep_lightning.errors import UserError
+from mep_lightning.errors import LONGEST, UserError
 from mep_lightning.hollow import Hollow
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
@@ -167,8 +168,8 @@ def open_learned(
     lora = _lora(adapter)
     if lora is not None:
         lora.scale = scale
-        fraction = _hollowed(settings) or adapter.origin.get("hollowed")
-        module.hollow = None if fraction is None else Hollow(float(fraction), samples=1)
+        fraction = _hollowed(settings) or _share(adapter.origin.get("hollowed"), weights)
+        module.hollow = None if fraction is None else Hollow(fraction, samples=1)
     elif scale != 1:
         raise UserError(f"--lora-scale is for a LoRA, and {run.root} has learned none; leave it out.")
     return Learned(module, run, settings, class_word, values, pick_device(device))
@@ -184,9 +185,27 @@ def _hollowed(settings: dict[str, Any]) -> float | None:
     callbacks = (settings.get("trainer") or {}).get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, dict) and str(callback.get("class_path")).endswith(".HollowedActivations"):
-            fraction = (callback.get("init_args") or {}).get("fraction")
+            arguments = callback.get("init_args")
+            fraction = arguments.get("fraction") if isinstance(arguments, dict) else None
             return fraction if isinstance(fraction, float) and 0 < fraction < 1 else None
     return None
+
+
+def _share(said: str | None, path: Path) -> float | None:
+    """The same, as an export says it.
+
+    Raises:
+        UserError: it is no share.
+    """
+    if said is None:
+        return None
+    try:
+        fraction = float(said)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction < 1:
+        raise UserError(f"{path} says that {said[:LONGEST]!r} of its U-Net was cut out: it is damaged, export it again")
+    return fraction
 
 
 def pick_device(name: str) -> torch.device:

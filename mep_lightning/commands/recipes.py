@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 import mep_lightning
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, reason
+from mep_lightning.reading import load_yaml, read_text
 
 SECTIONS = {"model", "data", "trainer", "checkpoint", "samples", "memory", "export"}
 
@@ -56,14 +57,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: unreadable, or not a mapping of settings; the message names the file and the line.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(read_text(path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}:" if mark else ""
         raise UserError(f"{path}:{line} not valid YAML ({error.problem or error.context}); correct it there.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise UserError(f"{path}: cannot be read as YAML ({reason}); give another file to --config.") from None
+    except UserError:
+        raise
+    except (OSError, UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        why = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        raise UserError(f"{path}: cannot be read as YAML ({why}); give another file to --config.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as settings ({reason(error)}); correct it there.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from jsonargparse import Namespace
 from mep_lightning import defaults
 from mep_lightning.advice import ALLOWED_TRAINER_PRECISIONS
 from mep_lightning.bases import identify
+from mep_lightning.data import SubjectData
 from mep_lightning.errors import UserError
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.run_folder import RunFolder, write_atomically
@@ -64,6 +67,29 @@ def refuse_impossible(config: Namespace, where: Callable[[str], str]) -> None:
     seed = config.seed_everything
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"{where('seed_everything')}seed_everything is {seed}; use 0 to {LARGEST_SEED}.")
+
+
+def refuse_nulls(config: Namespace, where: Callable[[str], str]) -> None:
+    """Refuses null where no setting may be so: the parser takes it for anything.
+
+    Args:
+        config: everything asked for.
+        where: as for `refuse_impossible`.
+
+    Raises:
+        UserError: a setting of model, data or a part of ours is null, and is none that may be left out.
+    """
+    found = [("model", PersonalizationModule, config.model), ("data", SubjectData, config.data)]
+    found += [("", pkgutil.resolve_name(part["class_path"]), part["init_args"]) for part in _parts(config)]
+    for section, kind, settings in found:
+        if not kind.__module__.startswith("mep_lightning."):
+            continue
+        for name, parameter in inspect.signature(kind).parameters.items():
+            said = str(parameter.annotation)
+            is_free = parameter.annotation is parameter.empty or re.search(r"\b(None|Any|Optional)\b", said)
+            if name in settings and settings[name] is None and not is_free:
+                begin = where(f"{section}.{name}") if section else ""
+                raise UserError(f"{begin}{section or kind.__name__}.{name} is null; give it a value, or leave it out.")
 
 
 def fill_in_auto(config: Namespace) -> None:

@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -43,10 +44,11 @@ from mep_lightning.commands.settings import (
     refuse_changes,
     refuse_endless_decay,
     refuse_impossible,
+    refuse_nulls,
     save_config,
 )
 from mep_lightning.distributed import LostRankError
-from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.errors import CheckpointError, UserError, reason
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
@@ -113,6 +115,7 @@ class FitCLI(LightningCLI):
         sources = Sources(self.request.recipes, self.request.settings)
         self.config = _parsed(parser, args, sources)
         refuse_impossible(self.config, sources.where)
+        refuse_nulls(self.config, sources.where)
 
     def before_instantiate_classes(self) -> None:
         fill_in_auto(self.config)
@@ -216,8 +219,11 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     run, trainer, model, data = cli.request.run, cli.trainer, cli.model, cli.datamodule
     assert run is not None
     os.environ[RUN_VARIABLE] = str(run.root)
+    if cli.request.resume and is_first_process():
+        run.sweep()
     first_step = _step_of(run.last_checkpoint) if cli.request.resume else 0
-    if 0 < trainer.max_steps <= first_step:
+    ended = first_step == trainer.max_steps > 0 and not _is_finished(run)  # killed between its last step and its report
+    if 0 < trainer.max_steps <= first_step and not ended:
         say(
             f"{run.root} is at step {first_step}. Nothing is left to train; add --trainer.max_steps with a larger "
             "number to go on."
@@ -259,17 +265,31 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         if isinstance(error, CheckpointError):
             raise UserError(f"{run.last_checkpoint}: {error}") from error
         raise
+    except Exception as error:
+        if before is not None and _is_restoring(trainer) and not isinstance(error, (OSError, torch.OutOfMemoryError)):
+            raise UserError(
+                f"{run.last_checkpoint} cannot be gone on from ({reason(error)}): it is damaged; delete it to begin "
+                "this run from its first step."
+            ) from error
+        raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return _stopped(run, trainer, signal.SIGINT)
     if cli.stopper.received is not None:
         _report(run)
         return _stopped(run, trainer, cli.stopper.received)
     _report(run)
+    if model.skipped.total:
+        say(f"{model.skipped.total} steps were skipped, as their loss or gradient was not finite.")
     say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
     phrase = model.adapter.phrase(model.class_word)
     prompt = f"a cat {IN_THE_STYLE_OF} {phrase}" if model.adapter.is_style else f"a photo of a {phrase}"
     say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
     return 0
+
+
+def _is_restoring(trainer: Trainer) -> bool:
+    """Whether Lightning is about handing out what a checkpoint holds."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
 
 
 def show_all_options(arguments: list[str]) -> int:
@@ -286,7 +306,16 @@ def _step_of(checkpoint: Path) -> int:
     return int(read_checkpoint(checkpoint)["global_step"])
 
 
+def _is_finished(run: RunFolder) -> bool:
+    """Whether a run has written all that comes after its last checkpoint; the report is the last of it."""
+    if not (run.report.is_file() and run.adapter.is_dir()):
+        return False
+    return run.report.stat().st_mtime_ns >= run.last_checkpoint.stat().st_mtime_ns
+
+
 def _span(first_step: int, max_steps: int) -> str:
+    if 0 < max_steps == first_step:
+        return f"Resuming at step {first_step}, the last: what comes after the training is still to be made."
     start = f"Resuming at step {first_step}" if first_step else "Training"
     return (
         f"{start} for {max_steps - first_step} steps." if max_steps > 0 else f"{start}, without end: stop with Ctrl-C."

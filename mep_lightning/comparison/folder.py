@@ -91,7 +91,7 @@ class ComparisonFolder:
             try:
                 record = json.loads(line)
                 found[record["method"], record["subject"], int(record["seed"])] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
         return found
 

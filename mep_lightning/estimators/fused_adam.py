@@ -80,6 +80,15 @@ class FusedZOAdam(Adam):
         """
         self._told[theta] = _Told(weights, seed, step, param_id, basis, keep_grad, along)
 
+    @property
+    def told(self) -> list[Tensor]:
+        """What the next `step` was told of directions: weights [n], each that differs once."""
+        return list({id(this.weights): this.weights for this in self._told.values()}.values())
+
+    def forget(self) -> None:
+        """Let the next `step` know nothing of what it was told."""
+        self._told.clear()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update what `receive` was told of since the last step, and what has a `grad`; other parameters stay."""

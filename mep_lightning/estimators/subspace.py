@@ -127,6 +127,12 @@ class Subspace(ABC):
                     f"the checkpoint's {name} has {setting}={state[setting]}, this one {setting}="
                     f"{getattr(self, setting)}; resume with the same value"
                 )
+        for key, mine in self.state_dict().items():
+            value = state[key]
+            is_matrix = value is None or (isinstance(value, Tensor) and value.dim() == 2)
+            is_count = type(value) is int
+            if key not in settings and not (is_count if isinstance(mine, int) else is_matrix or is_count):
+                raise CheckpointError(f"the checkpoint's {name} has a {key} of another kind: it is damaged")
 
 
 class SubspaceGradient(Subspace):

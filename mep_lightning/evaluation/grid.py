@@ -96,13 +96,15 @@ def save(grid: Grid, path: Path) -> Path:
 
 def load(path: Path) -> Grid | None:
     """Read a grid back; None where the file is missing, unreadable or no grid of ours."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with Image.open(path) as opened:
             opened.load()
             info = json.loads(opened.text[KEY])  # type: ignore[attr-defined]
             boxes = [[(int(a), int(b), int(c), int(d)) for a, b, c, d in row] for row in info.pop("boxes")]
             return Grid(opened.convert("RGB"), boxes, info)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError):
+    except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
         return None
 
 

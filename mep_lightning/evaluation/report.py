@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,12 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from mep_lightning.errors import human
+from mep_lightning.errors import UserError, human
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
-from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.reading import LARGEST_LOG, load_yaml, read_json, read_text
+from mep_lightning.run_folder import TEMPORARY, RunFolder, write_atomically
 
 STEPS = 8  # grids of the training that it shows at most
 SCORES = {
@@ -95,13 +95,13 @@ def write_report(run: RunFolder | Path | str) -> Path:
 
 def _read_config(page: Page, run: RunFolder) -> None:
     try:
-        page.config = run.config.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        page.config = read_text(run.config, errors="replace")
+    except (OSError, UserError):
         page.missing.append("config.yaml")
         return
     try:
-        settings = yaml.safe_load(page.config)
-    except yaml.YAMLError:
+        settings = load_yaml(page.config)
+    except (ValueError, yaml.YAMLError):
         return
     model, data, trainer = (_mapping(_mapping(settings).get(key)) for key in ("model", "data", "trainer"))
     adapter, estimator = _mapping(model.get("adapter")), _mapping(model.get("estimator"))
@@ -173,14 +173,14 @@ def _read_pairs(page: Page, before: grid.Grid | None, after: grid.Grid | None) -
 
 def _read_tested(page: Page, run: RunFolder) -> None:
     """The first picture of every prompt that `mep test` drew."""
-    paths = sorted((run.root / "evaluation").glob("*.png"))
+    paths = [path for path in sorted((run.root / "evaluation").glob("[!.]*.png")) if path.is_file()]
     for path in paths:
         try:
             with Image.open(path) as opened:
                 caption = str(opened.info.get("prompt", path.stem))
                 if caption not in {picture.caption for picture in page.tested}:
                     page.tested.append(picture(opened, caption))
-        except OSError:
+        except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
             continue
     if len(paths) > len(page.tested):
         page.tested_note = f"One picture of each prompt; all {len(paths)} are in evaluation/."
@@ -201,6 +201,8 @@ def _read_loss(page: Page, run: RunFolder) -> None:
     steps, losses = [int(step) for step, _ in rows], [loss for _, loss in rows]
     page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
     page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
+    if skipped := [count for (count,) in _logged(run, ("train/skipped",)) if math.isfinite(count)]:
+        page.loss_note += f"; {max(skipped):.0f} steps were skipped, as their loss or gradient was not finite"
     if taken := _logged(run, ("step", "train/timestep", "train/high")):
         _read_branches(page, run, taken)
 
@@ -221,6 +223,8 @@ def _logged(run: RunFolder, columns: Sequence[str]) -> list[tuple[float, ...]]:
     """Columns of the run's log; rows that lack one of them are passed over."""
     rows: list[tuple[float, ...]] = []
     try:
+        if not run.log.is_file() or run.log.stat().st_size > LARGEST_LOG:
+            return rows
         with open(run.log, newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
                 with suppress(KeyError, TypeError, ValueError):
@@ -252,7 +256,8 @@ def _read_memory(page: Page, run: RunFolder) -> None:
 
 def _read_exports(page: Page, run: RunFolder) -> None:
     if run.adapter.is_dir():
-        files = sorted(path for path in run.adapter.rglob("*") if path.is_file())
+        found = (path for path in run.adapter.rglob("*") if path.is_file())
+        files = sorted(path for path in found if not path.name.startswith(TEMPORARY))
         page.exports = [(str(path.relative_to(run.root)), human(path.stat().st_size)) for path in files]
     if not page.exports:
         page.missing.append("adapter/ (the Export callback writes it)")
@@ -270,10 +275,7 @@ def _versions() -> dict[str, str]:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    content = read_json(path)
     return content if isinstance(content, dict) else None
 
 

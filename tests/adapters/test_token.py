@@ -152,8 +152,8 @@ def test_damaged_or_foreign_exports_are_refused(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"<sks>": torch.zeros(0, 128)}, None, "holds no vectors, or ones that are not finite"),
-        ({"<sks>": torch.full((1, 128), float("nan"))}, None, "holds no vectors, or ones that are not finite"),
+        ({"<sks>": torch.zeros(0, 128)}, None, "holds no vectors"),
+        ({"<sks>": torch.full((1, 128), float("nan"))}, None, "holds values that are not finite"),
         ({"two words": torch.zeros(1, 128)}, None, "names its token 'two words': it must be one word"),
         ({" ": torch.zeros(1, 128)}, None, "it must be one word"),
         ({"x" * 1000: torch.zeros(1, 128)}, None, "it must be one word"),

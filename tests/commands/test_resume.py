@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mep_lightning
 from mep_lightning.cli import main
@@ -144,6 +145,74 @@ def test_a_damaged_checkpoint_is_named(said, trained):
     assert "delete it" in sentence
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_brought_to_its_end(trained, capsys):
+    shutil.copytree(trained, "r")
+    export = "adapter/learned_embeds.safetensors"
+    for name in (export, "samples/after.png", "samples/before_after.png", "report.html"):
+        Path("r", name).unlink()
+    Path("r/adapter/.tmp-1-learned_embeds.safetensors").write_bytes(b"half")
+    memory = Path("r/memory.json").read_text()
+    assert main(["fit", "--run", "r", "--resume"]) == 0
+    assert "Resuming at step 10, the last: what comes after the training is still to be made" in capsys.readouterr().out
+    learned = [load_file(run / export) for run in (trained, Path("r"))]
+    assert learned[0].keys() == learned[1].keys()
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+    assert Path("r/samples/after.png").read_bytes() == (trained / "samples/after.png").read_bytes()
+    assert Path("r/samples/before_after.png").is_file() and "</html>" in Path("r/report.html").read_text()
+    assert Path("r/memory.json").read_text() == memory  # the training's own
+    assert not list(Path("r").rglob(".tmp-*"))
+    assert main(["fit", "--run", "r", "--resume"]) == 0
+    assert "Nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_folder_in_which_a_kill_left_half_a_file_alone_is_free(fit):
+    Path("r").mkdir()
+    Path("r/.tmp-1-config.yaml").write_text("mod")
+    assert fit("--run", "r", steps=1) == 0
+
+
+class Malice:
+    """What a pickle could do, were it loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("escaped",)
+
+
+@pytest.mark.parametrize("words", [["fit", "--resume"], ["predict", "--prompts", "a {}"]], ids=["resumed", "drawn"])
+def test_a_pickle_that_calls_something_is_refused_and_calls_nothing(said, checkpoint, trained, words):
+    shutil.copytree(trained, "r")
+    shutil.rmtree("r/adapter")
+    torch.save({**checkpoint("r"), "callbacks": Malice()}, "r/checkpoints/last.ckpt")
+    status, sentence = said([*words, "--run", "r"])
+    assert status == 2
+    assert "r/checkpoints/last.ckpt cannot be read (UnpicklingError)" in sentence
+    assert not Path("escaped").exists()
+
+
+DAMAGED_STATE = {
+    "loops": lambda state: state["loops"]["fit_loop"].update(state_dict=3, epoch_progress="x"),
+    "optimizer": lambda state: state["optimizer_states"][0].update(param_groups=[]),
+    "moments": lambda state: state["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan")),
+    "values": lambda state: state["state_dict"]["adapter.theta"].fill_(float("inf")),
+    "kind": lambda state: state["state_dict"].update({"adapter.theta": "x"}),
+    "step": lambda state: state.update(global_step="x" * 3000),
+    "counts": lambda state: state["mep"].update(skipped="many"),
+    "subspace": lambda state: state["mep"]["subspace"].update(seen=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_STATE)
+def test_a_checkpoint_that_holds_something_else_is_a_sentence(said, checkpoint, trained, damage):
+    shutil.copytree(trained, "r")
+    state = checkpoint("r")
+    DAMAGED_STATE[damage](state)
+    torch.save(state, "r/checkpoints/last.ckpt")
+    status, sentence = said(["fit", "--run", "r", "--resume", "--trainer.max_steps", "12"])
+    assert status == 2
+    assert sentence.startswith("mep fit: r/checkpoints/last.ckpt") and "damaged" in sentence
+    assert len(sentence) < 400
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -242,13 +311,16 @@ def test_photos_may_have_moved_when_a_run_is_resumed(fit, config_of, checkpoint,
     assert checkpoint("r")["global_step"] == 2
 
 
-def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(fit, checkpoint, capsys, monkeypatch):
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(fit, checkpoint, capsys, monkeypatch, by_torch):
     assert fit("--run", "r", steps=4) == 0
     capsys.readouterr()
     save = torch.save
 
     def full(obj, path, *args, **kwargs):
         save(obj, path, *args, **kwargs)
+        if by_torch:  # its own words for it
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(torch, "save", full)
@@ -256,6 +328,26 @@ def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(fit, checkpoint,
     assert status == 1
     assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
     assert checkpoint("r")["global_step"] == 4
+
+
+def test_a_folder_that_may_not_be_written_to_is_a_sentence_and_loses_nothing(
+    fit, said, checkpoint, capsys, monkeypatch
+):
+    assert fit("--run", "r", steps=4) == 0
+    before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    touch = Path.touch
+
+    def refused(path, *args, **kwargs):
+        if "checkpoints" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        touch(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", refused)
+    assert main(["fit", "--run", "r", "--resume", "--trainer.max_steps", "8"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("r/checkpoints cannot be used (Permission denied); change its rights or give another one.")
+    assert checkpoint("r")["global_step"] == 4
+    assert all(path.is_file() for path in before)
 
 
 DAMAGES = {

@@ -70,10 +70,12 @@ def run(tmp_path) -> RunFolder:
     )
     run.config.write_text(
         f"# {EVIL}\nmodel:\n  base: tiny\n  precision: int8\n  adapter:\n    class_path: a.b.TokenEmbedding\n"
-        f"    init_args: {{token: '<sks>'}}\ndata:\n  class_word: ball\n  path: /photos/<b>\n"
+        f"    init_args: {{token: '<sks>'}}\ndata:\n  class_word: {json.dumps(EVIL)}\n  path: /photos/<b>\n"
     )
     (run.adapter).mkdir()
     (run.adapter / "learned_embeds.safetensors").write_bytes(b"x" * 640)
+    (run.adapter / f"{EVIL.replace('/', '')}.safetensors").write_bytes(b"y")
+    (run.adapter / ".tmp-1-learned_embeds.safetensors").write_bytes(b"half, as a kill leaves it")
     return run
 
 
@@ -122,7 +124,8 @@ def test_user_text_is_shown_and_never_becomes_markup(run):
     page = read(run)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "sks" not in {tag for tag, _ in page.tags}
-    assert page.text.count("alert('x')") >= 6  # config, score, prompt, caption, device, phase
+    assert page.text.count("alert('x')") >= 8  # config, class word, score, prompt, caption, device, phase, file
+    assert ".tmp-" not in page.text
 
 
 def test_before_and_after_of_a_prompt_stand_side_by_side_in_order(run):
@@ -143,7 +146,7 @@ def test_photos_steps_scores_facts_exports_and_versions_are_there(run):
     scores = re.findall(r'class="card score"><span>(.*?)</span><b>(.*?)</b>', write_report(run).read_text())
     assert scores == [("CLIP-T", "0.287"), ("CLIP-I", "0.772"), ("DINO", "0.500"), ("DINO inter", "0.600")]
     for text in (
-        "<sks> ball",
+        f"<sks> {EVIL}",
         "int8",
         "TokenEmbedding",
         "/photos/<b>",

@@ -1,0 +1,1 @@
+"""What may be relied on, put to the test: `python -m reliability kill | mutate | soak`."""
