@@ -33,6 +33,7 @@ from mep_lightning.kernels.tf32 import whole_products
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.phases import phase
 from mep_lightning.preparation import acquaint, encode
+from mep_lightning.skipping import Skipped
 from mep_lightning.tangents import Dual
 from mep_lightning.templates import fill
 from mep_lightning.timesteps import TimestepSampler
@@ -204,19 +205,21 @@ class SubjectBatch(LightningModule):
             assert isinstance(optimizer, LightningOptimizer)
             optimizer.zero_grad()
             with torch.autocast(self.device.type, enabled=self.first._autocast(self.first.estimator)):
-                losses = self._give_gradients(batch, optimizer.optimizer)
+                losses, sound = self._give_gradients(batch, optimizer.optimizer)
+            step = self.global_step
             optimizer.step()
             if isinstance(scheduler := self.lr_schedulers(), LambdaLR):
                 scheduler.step()
-            for module in self.each:
-                if module.subspace:
-                    module.subspace.observe(module.adapter.numbered()[0].detach())
+            for module, is_sound in zip(self.each, sound, strict=True):
+                if module.subspace and is_sound:
+                    module.subspace.observe(_theta(module).detach())
+                module.skipped.note(is_sound, step)
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=1)
         for name, loss in zip(self._data().subjects, losses.mean(0), strict=True):
             self.log(f"train/loss/{name}", loss, batch_size=1)
 
-    def _give_gradients(self, batch: list[dict[str, Any]], optimizer: Any) -> Tensor:
-        """Give every token's gradient to the optimizer; the losses [V, S]."""
+    def _give_gradients(self, batch: list[dict[str, Any]], optimizer: Any) -> tuple[Tensor, list[bool]]:
+        """Give the optimizer every token's gradient that is finite; the losses [V, S], and whose are."""
         estimator = self.first.estimator
         if isinstance(estimator, ZerothOrderEstimator):
             with torch.no_grad():
@@ -235,9 +238,14 @@ class SubjectBatch(LightningModule):
         for module in self.each:
             if module.subspace and (grad := _theta(module).grad) is not None:
                 module.subspace.project_(grad)
-        return losses.detach()
+        given = [(_theta(module).grad, loss) for module, loss in zip(self.each, losses.detach()[0], strict=True)]
+        sound = _finite([[numbers for numbers in one if numbers is not None] for one in given])
+        for module, is_sound in zip(self.each, sound, strict=True):
+            if not is_sound:
+                _theta(module).grad = None
+        return losses.detach(), sound
 
-    def _tell(self, batch: list[dict[str, Any]], optimizer: Any) -> Tensor:
+    def _tell(self, batch: list[dict[str, Any]], optimizer: Any) -> tuple[Tensor, list[bool]]:
         assert isinstance(optimizer, FusedZOAdam)
         step, asked = self.global_step, []
         for module in self.each:
@@ -250,17 +258,21 @@ class SubjectBatch(LightningModule):
         whole = whole_products() if isinstance(self.first.estimator, FiniteDifferenceEstimator) else nullcontext()
         with whole:
             told = self._losses(values, batch)  # [V, S], of tangents a Dual
-        losses = []
+        losses, weighed = [], []
         for s, (module, (members, along)) in enumerate(zip(self.each, asked, strict=True)):
-            theta, subspace, estimator = _theta(module), module.subspace, _estimator(module)
+            subspace, estimator = module.subspace, _estimator(module)
             heard = estimator.heard(told[:, s], len(members))
-            dims = (subspace.dims_left if subspace else None) or theta.numel()
-            weights = estimator.weights(heard, dims, along is not None)
-            basis = subspace.basis_on(theta.device) if subspace else None
-            along = None if along is None else along.to(theta.device)
-            optimizer.receive(theta, weights, estimator.seed or 0, step, 0, basis, True, along)
+            dims = (subspace.dims_left if subspace else None) or _theta(module).numel()
+            weighed.append(estimator.weights(heard, dims, along is not None))
             losses.append(heard[: estimator.members])
-        return torch.stack(losses, 1)
+        sound = _finite([[one, weights] for one, weights in zip(losses, weighed, strict=True)])
+        for module, (_, along), weights, is_sound in zip(self.each, asked, weighed, sound, strict=True):
+            theta = _theta(module)
+            basis = module.subspace.basis_on(theta.device) if module.subspace else None
+            along = None if along is None else along.to(theta.device)
+            if is_sound:
+                optimizer.receive(theta, weights, module.estimator.seed or 0, step, 0, basis, True, along)
+        return torch.stack(losses, 1), sound
 
     def _losses(self, values: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
         """Losses [V, S] of every subject's members, each [V, vectors, D], on its own draw."""
@@ -308,8 +320,15 @@ class SubjectBatch(LightningModule):
             prefix = f"subjects.{number}."
             state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
             refuse_another_run({"mep": own, "state_dict": state}, module)
+            module.skipped = Skipped.from_checkpoint(own.get("skipped"))
             if module.subspace:
                 module.subspace.load_state_dict(own["subspace"])
+
+
+def _finite(numbers: list[list[Tensor]]) -> list[bool]:
+    """Of which subjects all numbers are finite."""
+    each = [torch.cat([one.flatten().float() for one in own]).isfinite().all() for own in numbers]
+    return [bool(flag) for flag in torch.stack(each).tolist()]  # one look at a GPU
 
 
 def _phrase(module: PersonalizationModule, number: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 from mep_lightning import PersonalizationModule, SubjectData
@@ -100,6 +101,30 @@ def test_photos_of_a_batch_stay_with_their_subject(folders, tmp_path):
     moved = (alone.adapter.theta - start.adapter.theta).norm()
     assert moved > 0.01
     assert (alone.adapter.theta - module.each[1].adapter.theta).norm() <= 0.02 * moved
+
+
+class Spoilt(Callback):
+    """Makes the first subject's latents useless."""
+
+    def on_train_start(self, trainer, pl_module):
+        data = next(iter(trainer.datamodule.subjects.values()))
+        data.latents = {size: (mean * float("nan"), std) for size, (mean, std) in data.latents.items()}
+
+
+@pytest.mark.parametrize("way", ["zoodip", "backprop"])
+def test_a_subject_whose_loss_is_not_finite_is_skipped_alone(way, folders, tmp_path):
+    module = SubjectBatch([module_of(i, way) for i in range(3)])
+    trainer = trainer_of(tmp_path, 4, enable_checkpointing=False, callbacks=[Spoilt()])
+    with pytest.warns(UserWarning, match="step 0 was skipped"):
+        trainer.fit(module, SubjectBatchData(data_of(folders)))
+    whole, _ = together(folders, tmp_path, way)
+    start = module_of(0, way)
+    start.load()
+    assert [one.skipped.total for one in module.each] == [4, 0, 0]
+    spoilt, *others = tokens_of(module)
+    assert torch.equal(spoilt, start.adapter.theta)
+    for mine, theirs in zip(others, tokens_of(whole)[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_batches_that_do_not_go_together_are_refused(folders, tmp_path):
