@@ -298,6 +298,7 @@ class PersonalizationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
+        optimization.refuse_odd_state(self)
         optimization.resume_schedule(self)
         hold_alike(self)
         if self.selector is not None and self.horizon is None:

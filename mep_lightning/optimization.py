@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mep_lightning.errors import UserError, reason
+from mep_lightning.errors import CheckpointError, UserError, reason
 from mep_lightning.estimators import Estimator, FusedZOAdam, ZerothOrderEstimator
 
 if TYPE_CHECKING:
@@ -63,6 +63,21 @@ def resume_schedule(module: LightningModule) -> None:
     if isinstance(schedule, LambdaLR) and isinstance(optimizer, LightningOptimizer):
         for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * factor(schedule.last_epoch)
+
+
+def refuse_odd_state(module: PersonalizationModule) -> None:
+    """An optimizer takes whatever a checkpoint gives it: see that it fits what is trained before a step uses it.
+
+    Raises:
+        CheckpointError: moments of another shape than their values, or a count that is none.
+    """
+    for optimizer in module.trainer.optimizers:
+        for theta, state in optimizer.state.items():
+            for key, value in state.items():
+                shape = theta.shape if key.startswith("exp_avg") else torch.Size()
+                packed = key.startswith(("state", "qmap", "absmax"))  # of 8-bit moments
+                if not packed and torch.as_tensor(value).shape != shape:
+                    raise CheckpointError(f"the checkpoint's optimizer has a {key} of another shape: it is damaged")
 
 
 def weighs(estimator: Estimator) -> bool:

@@ -6,9 +6,11 @@ takes more memory than it may is a finding, and another takes its place.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -112,6 +114,7 @@ class Worker:
     def __init__(self, root: Path, reference: Path, seed: int, number: int) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
+        self.stacks = root / f"worker-{number}.stacks"
         self.process = context.Process(target=_work, args=(theirs, str(root), str(reference), seed, number))
         self.process.start()
         theirs.close()
@@ -134,9 +137,17 @@ class Worker:
             return "dies", f"status {self.process.exitcode}"
         taken, waited = self._clock() - self.clock, time.monotonic() - self.began
         if taken > PATIENCE or waited > STILL:
+            where = self._stack()
             self.stop()
-            return "hangs", f"not done after {waited:.0f} s, {taken:.0f} s of a processor"
+            return "hangs", f"not done after {waited:.0f} s, {taken:.0f} s of a processor: {where}"
         return None
+
+    def _stack(self) -> str:
+        """Where the process is."""
+        os.kill(self.process.pid or 0, signal.SIGUSR1)
+        time.sleep(1)
+        lines = self.stacks.read_text().splitlines() if self.stacks.exists() else []
+        return " < ".join(line.strip().removeprefix("File ") for line in lines if "File " in line)[:600]
 
     def _clock(self) -> float:
         """Seconds of a processor that the process has had; of one that has ended none are told."""
@@ -185,6 +196,8 @@ def _work(connection: Any, root: str, reference: str, seed: int, number: int) ->
     from mep_lightning.commands.chatter import quiet_after_imports, quiet_before_imports
 
     quiet_before_imports()
+    stacks = open(Path(root, f"worker-{number}.stacks"), "w")  # noqa: SIM115 (as long as the process lives)
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.dont_write_bytecode = True
     box = Path(root, f"worker-{number}")
     (box / "a" / "b").mkdir(parents=True)

@@ -62,10 +62,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for section in ("state_dict", "optimizer_states", "mep"):
         if infinite := _infinite(checkpoint.get(section), section):
             raise UserError(f"{path} holds {infinite} with values that are not finite: it is damaged; {mend}.")
+    if odd := _no_count(checkpoint["loops"], "loops"):
+        raise UserError(f"{path} has no count in {odd}: it is damaged; {mend}.")
     step = checkpoint["global_step"]
     if type(step) is not int or not 0 <= step < 2**63:
         raise UserError(f"{path} says that it is at step {str(step)[:LONGEST]!r}: it is damaged; {mend}.")
     return checkpoint
+
+
+def _no_count(node: Any, name: str) -> str | None:
+    """The name of what should be one of Lightning's counts and is none; None where all are."""
+    for key, child in node.items() if isinstance(node, dict) else ():
+        where = f"{name}.{key}"
+        if key in ("total", "current"):
+            counts = child.values() if isinstance(child, dict) else [None]
+            odd = None if all(isinstance(one, int) and 0 <= one < 2**63 for one in counts) else where
+        else:
+            odd = _no_count(child, where)
+        if odd:
+            return odd
+    return None
 
 
 def _infinite(node: Any, name: str) -> str | None:

@@ -49,4 +49,5 @@ def render(template: str, **given: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**given)
+    page = environment.get_template(template).render(**given)
+    return page.encode("utf-8", "replace").decode()  # halves of characters, which JSON may hold, are in no page

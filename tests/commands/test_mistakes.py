@@ -158,6 +158,8 @@ RECIPE_MISTAKES = {
     "samples:": "bad.yaml: samples is None, not settings",
     "modell: {lr: 1}": "bad.yaml: there is no setting modell.lr; did you mean model.lr?",
     "model: {lrr: 1}": "bad.yaml: there is no setting model.lrr; did you mean model.lr?",
+    "model: {weight_decay: null}": "bad.yaml: model.weight_decay is null; give it a value, or leave it out.",
+    "model: {estimator: {init_args: {mu: null}}}": "RandomGradientEstimator.mu is null; give it a value",
     "model: {lr: fast}": "bad.yaml: model.lr is 'fast'; it takes a number or auto.",
     "model: {estimator: {init_args: {n: x}}}": "bad.yaml: model.estimator.n is 'x'; it takes a whole number or auto.",
     "trainer: {precision: 16-mixed}": "bad.yaml: trainer.precision 16-mixed cannot train this",

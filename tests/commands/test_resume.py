@@ -193,6 +193,8 @@ DAMAGED_STATE = {
     "loops": lambda state: state["loops"]["fit_loop"].update(state_dict=3, epoch_progress="x"),
     "optimizer": lambda state: state["optimizer_states"][0].update(param_groups=[]),
     "moments": lambda state: state["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan")),
+    "shape": lambda state: state["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(())),
+    "count": lambda state: state["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready={}),
     "values": lambda state: state["state_dict"]["adapter.theta"].fill_(float("inf")),
     "kind": lambda state: state["state_dict"].update({"adapter.theta": "x"}),
     "step": lambda state: state.update(global_step="x" * 3000),

@@ -128,6 +128,11 @@ def test_user_text_is_shown_and_never_becomes_markup(run):
     assert ".tmp-" not in page.text
 
 
+def test_half_a_character_does_not_cost_the_page(run):
+    run.metrics.write_text('{"clip_t": 0.3, "note": "\\ud800"}')
+    assert "0.300" in read(run).text
+
+
 def test_before_and_after_of_a_prompt_stand_side_by_side_in_order(run):
     page = read(run)
     before, after = page.pictures("before:"), page.pictures("after:")
