@@ -53,6 +53,7 @@ def when(is_so, then):
     threading.Thread(target=watch, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_local_engine_and_either_carries_on_with_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
@@ -75,6 +76,7 @@ def test_an_address_where_nobody_answers_is_told(tmp_path):
         next(RayEngine(address="127.0.0.1:9").run_all([cell(tmp_path, 0)], tmp_path / "logs"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_begun_again_and_a_mistake_is_not(tmp_path, cluster):
     lost, wrong = cell(tmp_path, 0, steps="60"), cell(tmp_path, 1, "--model.lr", "-1")
 
@@ -92,6 +94,7 @@ def test_a_killed_worker_is_begun_again_and_a_mistake_is_not(tmp_path, cluster):
     assert (tmp_path / "logs" / "ti-ball-1.txt").read_text().count("UserError: model.lr is -1.0") == 1
 
 
+@pytest.mark.slow
 def test_who_goes_away_leaves_what_was_trained(tmp_path, cluster):
     one = cell(tmp_path, 0, "--checkpoint.every", "100000", "--trainer.log_every_n_steps", "1", steps="100000")
     log = one.run / "log.csv"
