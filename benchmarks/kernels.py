@@ -107,6 +107,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield from attentions(dtype, device)
     yield from tangents(dtype, device)
     yield from rules(dtype, device)
+    yield from plain(dtype, device)
     yield from lora(dtype, device)
     yield from updates(device)
 
@@ -234,6 +235,30 @@ def rules(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
             moved = (1 + share) * x.numel() * x.element_size()
             yield Case(f"{name} {list(x.shape)}", ours, theirs, 5e-3, 10.0 * x.numel(), moved)
+
+
+def plain(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """A group norm and GEGLU's gate, channels last, beside PyTorch's own."""
+    for width, tokens in TOKENS.items():
+        side = round(tokens**0.5)
+        image = torch.randn(MEMBERS, width, side, side, device=device, dtype=dtype)
+        image = image.to(memory_format=torch.channels_last)
+        halves = torch.randn(MEMBERS * tokens, 8 * width, device=device, dtype=dtype)
+        gain = torch.ones(width, device=device, dtype=dtype)
+        for kernel, arguments, share in (
+            (kernels.group_norm, (image, 32, gain, gain), 2),
+            (kernels.geglu, (halves,), 1.5),
+        ):
+
+            def ours(kernel=kernel, arguments=arguments):
+                return kernel(*arguments)
+
+            def theirs(kernel=kernel, arguments=arguments):
+                return kernel.reference(*arguments)
+
+            x = arguments[0]
+            moved = share * x.numel() * x.element_size()
+            yield Case(f"{kernel.__name__} {list(x.shape)}", ours, theirs, 5e-3, 5.0 * x.numel(), moved)
 
 
 def lora(dtype: torch.dtype, device: str) -> Iterator[Case]:

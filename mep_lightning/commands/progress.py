@@ -75,7 +75,8 @@ class StepProgress(ProgressBar):
     def _postfix(self, trainer: Trainer) -> str:
         loss = trainer.callback_metrics.get("train/loss")
         shown = [] if loss is None else [f"loss {float(loss):.3f}"]
-        skipped = getattr(getattr(trainer.lightning_module, "skipped", None), "total", 0)
+        module = getattr(trainer, "lightning_module", None)
+        skipped = getattr(getattr(module, "skipped", None), "total", 0)
         shown += [f"{skipped} skipped"] if skipped else []
         return ", ".join([*shown, memory_in_use(trainer.strategy.root_device)])
 

@@ -17,7 +17,7 @@ class Absent(CSVLogger):
 FIT_MISTAKES = {
     "no recipe": (
         [],
-        "say what to do with --config RECIPE.*selective, textual_inversion, .*zoodip, zoodip_fast, models/sd15",
+        "say what to do with --config RECIPE.*selective, textual_inversion, .*zoodip_fast, zoodip_style, models/sd15",
     ),
     "unknown recipe": (
         ["--config", "zodip"],
