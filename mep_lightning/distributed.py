@@ -56,6 +56,21 @@ class ZerothOrderStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """The module stays as it is."""
 
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """As DDPStrategy's; Lightning waits at one after every checkpoint."""
+        with _together(self.world_size):
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """As DDPStrategy's."""
+        with _together(self.world_size):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As DDPStrategy's; Lightning asks all whether to stop."""
+        with _together(self.world_size):
+            return super().reduce(tensor, *args, **kwargs)
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Who shares members sees the same photos, whatever data module they come from."""
@@ -73,6 +88,17 @@ for _name, _shared in ((NAME, "members"), (DATA, "data")):
 
 class LostRankError(UserError):
     """Another process of the run died or did not answer in time; its own message says why."""
+
+
+@contextmanager
+def _together(world: int) -> Iterator[None]:
+    """What all ranks do; where one is gone, that is what is told."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LostRankError(f"one of the {world} processes that train together is gone, or was too slow") from error
 
 
 @dataclass
@@ -113,18 +139,6 @@ class Ranks:
     def index(self, step: int, shares_members: bool) -> int:
         """Which of the draws, of (seed, index), is this rank's in a step."""
         return step if shares_members or self.world == 1 else step * self.world + self.rank
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """What all ranks do; where one is gone, that is what is told."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise LostRankError(
-                f"one of the {self.world} processes that train together is gone, or was too slow"
-            ) from error
 
     def gathered(self, mine: Tensor, places: Sequence[int], count: int) -> Tensor:
         """All numbers, [count], of which this rank has those at `places`; each is one rank's alone."""
@@ -168,7 +182,7 @@ class Ranks:
         if self.hold_the_same([tensor]):
             return tensor
         theirs = [tensor.detach().cpu() if self.rank == 0 else None]  # of another shape, maybe
-        with self._together():
+        with _together(self.world):
             dist.broadcast_object_list(theirs, 0)
         self.sent += tensor.nbytes
         assert theirs[0] is not None
@@ -185,7 +199,7 @@ class Ranks:
         return bool(seen[0] == -seen[1])
 
     def _reduce_(self, numbers: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
-        with self._together():
+        with _together(self.world):
             dist.all_reduce(numbers, how)
         self.sent += numbers.nbytes
 

@@ -25,19 +25,13 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
     subspace, step, trained = module.subspace, module.global_step, module.adapter.numbered()
     if subspace:
         agreed(module, subspace.prepare, trained[0])
-    size = sum(theta.numel() for theta in trained.values())
-    dims = (subspace.dims_left if subspace else None) or size
+    dims = dims_of(module)
     if isinstance(estimator, ZerothOrderEstimator) and weighs(estimator):
         assert isinstance(optimizer, FusedZOAdam)
-        seed = estimator.seed or 0
-        along = subspace.directions(seed, step, estimator.count) if subspace else None
-        along = None if along is None else along.to(trained[0].device)
+        along = along_of(module, estimator)
         own: dict[str, Any] = {"ranks": module.ranks} if along is None else {"ranks": module.ranks, "along": along}
         weights, losses = estimator.weigh(lambda members: module.losses(members, draw), dims, step, trained, **own)
-        for param_id, theta in trained.items():
-            basis = subspace.basis_on(theta.device) if subspace else None
-            keep = len(trained) == 1  # to be looked at
-            optimizer.receive(theta, weights, seed, step, param_id, basis, keep, along)
+        tell(module, estimator, optimizer, weights, along)
         return losses
     if type(estimator).estimate is Backprop.estimate:
         assert isinstance(estimator, Backprop)
@@ -58,6 +52,35 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
     if subspace and (grad := trained[0].grad) is not None:
         subspace.project_(grad)
     return losses
+
+
+def dims_of(module: PersonalizationModule) -> int:
+    """In how many dimensions a step is estimated: those that the subspace leaves, or all."""
+    left = module.subspace.dims_left if module.subspace else None
+    return left or sum(theta.numel() for theta in module.adapter.numbered().values())
+
+
+def along_of(module: PersonalizationModule, estimator: ZerothOrderEstimator) -> Tensor | None:
+    """The directions of this step, fp32 [n, d], where the subspace says them."""
+    if not module.subspace:
+        return None
+    along = module.subspace.directions(estimator.seed or 0, module.global_step, estimator.count)
+    return None if along is None else along.to(module.adapter.numbered()[0].device)
+
+
+def tell(
+    module: PersonalizationModule,
+    estimator: ZerothOrderEstimator,
+    optimizer: FusedZOAdam,
+    weights: Tensor,
+    along: Tensor | None,
+) -> None:
+    """Tell the optimizer what this step's losses said about each direction: weights [n]."""
+    trained = module.adapter.numbered()
+    for param_id, theta in trained.items():
+        basis = module.subspace.basis_on(theta.device) if module.subspace else None
+        keep = len(trained) == 1  # to be looked at
+        optimizer.receive(theta, weights, estimator.seed or 0, module.global_step, param_id, basis, keep, along)
 
 
 def _losses(module: PersonalizationModule, draw: Draw, ranks: Ranks, values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.checkpoint import describe, refuse_another_run
 from mep_lightning.data import Batches, SubjectData
 from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.estimation import along_of, dims_of, tell
 from mep_lightning.estimators import Backprop, FiniteDifferenceEstimator, FusedZOAdam, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.kernels.tf32 import whole_products
@@ -247,31 +248,26 @@ class SubjectBatch(LightningModule):
 
     def _tell(self, batch: list[dict[str, Any]], optimizer: Any) -> tuple[Tensor, list[bool]]:
         assert isinstance(optimizer, FusedZOAdam)
-        step, asked = self.global_step, []
+        asked = []
         for module in self.each:
-            theta, subspace, estimator = _theta(module), module.subspace, _estimator(module)
-            if subspace:
-                subspace.prepare(theta)
-            along = subspace.directions(estimator.seed or 0, step, estimator.count) if subspace else None
-            asked.append((estimator.asked(step, None if along is None else along.to(theta.device)), along))
+            if module.subspace:
+                module.subspace.prepare(_theta(module))
+            along = along_of(module, _estimator(module))
+            asked.append((_estimator(module).asked(self.global_step, along), along))
         values = [members.of(_theta(module)) for module, (members, _) in zip(self.each, asked, strict=True)]
         whole = whole_products() if isinstance(self.first.estimator, FiniteDifferenceEstimator) else nullcontext()
         with whole:
             told = self._losses(values, batch)  # [V, S], of tangents a Dual
         losses, weighed = [], []
         for s, (module, (members, along)) in enumerate(zip(self.each, asked, strict=True)):
-            subspace, estimator = module.subspace, _estimator(module)
+            estimator = _estimator(module)
             heard = estimator.heard(told[:, s], len(members))
-            dims = (subspace.dims_left if subspace else None) or _theta(module).numel()
-            weighed.append(estimator.weights(heard, dims, along is not None))
+            weighed.append(estimator.weights(heard, dims_of(module), along is not None))
             losses.append(heard[: estimator.members])
         sound = _finite([[one, weights] for one, weights in zip(losses, weighed, strict=True)])
         for module, (_, along), weights, is_sound in zip(self.each, asked, weighed, sound, strict=True):
-            theta = _theta(module)
-            basis = module.subspace.basis_on(theta.device) if module.subspace else None
-            along = None if along is None else along.to(theta.device)
             if is_sound:
-                optimizer.receive(theta, weights, module.estimator.seed or 0, step, 0, basis, True, along)
+                tell(module, _estimator(module), optimizer, weights, along)
         return torch.stack(losses, 1), sound
 
     def _losses(self, values: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:

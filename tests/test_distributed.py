@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from mep_lightning.distributed import LostRankError, Ranks, ZerothOrderStrategy
 from mep_lightning.errors import UserError
@@ -132,6 +133,17 @@ def test_an_exchange_that_fails_is_a_lost_process_but_for_memory(error, told, mo
     monkeypatch.setattr("torch.distributed.all_reduce", fails)
     with pytest.raises(told):
         Ranks(0, 2, "members").averaged_(torch.zeros(3))
+
+
+@pytest.mark.parametrize(("name", "given"), [("barrier", ()), ("broadcast", (1,)), ("reduce", (torch.zeros(1),))])
+def test_lightnings_own_exchanges_tell_of_a_lost_process_too(name, given, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(DDPStrategy, name, fails)
+    monkeypatch.setattr(ZerothOrderStrategy, "world_size", 2)
+    with pytest.raises(LostRankError, match="one of the 2 processes"):
+        getattr(ZerothOrderStrategy(), name)(*given)
 
 
 def test_what_is_shared_is_one_of_two():

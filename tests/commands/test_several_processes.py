@@ -58,14 +58,13 @@ def test_a_lost_process_ends_the_run_which_can_be_carried_on(tmp_path, monkeypat
     (other,) = (child for child in psutil.Process(process.pid).children() if "mep_lightning.cli" in child.cmdline())
     os.kill(other.pid, signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
-    if process.returncode == 2:
+    if process.returncode != -signal.SIGKILL:  # Lightning gives the first process five seconds
+        assert process.returncode == 2, said
         assert said.rstrip().endswith(
             "mep fit: one of the 2 processes that train together is gone, or was too slow; carry on, with as many "
             "processes as there are: mep fit --run r --resume"
         )
         assert "Traceback" not in said
-    else:  # Lightning interrupts the first process when a child died, and kills it five seconds later
-        assert process.returncode in (-signal.SIGKILL, 1), said
     monkeypatch.chdir(tmp_path)
     done = ["--trainer.max_steps", "1", "--trainer.devices", "1", "--trainer.strategy", "auto"]
     assert main(["fit", "--run", "r", "--resume", *done]) == 0  # nothing is left to train

@@ -24,17 +24,6 @@ consumer's GPU has 99 KiB."""
 
 
 @triton.jit
-def _level(q0, dq, k_at, dk_at, known, there, root, ARITHMETIC: tl.constexpr):
-    """The mean slope of the first keys [BLOCK_S], which a softmax does not see: slopes beside it are small."""
-    k0 = tl.load(k_at, mask=known, other=0.0).to(ARITHMETIC)
-    dk = tl.load(dk_at, mask=known, other=0.0).to(ARITHMETIC)
-    scores = tl.where(there, tl.dot(q0, k0, input_precision="ieee") * root, float("-inf"))
-    slopes = tl.dot(q0, dk, tl.dot(dq, k0, input_precision="ieee"), input_precision="ieee") * root
-    p = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return tl.sum(p * slopes, 1) / tl.sum(p, 1)
-
-
-@triton.jit
 def _attention_tangents_kernel(
     q,  # [1 + n, B, H, S, D], D consecutive
     k,  # [1 + n, B, H, T, D]
@@ -79,9 +68,7 @@ def _attention_tangents_kernel(
     moved = tl.zeros((BLOCK_S,), tl.float32)
     o = tl.zeros((BLOCK_S, WIDTH), tl.float32)
     t = tl.zeros((BLOCK_S, WIDTH), tl.float32)
-    known = (depth[:, None] < D) & (column[None, :] < T)
-    first = k_at + column.to(tl.int64)[None, :] * k_t
-    level = _level(q0, dq, first, first + i * k_n, known, column[None, :] < T, root, ARITHMETIC)
+    level = tl.zeros((BLOCK_S,), tl.float32)  # of the slopes, which a softmax does not see: x is small without it
     for start in range(0, T, BLOCK_T):
         key = (start + column).to(tl.int64)
         k_in = (depth[:, None] < D) & (key[None, :] < T)
@@ -93,6 +80,8 @@ def _attention_tangents_kernel(
         higher = tl.maximum(highest, tl.max(scores, 1))
         fade = tl.exp(highest - higher)
         p = tl.exp(scores - higher[:, None])
+        if start == 0:
+            level = tl.sum(p * slopes, 1) / tl.sum(p, 1)
         x = (p * (slopes - level[:, None])).to(ARITHMETIC)
         total = total * fade + tl.sum(p, 1)
         moved = moved * fade + tl.sum(x.to(tl.float32), 1)  # of what is multiplied below, rounding included
