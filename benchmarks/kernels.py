@@ -238,7 +238,18 @@ def rules(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def plain(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """A group norm and GEGLU's gate, channels last, beside PyTorch's own."""
+    """Dequantisation, and a group norm and GEGLU's gate, channels last, beside PyTorch's own."""
+    for outputs, length in ((320, 320), (2560, 320), (10240, 1280), (320, 2880), (1280, 11520), (1280, 23040)):
+        q, scale = kernels.quantize_rows(torch.randn(outputs, length, device=device))
+
+        def dequantized(q=q, scale=scale):
+            return kernels.dequantize(q, scale, dtype)
+
+        def multiplied(q=q, scale=scale):
+            return torch.mul(q, scale[:, None], out=torch.empty_like(q, dtype=dtype))
+
+        work = {"bytes": (1.0 + dtype.itemsize) * q.numel()}
+        yield Case(f"dequantize [{outputs}, {length}]", dequantized, multiplied, 5e-3, **work)
     for width, tokens in TOKENS.items():
         side = round(tokens**0.5)
         image = torch.randn(MEMBERS, width, side, side, device=device, dtype=dtype)

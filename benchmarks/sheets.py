@@ -110,7 +110,9 @@ def _in_style(one: Style, folder: Path, templates: Sequence[str]) -> list[Image.
         picture.save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(caption)
     anew = ["--config", "zoodip_style", "--data.path", str(pictures), "--run", str(run)]
-    assert main(["fit", *(["--run", str(run), "--resume"] if run.is_dir() else anew)]) == 0
+    status = main(["fit", *(["--run", str(run), "--resume"] if run.is_dir() else anew)])
+    if status:
+        raise SystemExit(status)
     learned = open_learned(run)
     prompts = [learned.prompt(template) for template in templates]
     learned.load(prompts)

@@ -72,7 +72,7 @@ class Samples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts that would show nothing of what is learned, before anything is loaded."""
         adapter = getattr(pl_module, "adapter", None)
-        if adapter is None:
+        if adapter is None and stage == "fit":
             raise UserError(
                 f"Samples draws what one adapter learned; {type(pl_module).__name__} has none: leave it out"
             )

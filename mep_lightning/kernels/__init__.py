@@ -2,6 +2,7 @@
 
 from mep_lightning.kernels.attention import attention
 from mep_lightning.kernels.attention_tangents import attention_tangents
+from mep_lightning.kernels.dequantize import dequantize
 from mep_lightning.kernels.geglu import geglu
 from mep_lightning.kernels.group_norm import group_norm
 from mep_lightning.kernels.int8_conv2d import int8_conv2d
@@ -18,6 +19,7 @@ __all__ = [
     "activation_tangents",
     "attention",
     "attention_tangents",
+    "dequantize",
     "geglu",
     "group_norm",
     "group_norm_tangents",

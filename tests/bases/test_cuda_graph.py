@@ -98,6 +98,18 @@ def test_what_cannot_be_captured_is_called_as_it_is_unless_it_must_be(monkeypatc
         Refused(lambda x: x)(torch.ones(2))
 
 
+def test_a_graph_that_memory_is_short_for_is_done_without(monkeypatch):
+    def full(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CUDAGraphed, "capture", full)
+    double = CUDAGraphed(lambda x: 2 * x, insists=False)
+    with pytest.warns(UserWarning, match="one by one: CUDA out of memory"):
+        assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(torch.OutOfMemoryError):
+        CUDAGraphed(lambda x: x)(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("settings", "takes"), [({}, True), ({"compile": True}, False), ({"cuda_graph": False}, False)], ids=str
 )

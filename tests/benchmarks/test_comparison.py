@@ -7,6 +7,7 @@ from PIL.PngImagePlugin import PngInfo
 from benchmarks import comparison, sheets, tables
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.tiny.subjects import style
 
 
 def content(*methods):
@@ -67,3 +68,22 @@ def test_sheets_show_one_prompt_of_every_method(tmp_path):
     assert colors(tmp_path / "methods.png") == [[red, blue, white]]
     sheets.diversity(tmp_path, ["zoodip", "lora"], tmp_path / "diversity.png")
     assert colors(tmp_path / "diversity.png") == [[blue, white], [yellow, white]]
+
+
+def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tmp_path, monkeypatch):
+    asked = {}
+
+    def drawn(one, folder, templates):
+        asked[folder.name] = templates
+        return [Image.new("RGB", (64, 64), "red") for _ in templates]
+
+    monkeypatch.setattr(sheets, "_in_style", drawn)
+    sheets.styles(tmp_path, tmp_path / "styles.png", count=2)
+    shown = {name: [caption.split()[2] for caption in style(i).captions] for i, name in enumerate(asked)}
+    assert list(asked) == ["style-0", "style-1"]
+    for name, templates in asked.items():
+        assert len(templates) == 5 and not {template.split()[2] for template in templates} & set(shown[name])
+    with Image.open(tmp_path / "styles.png") as sheet:
+        step = sheets.SIDE + sheets.GAP
+        assert sheet.size == (11 * step - sheets.GAP, sheets.HEAD + 2 * step - sheets.GAP)
+        assert sheet.getpixel((6 * step + 30, sheets.HEAD + 30)) == (255, 0, 0)

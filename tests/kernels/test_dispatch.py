@@ -1,12 +1,15 @@
 """Who answers for an operation, and what is said when Triton does not."""
 
 import sys
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mep_lightning.kernels import dispatch, philox_normal
-from mep_lightning.kernels.dispatch import SWITCH, runs_triton, status, why_not_triton
+from mep_lightning.kernels.dispatch import SWITCH, launches, runs_triton, status, why_not_triton
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +76,29 @@ def test_status(why, switch, active, note, monkeypatch):
     assert lines["zo_step_"] == f"active: {active}"
     assert lines["int8_linear"].startswith("active: Triton" if switch == "triton" else "active: PyTorch (")
     assert lines.get("triton") == note
+
+
+def test_a_kernel_is_launched_where_its_first_tensor_lies(monkeypatch):
+    there = []
+
+    def device_of(tensor):
+        there.append(tensor.device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda:1")
+    twice = launches(lambda number, tensor: number * 2)
+    assert twice(3, on_gpu) == 6 and there == [torch.device("cuda:1")]
+    assert twice(3, torch.ones(2)) == 6 and twice(3, None) == 6 and len(there) == 1
+
+
+def test_triton_answers_for_numbers_alone(monkeypatch):
+    """Neither for tensors that hold nothing, as a plan's, nor while code is traced."""
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda index: None)
+    with FakeTensorMode():
+        assert not runs_triton(torch.empty(2, device="cuda"))
+    gpu = MagicMock(is_cuda=True)
+    assert runs_triton(gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not runs_triton(gpu)

@@ -7,13 +7,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mep_lightning.kernels.dequantize.reference import dequantize_reference, per_output
-from mep_lightning.kernels.dispatch import runs_triton
+from mep_lightning.kernels.dispatch import defined_by, runs_triton
 
 __all__ = ["dequantize", "dequantize_reference", "per_output", "scale_output_", "scales_output"]
 
 PORTION = 2**19  # elements, 2 MiB of fp32; larger portions were no faster
 
 
+@defined_by(dequantize_reference)
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The same values for code that needs no gradient, with as few transient bytes as PyTorch allows.
 
