@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
         suite.add_argument("--split", choices=["test", "tune"], default="test")
+        suite.add_argument("--device", default="cpu", help="cpu or cuda")
     suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
@@ -132,8 +133,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def default_path(suite: str, args: argparse.Namespace) -> Path:
-    """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
-    folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
+    """Where a whole suite's figures are committed: a folder for a GPU's speed, a name for a base other than tiny."""
+    on_gpu = suite in PERFORMANCE and args.device.startswith("cuda")
+    folder = RESULTS / "cuda" if on_gpu else RESULTS
     about = (
         args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory", "profile") else "tiny"
     )
@@ -246,7 +248,7 @@ def _cells(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     cells = path.with_suffix(".jsonl")
     if args.suite == "tune":
         return tune.run(args.method, cells, **size)
-    measured = quality.run(args.suite, cells, args.variants, split=args.split, **size)
+    measured = quality.run(args.suite, cells, args.variants, split=args.split, device=args.device, **size)
     print(tables.scores(measured))
     return measured
 

@@ -37,7 +37,9 @@ def photos_of(who: Any) -> Iterator[str]:
         yield folder
 
 
-def train(settings: Settings, data: Any, seed: int, folder: str, watching: Iterable[Any] = ()) -> Any:
+def train(
+    settings: Settings, data: Any, seed: int, folder: str, watching: Iterable[Any] = (), device: str = "cpu"
+) -> Any:
     """One run of one method through a Trainer, with resolved settings.
 
     Args:
@@ -46,6 +48,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
         seed: of everything that is drawn.
         folder: for what the run keeps meanwhile.
         watching: more callbacks.
+        device: "cpu" or "cuda".
 
     Returns:
         The trained module.
@@ -82,7 +85,7 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
     )
     if settings["max_steps"] == 0:
         module.class_word = data.class_word
-        module.load()
+        module.load(device)
         return module
     callbacks: list[Any] = [PUTS(settings["puts_low"], settings["puts_high"])] if settings["puts"] else []
     if settings.get("searched"):
@@ -92,7 +95,8 @@ def train(settings: Settings, data: Any, seed: int, folder: str, watching: Itera
     trainer = Trainer(
         max_steps=settings["max_steps"],
         callbacks=[*callbacks, *watching],
-        accelerator="cpu",
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -113,18 +117,20 @@ def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
     base = module.base
     generator = torch.Generator().manual_seed(77)
     with torch.no_grad(), base.borrowed_vae() as vae:
-        posterior = vae.encode((other_photos(subject, draws) * 2 - 1).to(base.dtype)).latent_dist
+        posterior = vae.encode((other_photos(subject, draws) * 2 - 1).to(base.device, base.dtype)).latent_dist
         latents = sample_latents(posterior.mean, posterior.std, torch.zeros_like(posterior.mean), base.scaling_factor)
-        noise = torch.randn(latents.shape, generator=generator)
-        timestep = torch.linspace(20, 980, draws).long()
+        noise = torch.randn(latents.shape, generator=generator).to(base.device)
+        timestep = torch.linspace(20, 980, draws).long().to(base.device)
         noisy = base.scheduler.add_noise(latents.float(), noise, timestep)
         prompt = f"a photo of a {module.adapter.phrase(subject.class_word)}"
-        embeds = encode_prompts(base, [prompt], module.adapter.tokens()).expand(draws, -1, -1)
         with module.drawing():
+            embeds = encode_prompts(base, [prompt], module.adapter.tokens()).expand(draws, -1, -1)
             return (base.unet(noisy.to(base.dtype), timestep, embeds).sample.float() - noise).pow(2).mean().item()
 
 
-def cell(variant: str, settings: Settings, split: str, index: int, seed: int, images: int) -> dict[str, Any]:
+def cell(
+    variant: str, settings: Settings, split: str, index: int, seed: int, images: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Train and score one cell, with resolved settings."""
     _quiet()
     import torch
@@ -139,7 +145,7 @@ def cell(variant: str, settings: Settings, split: str, index: int, seed: int, im
     with photos_of(who) as folder:
         data = SubjectData(folder, class_word=who.class_word, seed=seed)
         began = time.monotonic()
-        module = train(settings, data, seed, f"{folder}/kept")
+        module = train(settings, data, seed, f"{folder}/kept", device=device)
         seconds = time.monotonic() - began
     token = module.adapter.token
     prompts = [p.format(token, who.class_word) for p in evaluation_prompts() for _ in range(images)]
@@ -166,6 +172,7 @@ def run_cells(
     seeds: int = 3,
     images: int = 2,
     workers: int = 2,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """All cells that `path` (JSON lines) lacks, in worker processes of one thread each; returns every cell."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -179,10 +186,10 @@ def run_cells(
         for name in variants
         if (name, index, seed) not in have
     ]
-    about = measured_with(threads=1)
+    about = measured_with(device, threads=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
-        jobs = {pool.submit(cell, n, variants[n], split, i, s, images): (n, i, s) for n, i, s in todo}
+        jobs = {pool.submit(cell, n, variants[n], split, i, s, images, device): (n, i, s) for n, i, s in todo}
         for count, job in enumerate(as_completed(jobs), 1):
             result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]} | about
             done.append(result)

@@ -446,6 +446,9 @@ class PersonalizationModule(LightningModule):
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """The U-Net as pictures are drawn with it, for the length of a `with`: whole, along a hollow's two paths."""
+        here = self.loaded().device
+        if next(self.adapter.parameters()).device.type != here.type:  # a Trainer leaves a module on the CPU at its end
+            self.adapter.to(here)
         if self.hollow is None:
             yield
             return

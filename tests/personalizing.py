@@ -22,7 +22,7 @@ def module(estimator="rge", vectors=1, **kwargs):
 
 def trainer(steps, tmp_path, **kwargs):
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    return Trainer(max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, **quiet | kwargs)
+    return Trainer(max_steps=steps, default_root_dir=tmp_path, **quiet | {"accelerator": "cpu"} | kwargs)
 
 
 def fitted(steps, tmp_path, mod=None, **kwargs):

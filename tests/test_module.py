@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
-from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.adapters import LoRA, TokenEmbedding
 from mep_lightning.bases import predict_noise
 from mep_lightning.callbacks import PUTS
 from mep_lightning.draws import step_generator
@@ -19,6 +19,7 @@ from mep_lightning.estimators import (
     SPSAEstimator,
     SubspaceGradient,
 )
+from mep_lightning.evaluation import generate
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 from tests.personalizing import ESTIMATORS, fitted, module, trainer
 
@@ -162,6 +163,27 @@ def test_auto_without_a_default_is_said():
     mod = PersonalizationModule(estimator=RandomGradientEstimator(n="auto"), method="textual_inversion")
     with pytest.raises(UserError, match="RandomGradientEstimator.n is auto, and textual_inversion has no default"):
         mod.load()
+
+
+def test_pictures_are_drawn_where_the_base_is_although_the_trainer_left_the_token_elsewhere(tiny_base, monkeypatch):
+    mod = module()
+    mod.take(tiny_base)
+    asked = []
+    monkeypatch.setattr(mod.adapter, "to", asked.append)
+    with mod.drawing():
+        assert asked == []
+    monkeypatch.setattr(tiny_base, "device", torch.device("cuda"))
+    with mod.drawing():
+        assert asked == [torch.device("cuda")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter", [TokenEmbedding(init="ball"), LoRA(rank=2)], ids=["token", "lora"])
+def test_pictures_are_drawn_after_a_run_on_a_gpu(tmp_path, adapter):
+    mod = PersonalizationModule(adapter=adapter, estimator=Backprop(), lr=1e-3)
+    fitted(2, tmp_path, mod, accelerator="gpu", devices=1)
+    (image,) = generate(mod, ["a photo of a <sks> ball"], [0], steps=2)
+    assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
