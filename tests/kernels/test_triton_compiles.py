@@ -69,9 +69,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     types = {name: f"*{short}" for name in ("q", "k", "v", "out")} | {"root": "fp32"}
     for width in tangents.TILES:
-        block_s, block_t, stages = tangents.tile(width, dtype)
+        block_s, block_t, stages, warps = tangents.tile(width, dtype)
         constants = dict(WIDTH=width, BLOCK_S=block_s, BLOCK_T=block_t, WIDE=False)
-        TANGENTS.append((tangents._attention_tangents_kernel, types, constants, stages, 8 if width > 64 else 4))
+        TANGENTS.append((tangents._attention_tangents_kernel, types, constants, stages, warps))
 for kernel, types, constants, stages, warps in TANGENTS:
     known = types | dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(
