@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -157,13 +157,13 @@ def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return real_step.run(args.base, args.rounds, args.device, args.compile)
 
 
-def _methods(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+def _methods(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
     from benchmarks import methods
 
     return methods.run(args.base, args.rounds, args.device)
 
 
-def _memory(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+def _memory(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
     from benchmarks import memory
 
     return memory.run(args.base, args.device, args.resolution, measured=not args.plan_only)
@@ -175,7 +175,7 @@ def _profile(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return profiling.run(args.base, args.rounds, args.device)
 
 
-def _kernels(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+def _kernels(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
     from benchmarks import kernels
 
     return kernels.run(args.rounds, args.device)
@@ -253,7 +253,7 @@ def _cells(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     return measured
 
 
-RUN: dict[str, Callable[[argparse.Namespace, Path], list[rows.Row]]] = {
+RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "step": _step,
     "methods": _methods,
     "memory": _memory,

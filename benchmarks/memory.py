@@ -54,26 +54,24 @@ def run(
     resolution: int | None = None,
     measured: bool = True,
     methods: Sequence[str] = METHODS,
-) -> list[Row]:
+) -> Iterator[Row]:
     """The plan for a GPU; where it is `measured`, for this device plan and measurement of the rows in `MEASURED`."""
     recipes = {name: recipe(name) for name in methods}
     if "zoodip" in recipes:
         recipes["zoodip, tangents"] = _carried(recipes["zoodip"])
-    rows = []
     for planned in plan(recipes, base, resolution=resolution, precisions=available_precisions()):
         case = f"{base} {planned.resolution} px {planned}"
-        rows.append(row("memory", case, "planned peak on a GPU", planned.peak_bytes, "B"))
-        rows.append(row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B"))
+        yield row("memory", case, "planned peak on a GPU", planned.peak_bytes, "B")
+        yield row("memory", case, "planned peak of drawing on a GPU", planned.inference_peak_bytes, "B")
     if not measured:
-        return rows
+        return
     for planned in _to_measure(recipes, base, device, resolution):
         module = recipes[planned.method](planned.precision, planned.checkpointing)
         for phase, peak in measure(module, planned, device).items():
             case = f"{base} {planned.resolution} px {planned} {phase}"
             expected = planned.phases[phase].total
-            rows.append(row("memory", case, f"peak on {device}, the plan as baseline", peak, "B", expected))
+            yield row("memory", case, f"peak on {device}, the plan as baseline", peak, "B", expected)
             print(f"{case}: {peak / 2**20:.0f} MiB, planned {expected / 2**20:.0f}", flush=True)
-    return rows
 
 
 def _to_measure(recipes: dict[str, Recipe], base: str, device: str, resolution: int | None) -> Iterator[Planned]:

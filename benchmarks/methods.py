@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import LoRA
 from mep_lightning.commands.budget import available_precisions, recipe
+from mep_lightning.draws import Draw
 from mep_lightning.estimation import give_gradient
 from mep_lightning.estimators import Estimator
 from mep_lightning.plan.rehearsal import PROMPT, branches, draw_of
@@ -48,65 +51,81 @@ ON_GPU: dict[str, Case] = {
     "gf_ti, graph": Case("gf_ti", cuda_graph=True),
     "dreambooth": Case("dreambooth", "fp32"),
 }
-"""What needs a GPU, and what fits beside the others there alone."""
-BESIDE = "int8 zoodip"
-"""What the others' training steps stand beside."""
+"""What needs a GPU, or the room there."""
+BESIDE = "zoodip"
+"""What the others' training steps stand beside, and whose base draws alone, without an adapter in its layers."""
+ALONE = "int8 the base alone"
 MERGED = "lora, checkpointing"
 """Whose LoRA is merged for drawing, once its training is timed."""
-ALONE = "int8 the base alone"
+DRAWN = ("lora", MERGED, "hollowed_net")
+"""What draws otherwise than the base alone, which `BESIDE` has."""
 
 Sides = dict[str, Callable[[], object]]
 
 
-def run(name: str, rounds: int = 5, device: str = "cpu") -> list[Row]:
-    """Seconds of every method's steps, in turn in one process: first of training, then of drawing."""
-    with ExitStack() as stack:
-        modules, training = {}, {}  # type: tuple[dict[str, PersonalizationModule], Sides]
-        on_gpu = torch.device(device).type == "cuda"
-        for case, about in (CASES | (ON_GPU if on_gpu else {})).items():
-            if about.precision not in available_precisions():
-                continue
-            modules[case] = module = recipe(about.recipe)(about.precision, about.checkpointing)
-            module.cuda_graph = about.cuda_graph
-            base = made_up.load(made_up.found(name, about.precision, device), module, device)
-            module.take(base)
-            stack.callback(base.close)
-            for phase, estimator, resolution in branches(module, base.resolution):
-                branch = "" if module.selector is None else f", {'low' if phase == 'low step' else 'high'} resolution"
-                training[f"{about.precision} {case}{branch}"] = _training(module, estimator, resolution)
-        rows = _timed(name, "seconds a training step", training, BESIDE, rounds)
-        merged = modules[MERGED].adapter
-        assert isinstance(merged, LoRA)
-        merged.merge_()
-        drawing = {
-            ALONE: _drawing(modules["zoodip"]),
-            "int8 LoRA beside the weights": _drawing(modules["lora"]),
-            "int8 LoRA merged": _drawing(modules[MERGED]),
-            "int8 hollowed_net, two paths": _drawing(modules["hollowed_net"]),
-            "int8 hollowed_net, one path": _drawing(modules["hollowed_net"], two_paths=False),
-        }
-        return rows + _timed(name, "seconds a denoising step", drawing, ALONE, rounds)
+def run(name: str, rounds: int = 5, device: str = "cpu") -> Iterator[Row]:
+    """Seconds of every method's training and denoising steps, each in turn with those of `BESIDE` in one process."""
+    cases = {case: about for case, about in CASES.items() if about.precision in available_precisions()}
+    cases |= ON_GPU if torch.device(device).type == "cuda" else {}
+    with _loaded(name, cases.pop(BESIDE), device) as module:
+        beside, alone = _training(f"int8 {BESIDE}", module), {ALONE: _drawing(module)}
+        yield from _timed(name, "seconds a training step", beside, beside, rounds)
+        yield from _timed(name, "seconds a denoising step", alone, alone, rounds)
+        for case, about in cases.items():
+            with _loaded(name, about, device) as module:
+                training = _training(f"{about.precision} {case}", module)
+                yield from _timed(name, "seconds a training step", training, beside, rounds)
+                if case in DRAWN:
+                    yield from _timed(name, "seconds a denoising step", _drawn(case, module), alone, rounds)
 
 
-def _training(module: PersonalizationModule, estimator: Estimator, resolution: int) -> Callable[[], object]:
-    """Draw, estimate, step; a hollow's activation is made up."""
-    assert module.base is not None
-    draw = draw_of(module, estimator, made_up.batch(module.base, resolution))
-    optimizer: Any = module.configure_optimizers()
+@contextmanager
+def _loaded(name: str, about: Case, device: str) -> Iterator[PersonalizationModule]:
+    """A recipe on its base, which goes with it."""
+    module = recipe(about.recipe)(about.precision, about.checkpointing)
+    module.cuda_graph = about.cuda_graph
+    base = made_up.load(made_up.found(name, about.precision, device), module, device)
+    module.take(base)
+    try:
+        yield module
+    finally:
+        base.close()
+        gc.collect()  # what a module holds lies in cycles
 
-    def step() -> None:
-        optimizer.zero_grad()
-        give_gradient(module, estimator, draw, optimizer)
-        optimizer.step()
 
-    return step
+def _training(case: str, module: PersonalizationModule) -> Sides:
+    """A step of each branch: draw, estimate, step; a hollow's activation is made up."""
+    base, optimizer = module.loaded(), module.configure_optimizers()
+    sides: Sides = {}
+    for phase, estimator, resolution in branches(module, base.resolution):
+        draw = draw_of(module, estimator, made_up.batch(base, resolution))
+        branch = "" if module.selector is None else f", {'low' if phase == 'low step' else 'high'} resolution"
+        sides[f"{case}{branch}"] = partial(_step, module, estimator, draw, optimizer)
+    return sides
+
+
+def _step(module: PersonalizationModule, estimator: Estimator, draw: Draw, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    give_gradient(module, estimator, draw, optimizer)
+    optimizer.step()
+
+
+def _drawn(case: str, module: PersonalizationModule) -> Sides:
+    """A method's own ways to draw."""
+    if case == MERGED:
+        assert isinstance(module.adapter, LoRA)
+        module.adapter.merge_()
+        return {"int8 LoRA merged": _drawing(module)}
+    if module.hollow is None:
+        return {"int8 LoRA beside the weights": _drawing(module)}
+    whole, hollowed = _drawing(module), _drawing(module, two_paths=False)
+    return {"int8 hollowed_net, two paths": whole, "int8 hollowed_net, one path": hollowed}
 
 
 @torch.no_grad()
 def _drawing(module: PersonalizationModule, two_paths: bool = True) -> Callable[[], object]:
     """One guided denoising step of one picture, as a denoising loop calls the U-Net."""
-    base = module.base
-    assert base is not None
+    base = module.loaded()
     side = base.resolution // base.vae_factor
     told = module.condition_on([module.named(PROMPT)] * 2)
     noise = torch.randn(2, base.unet.config.in_channels, side, side).to(base.device, base.dtype)
@@ -120,12 +139,11 @@ def _drawing(module: PersonalizationModule, two_paths: bool = True) -> Callable[
     return step
 
 
-def _timed(base: str, metric: str, sides: Sides, beside: str, rounds: int) -> list[Row]:
-    seconds = interleaved(sides, rounds, warmup=1)
-    rows = []
-    for case, own in seconds.items():
-        ratio = median_ratio(seconds[beside], own)
-        baseline = statistics.median(seconds[beside])
-        rows.append(row("methods", f"{base} {case}", metric, statistics.median(own), "s", baseline, ratio))
-        print(f"{case}: {statistics.median(own):.3g} s, {ratio:.2f}x as fast as {beside}", flush=True)
-    return rows
+def _timed(base: str, metric: str, sides: Sides, beside: Sides, rounds: int) -> Iterator[Row]:
+    """Seconds of each side, and how fast it is beside the one of `beside`."""
+    (first,) = beside
+    seconds = interleaved(beside | sides, rounds, warmup=1)
+    for case in sides:
+        own, ratio = statistics.median(seconds[case]), median_ratio(seconds[first], seconds[case])
+        yield row("methods", f"{base} {case}", metric, own, "s", statistics.median(seconds[first]), ratio)
+        print(f"{case}: {own:.3g} s, {ratio:.2f}x as fast as {first}", flush=True)

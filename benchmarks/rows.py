@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,19 @@ def measured_with(device: str = "cpu", threads: int | None = None) -> dict[str, 
     }
 
 
-def write(rows: list[Row], path: Path, about: dict[str, str]) -> None:
-    """Rows, and what `measured_with` says of them."""
+def write(rows: Iterable[Row], path: Path, about: dict[str, str]) -> None:
+    """Rows and what `measured_with` says of them; until the last has come, those there are, in FILE.partial.json."""
+    partial, found = path.with_suffix(".partial.json"), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    for one in rows:
+        found.append(one)
+        partial.write_text(_written(found, about))
+    partial.unlink(missing_ok=True)
+    path.write_text(_written(found, about))
+
+
+def _written(rows: list[Row], about: dict[str, str]) -> str:
+    return json.dumps(about | {"rows": rows}, indent=1) + "\n"
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2) -> dict[str, list[float]]:

@@ -21,6 +21,21 @@ def test_results_say_where_and_with_what_they_were_measured(tmp_path):
     assert set(written["rows"][0]) == {"suite", "case", "metric", "value", "unit", "baseline", "ratio"}
 
 
+def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path):
+    path, partial = tmp_path / "a.json", tmp_path / "a.partial.json"
+
+    def measured():
+        yield rows.row("step", "first", "seconds a step", 0.5, "s")
+        assert not path.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rows.write(measured(), path, {"device": "a"})
+    assert [row["case"] for row in json.loads(partial.read_text())["rows"]] == ["first"] and not path.exists()
+    rows.write([], path, {"device": "a"})
+    assert json.loads(path.read_text())["rows"] == [] and not partial.exists()
+
+
 def test_both_sides_run_in_turn():
     order = []
     seconds = rows.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)

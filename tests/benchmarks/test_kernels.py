@@ -8,6 +8,8 @@ import torch
 from benchmarks import kernels as suite
 from benchmarks.kernels import Case
 from mep_lightning import kernels
+from mep_lightning.bases.cuda_graph import CUDAGraphed
+from mep_lightning.errors import UserError
 from mep_lightning.kernels.dispatch import SWITCH
 
 
@@ -36,6 +38,25 @@ def test_every_operation_is_measured(monkeypatch):
 def test_figures_come_beside_a_librarys(monkeypatch):
     alike = Case("copy [64]", lambda: torch.ones(64), lambda: torch.ones(64), 0.0, bytes=256)
     monkeypatch.setattr(suite, "cases", lambda dtype, device: iter([alike]))
-    rows = suite.run(rounds=1)
+    rows = list(suite.run(rounds=1))
     assert [row["metric"] for row in rows] == ["ceiling", "ceiling", "seconds a call", "share of the roofline"]
     assert all(row["value"] > 0 for row in rows) and rows[2]["ratio"] > 0
+
+
+def test_on_a_gpu_both_sides_are_replayed_or_neither(monkeypatch):
+    refused, asked = [], []
+
+    def capture(self, here):
+        self.function(here)
+        if len(asked) in refused:
+            raise UserError("cannot be captured")
+        return (here,), lambda: None, here
+
+    monkeypatch.setattr(CUDAGraphed, "capture", capture)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    sides = {"ours": lambda: asked.append("ours"), "theirs": lambda: asked.append("theirs")}
+    calls, replays = suite.as_graphs(sides, calls=3)
+    assert calls == 3 and list(replays) == ["ours", "theirs"] and asked == ["ours"] * 3 + ["theirs"] * 3
+    asked.clear()
+    refused.append(6)  # the second side's
+    assert suite.as_graphs(sides, calls=3) == (1, {})

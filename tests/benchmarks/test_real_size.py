@@ -45,7 +45,7 @@ def test_the_ordinary_step_moves_the_token_by_the_slopes_it_finds():
 
 def test_planned_and_measured_peaks_stand_side_by_side(monkeypatch):
     monkeypatch.setattr(memory, "available_precisions", lambda: ["int8"])
-    rows = memory.run("tiny", methods=("zoodip", "lora", "hollowed_net", "selective"))
+    rows = list(memory.run("tiny", methods=("zoodip", "lora", "hollowed_net", "selective")))
     measured = {row["case"]: row for row in rows if row["metric"].startswith("peak on cpu")}
     cases = [f"tiny 64 px zoodip in int8 {phase}" for phase in ("encode", "step", "denoise", "decode")]
     cases += [
@@ -76,7 +76,7 @@ def test_both_sides_are_timed_in_one_run():
 def test_every_method_is_timed_in_training_and_drawing(monkeypatch):
     kept = ("zoodip", "lora", methods.MERGED, "hollowed_net", "selective")
     monkeypatch.setattr(methods, "CASES", {name: methods.CASES[name] for name in kept})
-    rows = methods.run("tiny", rounds=1)
+    rows = list(methods.run("tiny", rounds=1))
     timed = {metric: [row["case"] for row in rows if metric in row["metric"]] for metric in ("training", "denoising")}
     branches = ["selective, high resolution", "selective, low resolution"]
     assert timed["training"] == [f"tiny int8 {name}" for name in (*kept[:-1], *branches)]
