@@ -8,13 +8,15 @@ still is when only the first principal components of its path are left (its Figu
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from benchmarks.quality import heldout_loss, photos_of, train
+from benchmarks.quality import heldout_loss, photos_of, quiet, train
 from benchmarks.rows import Row, row
 from benchmarks.variants import BACKPROP, FAST, ZOODIP, Settings, resolve
 from mep_lightning import SubjectData
@@ -60,29 +62,33 @@ class Watch(Callback):
             self.kept.append(subspace.rank_kept / subspace.tau)
 
 
-def run(subjects: int = 3) -> list[Row]:
-    """Means over subjects."""
+def run(subjects: int = 3, workers: int = 2) -> list[Row]:
+    """Means over subjects; every run in one of so many processes of one thread each."""
     found: dict[tuple[str, str], list[float]] = {}
-
-    def note(case: str, metric: str, value: float) -> None:
-        found.setdefault((case, metric), []).append(value)
-
-    for index in range(subjects):
-        who = subject(index)
-        with photos_of(who) as folder:
-            for name, (settings, passes) in RUNS.items():
-                watch = Watch(who, passes)
-                data = SubjectData(folder, class_word=who.class_word, seed=0)
-                module = train(resolve(settings), data, 0, f"{folder}/kept", [watch])
-                for mark, loss in watch.losses.items():
-                    note(f"{name}, {mark} forward passes", "held-out loss", loss)
-                for share in watch.kept:
-                    note(name, "share of the path's dimensions kept", share)
-                if name in ("textual_inversion", "zoodip_fast"):
-                    for k, loss in _truncated(module, who, torch.stack(watch.path)).items():
-                        note(f"{name}, {k} components of its path", "held-out loss", loss)
-                print(f"{who.name}, {name}: {list(watch.losses.values())[-1]:.4f}", flush=True)
+    cells = [(index, name) for index in range(subjects) for name in RUNS]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for figures in pool.map(_figures, *zip(*cells, strict=True)):
+            for case, metric, value in figures:
+                found.setdefault((case, metric), []).append(value)
     return [row("paths", case, metric, statistics.mean(values), "") for (case, metric), values in found.items()]
+
+
+def _figures(index: int, name: str) -> list[tuple[str, str, float]]:
+    """Case, metric and value of what one run on one subject shows."""
+    quiet()
+    torch.set_num_threads(1)
+    who, (settings, passes) = subject(index), RUNS[name]
+    with photos_of(who) as folder:
+        watch = Watch(who, passes)
+        data = SubjectData(folder, class_word=who.class_word, seed=0)
+        module = train(resolve(settings), data, 0, f"{folder}/kept", [watch])
+        found = [(f"{name}, {mark} forward passes", "held-out loss", loss) for mark, loss in watch.losses.items()]
+        found += [(name, "share of the path's dimensions kept", share) for share in watch.kept]
+        if name in ("textual_inversion", "zoodip_fast"):
+            shortened = _truncated(module, who, torch.stack(watch.path))
+            found += [(f"{name}, {k} components of its path", "held-out loss", loss) for k, loss in shortened.items()]
+    print(f"{who.name}, {name}: {list(watch.losses.values())[-1]:.4f}", flush=True)
+    return found
 
 
 def _truncated(module: Any, who: Subject, path: Tensor) -> dict[int, float]:

@@ -132,7 +132,7 @@ def cell(
     variant: str, settings: Settings, split: str, index: int, seed: int, images: int, device: str = "cpu"
 ) -> dict[str, Any]:
     """Train and score one cell, with resolved settings."""
-    _quiet()
+    quiet()
     import torch
 
     from mep_lightning import SubjectData
@@ -157,7 +157,8 @@ def cell(
     return {"variant": variant, "subject": who.name, "split": split, "seed": seed, "seconds": seconds, **scores}
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """A worker says nothing but what its suite prints."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
