@@ -54,7 +54,7 @@ def load(base: BaseFolder, module: PersonalizationModule, made_on: str = "cpu") 
 def batch(base: Base, resolution: int) -> dict[str, object]:
     """A photo's latents, random."""
     made = made_up_batch(base, resolution)
-    return made | {"mean": torch.randn(made["mean"].shape)}
+    return made | {"mean": torch.randn(made["mean"].shape), "std": torch.zeros(made["std"].shape)}
 
 
 def random_weights_on(device: str | torch.device) -> Maker:

@@ -99,8 +99,8 @@ class Hollow:
         return torch.from_numpy(self.stored[index].copy()).view(self.dtype)
 
     def with_made_up(self, module: Any, draw: Draw) -> Draw:
-        """A draw with an activation of the right shape that holds nothing."""
-        return replace(draw, activation=torch.empty_like(self.answer(module, draw)))
+        """A draw with an activation of the right shape that is zero."""
+        return replace(draw, activation=torch.zeros_like(self.answer(module, draw)))
 
     # -- stage 1 -------------------------------------------------------------------------------------------------------
 
