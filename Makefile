@@ -15,7 +15,7 @@ demo: $(SETUP)
 	$(PYTHON) -m mep_lightning.cli fit --config quickstart
 
 test: $(SETUP)
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -15,6 +15,12 @@ if not torch.cuda.is_available():  # before anything imports a kernel: Triton de
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: at the end, two processes have little left to wait for each other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_base():
     """The embedded base in fp32, loaded once; tests must leave it as it was."""

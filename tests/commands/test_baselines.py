@@ -52,6 +52,7 @@ def test_what_is_trained_is_drawn_from_the_run_and_from_its_export(method, tmp_p
     assert start.shape[2] == 3 and not np.array_equal(start, np.asarray(Image.open("r/samples/after.png"), dtype=float))
 
 
+@pytest.mark.slow
 @METHODS
 def test_a_stopped_run_carries_on_bitwise(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

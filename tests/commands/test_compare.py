@@ -31,6 +31,7 @@ def recipe(name):
     return find_recipe(name)
 
 
+@pytest.mark.slow
 def test_every_cell_is_a_run_with_scores(compared):
     content = json.loads((compared / "out/table.json").read_text())
     ti, lora, broken = content["rows"]
@@ -54,6 +55,7 @@ def test_the_page_shows_it_all_and_escapes_what_users_typed(compared):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_done_and_more_may_be_added(compared, monkeypatch, capsys):
     monkeypatch.chdir(compared)
     before = Path("out/cells.jsonl").read_text()

@@ -46,6 +46,7 @@ def near(one, other):
     return abs(one - other).max() <= 2
 
 
+@pytest.mark.slow
 def test_strength_and_merging(runs):
     whole, half, none, merged = (
         drawn(runs / "lora", *words) for words in ([], ["--lora-scale", "0.5"], ["--lora-scale", "0"], ["--merge"])
@@ -176,6 +177,7 @@ def test_the_first_stage_makes_ready_what_steps_will_draw(callback, monkeypatch)
     assert 600 <= timestep < 610 or callback != "PUTS"
 
 
+@pytest.mark.slow
 def test_the_plan_before_a_run_knows_the_hollow(monkeypatch):
     seen = []
     monkeypatch.setattr(budget, "identify", lambda name: type("Info", (), {"family": "sd1"})())

@@ -12,6 +12,7 @@ def figures(rows):
     return {one["metric"]: one["value"] for one in rows}
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing_and_change_nothing():
     found = figures(kill.run(kills=3, seed=0, methods=("zoodip",)))
     assert found["kills"] == sum(found[phase] for phase in kill.PHASES) == sum(found[when] for when in kill.WHEN) == 3

@@ -5,10 +5,13 @@ import random
 import subprocess
 import sys
 
+import pytest
+
 from mep_lightning.errors import UserError
 from reliability import mutate, mutations
 
 
+@pytest.mark.slow
 def test_sixty_damaged_files_are_read_or_told_in_a_sentence():
     wrong = []
     found = mutate.run(cases=60, seed=0, workers=1, told=wrong)

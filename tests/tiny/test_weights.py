@@ -3,6 +3,7 @@
 import json
 from itertools import combinations
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -70,6 +71,7 @@ def test_sample_photos_show_one_subject_in_five_places():
     assert (features @ features.T).min() > 0.7  # kin of other subjects stay below, see the test of the encoder
 
 
+@pytest.mark.slow
 def test_samples_follow_their_captions(tiny_base):
     """Of 32 unseen captions, the metric CLIP finds most of their own pictures, rendered or drawn by the base."""
     captions, images = captioned(50)
