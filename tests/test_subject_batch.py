@@ -158,15 +158,20 @@ def test_puts_says_which_timesteps_all_of_them_draw(folders, tmp_path):
         assert 600 <= int(one.draw(one.photos.batch(0)).timestep) < 700
 
 
-def test_the_example_in_the_documents_runs(folders, tmp_path, monkeypatch):
+def test_the_examples_in_the_documents_run(folders, tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     for name, photos in zip(("rex", "tom"), folders.values(), strict=False):
         (tmp_path / "photos").mkdir(exist_ok=True)
         photos.rename(tmp_path / "photos" / name)
     exec(compile(code.replace("6_000", "1"), "docs/scaling.md", "exec"), {})
     assert len(list((tmp_path / "tokens").rglob("*.safetensors"))) == 2
+    tom = torch.load("tom.ckpt", weights_only=True)
+    assert torch.equal(tom["state_dict"]["adapter.theta"], load_file("tokens/tom/learned_embeds.safetensors")["<sks>"])
+    assert [one["class_word"] for one in torch.load("tom-and-rex.ckpt", weights_only=True)["mep"]["subjects"]] == [
+        *("cube", "ball")
+    ]
 
 
 def test_more_subjects_than_have_a_launch_each(folders, tmp_path):
