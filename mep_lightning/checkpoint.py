@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mep_lightning.errors import CheckpointError, UserError
@@ -10,6 +11,8 @@ IDENTITY = ("base", "precision", "method", "seed")
 """What decides which draws and which weights a step sees."""
 SETTINGS = ("activations", "lr", "lr_scheduler", "betas", "eps", "weight_decay", "optimizer", "low_resolution")
 """How the module steps."""
+PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")
+"""What a learning rate's schedule keeps for each of its optimizer's groups."""
 
 
 def describe(module: Any) -> dict[str, Any]:
@@ -69,6 +72,66 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
             raise CheckpointError(
                 f"the checkpoint's {name} is {list(shape)}, this run's {list(value.shape)}: resume with its adapter"
             )
+
+
+def part_of(state: dict[str, Any], number: int) -> dict[str, Any]:
+    """Of the trainables of a batch of subjects those of one, by the names that they have alone."""
+    prefix = f"subjects.{number}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def apart(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """A checkpoint of `SubjectBatch` as one of every subject's own, from which it goes on alone."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    found = []
+    for number, (own, group) in enumerate(zip(checkpoint["mep"]["subjects"], optimizer["param_groups"], strict=True)):
+        state = {i: optimizer["state"][p] for i, p in enumerate(group["params"]) if p in optimizer["state"]}
+        schedules = [
+            {key: [value[number]] if key in PER_GROUP else value for key, value in one.items()}
+            for one in checkpoint["lr_schedulers"]
+        ]
+        part = {
+            "state_dict": part_of(checkpoint["state_dict"], number),
+            "optimizer_states": [
+                {"state": state, "param_groups": [group | {"params": list(range(len(group["params"])))}]}
+            ],
+            "lr_schedulers": schedules,
+            "hparams_name": None,
+            "hyper_parameters": {key: own[key] for key in IDENTITY},
+            "mep": own,
+        }
+        found.append(checkpoint | part)
+    return found
+
+
+def joined(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`apart` undone: subjects' own checkpoints, wherever each was trained, as one of a `SubjectBatch`.
+
+    Raises:
+        CheckpointError: they are at different steps.
+    """
+    steps = sorted({one["global_step"] for one in checkpoints})
+    if len(steps) > 1:
+        raise CheckpointError(f"subjects at steps {steps[0]} and {steps[-1]} cannot go on together: go on with each")
+    trained: dict[str, Any] = {}
+    states: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for number, one in enumerate(checkpoints):
+        (optimizer,), first = one["optimizer_states"], sum(len(group["params"]) for group in groups)
+        trained |= {f"subjects.{number}.{name}": value for name, value in one["state_dict"].items()}
+        states |= {first + i: state for i, state in optimizer["state"].items()}
+        groups += [group | {"params": [first + i for i in group["params"]]} for group in optimizer["param_groups"]]
+    schedules = [
+        {key: [one[key][0] for one in each] if key in PER_GROUP else value for key, value in each[0].items()}
+        for each in zip(*(one["lr_schedulers"] for one in checkpoints), strict=True)
+    ]
+    shared = {key: value for key, value in checkpoints[0].items() if key not in ("hparams_name", "hyper_parameters")}
+    return shared | {
+        "state_dict": trained,
+        "optimizer_states": [{"state": states, "param_groups": groups}],
+        "lr_schedulers": schedules,
+        "mep": {"subjects": [one["mep"] for one in checkpoints]},
+    }
 
 
 def _compare(saved: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -24,12 +24,12 @@ from mep_lightning import advice, objective, optimization
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base, prompt_ids
 from mep_lightning.bases.cuda_graph import CUDAGraphed
-from mep_lightning.checkpoint import describe, refuse_another_run
+from mep_lightning.checkpoint import describe, part_of, refuse_another_run
 from mep_lightning.data import Batches, SubjectData
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.estimation import along_of, dims_of, tell
 from mep_lightning.estimators import Backprop, FiniteDifferenceEstimator, FusedZOAdam, ZerothOrderEstimator
-from mep_lightning.estimators.perturbation import Members
+from mep_lightning.estimators.perturbation import HERE, Members
 from mep_lightning.kernels.tf32 import whole_products
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.phases import phase
@@ -216,8 +216,10 @@ class SubjectBatch(LightningModule):
                     module.subspace.observe(_theta(module).detach())
                 module.skipped.note(is_sound, step)
         self.log("train/loss", losses.mean(), prog_bar=True, batch_size=1)
-        for name, loss in zip(self._data().subjects, losses.mean(0), strict=True):
+        for name, module, loss in zip(self._data().subjects, self.each, losses.mean(0), strict=True):
             self.log(f"train/loss/{name}", loss, batch_size=1)
+            if module.skipped.total:
+                self.log(f"train/skipped/{name}", float(module.skipped.total), batch_size=1)
 
     def _give_gradients(self, batch: list[dict[str, Any]], optimizer: Any) -> tuple[Tensor, list[bool]]:
         """Give the optimizer every token's gradient that is finite; the losses [V, S], and whose are."""
@@ -229,13 +231,9 @@ class SubjectBatch(LightningModule):
             if module.subspace:
                 module.subspace.prepare(_theta(module))
         with torch.enable_grad():
-            losses = self._losses([_theta(module).unsqueeze(0) for module in self.each], batch)  # [1, S]
-
-            def summed(_: Members) -> Tensor:
-                return losses.sum()[None]
-
+            losses = self.losses([HERE] * len(self.each), batch)  # [1, S]
             assert isinstance(estimator, Backprop)
-            estimator.backward(summed, list(self.parameters()))
+            estimator.backward(lambda _: losses.sum()[None], list(self.parameters()))
         for module in self.each:
             if module.subspace and (grad := _theta(module).grad) is not None:
                 module.subspace.project_(grad)
@@ -254,10 +252,9 @@ class SubjectBatch(LightningModule):
                 module.subspace.prepare(_theta(module))
             along = along_of(module, _estimator(module))
             asked.append((_estimator(module).asked(self.global_step, along), along))
-        values = [members.of(_theta(module)) for module, (members, _) in zip(self.each, asked, strict=True)]
         whole = whole_products() if isinstance(self.first.estimator, FiniteDifferenceEstimator) else nullcontext()
         with whole:
-            told = self._losses(values, batch)  # [V, S], of tangents a Dual
+            told = self.losses([members for members, _ in asked], batch)  # [V, S], of tangents a Dual
         losses, weighed = [], []
         for s, (module, (members, along)) in enumerate(zip(self.each, asked, strict=True)):
             estimator = _estimator(module)
@@ -270,9 +267,18 @@ class SubjectBatch(LightningModule):
                 tell(module, _estimator(module), optimizer, weights, along)
         return torch.stack(losses, 1), sound
 
-    def _losses(self, values: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
-        """Losses [V, S] of every subject's members, each [V, vectors, D], on its own draw."""
+    def losses(self, members: Sequence[Members], batch: list[dict[str, Any]]) -> Tensor:
+        """What every subject's V members err by on its own draw, in one forward; of tangents a `Dual`.
+
+        Args:
+            members: of each of S subjects, where they stand.
+            batch: each subject's.
+
+        Returns:
+            fp32 [V, S].
+        """
         base = self.first.loaded()
+        values = [own.of(_theta(module)) for module, own in zip(self.each, members, strict=True)]
         draws = [module.draw(own) for module, own in zip(self.each, batch, strict=True)]
         prompts = [
             fill(text, _phrase(module, s), module.class_word)
@@ -313,9 +319,7 @@ class SubjectBatch(LightningModule):
         if not isinstance(saved, list) or len(saved) != len(self.subjects):
             raise CheckpointError(f"the checkpoint is not one of {len(self.subjects)} subjects trained together")
         for number, (module, own) in enumerate(zip(self.each, saved, strict=True)):
-            prefix = f"subjects.{number}."
-            state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-            refuse_another_run({"mep": own, "state_dict": state}, module)
+            refuse_another_run({"mep": own, "state_dict": part_of(checkpoint["state_dict"], number)}, module)
             module.skipped = Skipped.from_checkpoint(own.get("skipped"))
             if module.subspace:
                 module.subspace.load_state_dict(own["subspace"])
@@ -342,17 +346,23 @@ def _estimator(module: PersonalizationModule) -> ZerothOrderEstimator:
     return module.estimator
 
 
+def obstacle(module: PersonalizationModule) -> str | None:
+    """What keeps a module out of any batch of subjects, such as "its adapter is LoRA"; None where nothing does."""
+    if not isinstance(module.adapter, TokenEmbedding):
+        return f"its adapter is {type(module.adapter).__name__}"
+    if not (optimization.weighs(module.estimator) or type(module.estimator).estimate is Backprop.estimate):
+        return f"its estimator is {type(module.estimator).__name__}"
+    if module.selector is not None or module.hollow is not None:
+        return f"it has a {'selector' if module.hollow is None else 'hollow'}"
+    return None
+
+
 def _refuse_unlike(first: PersonalizationModule, one: PersonalizationModule) -> None:
     """Raise UserError where a subject cannot share a batch with the first."""
-    estimates = optimization.weighs(one.estimator) or type(one.estimator).estimate is Backprop.estimate
-    for name, kind, fits in (
-        ("adapter", one.adapter, isinstance(one.adapter, TokenEmbedding)),
-        ("estimator", one.estimator, estimates),
-    ):
-        if not fits:
-            raise UserError(f"SubjectBatch trains tokens by a gradient: a subject's {name} is {type(kind).__name__}")
-    if one.selector is not None or one.hollow is not None:
-        raise UserError("SubjectBatch takes no selector and no hollow: train such subjects one by one")
+    if (why := obstacle(one)) is not None:
+        raise UserError(
+            f"SubjectBatch trains tokens by a gradient, and has no place for a subject where {why}: train it alone"
+        )
     unlike = [name for name in ALIKE if getattr(one, name) != getattr(first, name)]
     kinds = [(type(m.estimator), getattr(m.estimator, "n", 0), type(m.subspace)) for m in (first, one)]
     if kinds[0] != kinds[1]:

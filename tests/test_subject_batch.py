@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
 from mep_lightning.callbacks import PUTS, Samples
+from mep_lightning.checkpoint import apart, joined
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.estimators import (
     ConditioningSubspace,
@@ -21,6 +22,7 @@ from mep_lightning.estimators import (
 )
 from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData
 from mep_lightning.tiny.subjects import subject
+from tests.personalizing import StopAt
 
 WAYS = {
     "zoodip": dict(estimator=RandomGradientEstimator(n=2, mu=1e-3), subspace=SubspaceGradient(tau=2, nu=0.1)),
@@ -156,15 +158,20 @@ def test_puts_says_which_timesteps_all_of_them_draw(folders, tmp_path):
         assert 600 <= int(one.draw(one.photos.batch(0)).timestep) < 700
 
 
-def test_the_example_in_the_documents_runs(folders, tmp_path, monkeypatch):
+def test_the_examples_in_the_documents_run(folders, tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     for name, photos in zip(("rex", "tom"), folders.values(), strict=False):
         (tmp_path / "photos").mkdir(exist_ok=True)
         photos.rename(tmp_path / "photos" / name)
     exec(compile(code.replace("6_000", "1"), "docs/scaling.md", "exec"), {})
     assert len(list((tmp_path / "tokens").rglob("*.safetensors"))) == 2
+    tom = torch.load("tom.ckpt", weights_only=True)
+    assert torch.equal(tom["state_dict"]["adapter.theta"], load_file("tokens/tom/learned_embeds.safetensors")["<sks>"])
+    assert [one["class_word"] for one in torch.load("tom-and-rex.ckpt", weights_only=True)["mep"]["subjects"]] == [
+        *("cube", "ball")
+    ]
 
 
 def test_more_subjects_than_have_a_launch_each(folders, tmp_path):
@@ -194,6 +201,61 @@ def test_a_resumed_batch_goes_on_bit_by_bit(way, folders, tmp_path):
         together(dict(list(folders.items())[:1]), tmp_path, way, steps=6, checkpoint=tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="trained with lr"):
         together(folders, tmp_path, way, steps=6, checkpoint=tmp_path / "last.ckpt", lr=0.5)
+
+
+def test_any_subject_goes_on_alone_or_beside_others(folders, tmp_path):
+    """From its own part of a checkpoint, which is what one of its own would be."""
+
+    def fitted(module, data, checkpoint=None, stop=5):
+        trainer = trainer_of(tmp_path, 5, enable_checkpointing=False, callbacks=[StopAt(stop)])
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    def made(number):
+        word, folder = list(folders.items())[number]
+        return module_of(number, lr_scheduler="linear"), SubjectData(folder, class_word=word)
+
+    def several(numbers, checkpoint=None, stop=5):
+        modules, data = zip(*map(made, numbers), strict=True)
+        batch = SubjectBatch(modules)
+        return batch, fitted(batch, SubjectBatchData({str(i): one for i, one in enumerate(data)}), checkpoint, stop)
+
+    whole = tokens_of(several(range(3))[0])
+    several(range(3), stop=3)[1].save_checkpoint(tmp_path / "three.ckpt")
+    together = torch.load(tmp_path / "three.ckpt", weights_only=True)
+    parts = apart(together)
+    fitted(*made(1), stop=3).save_checkpoint(tmp_path / "own.ckpt")
+    own = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    assert shape_of(parts[1]) == shape_of(own)
+
+    start, _ = made(1)
+    start.load()
+    near = 0.02 * (whole[1] - start.adapter.theta).norm()
+    assert near > 1e-4
+    torch.save(parts[1], tmp_path / "one.ckpt")
+    alone, data = made(1)
+    fitted(alone, data, tmp_path / "one.ckpt")
+    assert (alone.adapter.theta - whole[1]).norm() <= near
+    torch.save(joined([parts[2], own]), tmp_path / "two.ckpt")  # in another order, one from elsewhere, one left out
+    last, middle = tokens_of(several([2, 1], tmp_path / "two.ckpt")[0])
+    assert (last - whole[2]).norm() <= near and (middle - whole[1]).norm() <= near
+    assert flat(joined(parts)) == flat(together)
+    with pytest.raises(CheckpointError, match="subjects at steps 3 and 4 cannot go on together"):
+        joined([own, own | {"global_step": 4}])
+
+
+def flat(node, name=""):
+    """Every value by its place, in a form that can be compared."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else None
+    if children is None:
+        return {name: node.tolist() if isinstance(node, torch.Tensor) else node}
+    return {place: value for key, child in children for place, value in flat(child, f"{name}.{key}").items()}
+
+
+def shape_of(checkpoint):
+    """What is where in a checkpoint, and of what kind; what it comes to is rounded otherwise."""
+    values = flat(checkpoint)
+    return {name: (type(value), len(value) if isinstance(value, list) else None) for name, value in values.items()}
 
 
 def test_every_subject_is_exported_by_its_name(folders, tmp_path):

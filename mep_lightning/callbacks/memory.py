@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class MemoryProfiler(Callback):
         {"device": "cpu" | "NVIDIA …",
          "phases": {phase: {"peak_bytes", "allocated_peak", "reserved_peak", "process_peak",
                             "breakdown": {"weights", "gradients", "optimizer", "activations", "other"}}},
-         "peak_bytes", "peak_phase", "process_peak", "baseline_bytes"}
+         "peak_bytes", "peak_phase", "process_peak", "baseline_bytes",
+         "subjects": of a training that several runs shared, how many (`runs`)}
 
     - `allocated_peak` (and `peak_bytes`, the same number): on CUDA the allocator's exact peak. On a CPU the process's
       peak memory minus `baseline_bytes`, what the interpreter and its libraries held when `fit` began; this counts
@@ -45,11 +47,15 @@ class MemoryProfiler(Callback):
 
     Args:
         interval: seconds between two readings of that thread, above 0.
+
+    Attributes:
+        runs: whose folders the figures go to, where several share one training; else the Trainer's own.
     """
 
     def __init__(self, interval: float = 0.01) -> None:
         refuse_unless(interval > 0, "memory.interval", interval, "seconds above 0, such as 0.01")
         self.interval = interval
+        self.runs: Sequence[RunFolder] = ()
         self._meter: MemoryMeter | None = None
         self._trainer: Trainer | None = None
         self._step_open = False
@@ -147,8 +153,11 @@ class MemoryProfiler(Callback):
         phases.observers.remove(self)
         self._meter.stop()
         memory, self._meter = self._meter.summary(), None
-        if trainer is not None and trainer.is_global_zero and memory["phases"]:
-            run = RunFolder(Path(trainer.default_root_dir))
+        if trainer is None or not (trainer.is_global_zero and memory["phases"]):
+            return
+        if self.runs:
+            memory["subjects"] = len(self.runs)
+        for run in self.runs or [RunFolder(Path(trainer.default_root_dir))]:
             if "step" in memory["phases"] or not run.memory_json.is_file():  # figures of a training outlast an attempt
                 write(memory, run)
 

@@ -134,6 +134,7 @@ def refuse_too_large(
     *,
     resumed: bool = False,
     processes: int = 1,
+    subjects: int = 1,
 ) -> None:
     """Compare a run's plan with its budget, and with what is free on its device, before anything is loaded.
 
@@ -146,6 +147,7 @@ def refuse_too_large(
         callbacks: the Trainer's, some of which change what a step takes.
         resumed: whether the run was begun earlier, and its method stays.
         processes: that share a CPU's memory.
+        subjects: that are trained in one batch.
 
     Raises:
         UserError: the run would not fit.
@@ -164,7 +166,8 @@ def refuse_too_large(
             rehearsed.hollow_out(copy.copy(callback))
         if isinstance(callback, PriorPreservation):
             batch_size *= 2
-    (phases,) = rehearse([rehearsed], found, side, batch_size=batch_size, pictures=min(drawn, together))
+    pictures = min(drawn, together)
+    (phases,) = rehearse([rehearsed], found, side, batch_size=batch_size, pictures=pictures, subjects=subjects)
     mapped = module.offload == "stream" and device.type == "cpu"  # the system may drop such weights
     needs = {name: peak.total - (peak.weights if mapped else 0) for name, peak in phases.items()}
     highest = max(needs, key=lambda name: needs[name])

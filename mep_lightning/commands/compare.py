@@ -15,7 +15,7 @@ from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names, r
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 
 if TYPE_CHECKING:
-    from mep_lightning.comparison.cells import Cell
+    from mep_lightning.comparison.cells import Batch, Cell
     from mep_lightning.comparison.engines import Engine
     from mep_lightning.comparison.folder import ComparisonFolder
     from mep_lightning.comparison.subjects import Subject
@@ -25,16 +25,22 @@ A cell is one method on one subject from one seed: `mep fit`, then `mep test`. W
 again runs the cells that are missing, and with more methods, subjects or seeds those beside them. A cell that fails, or
 runs out of memory or time, is a line in the table, and the others go on; --retry runs it again.
 
+--subjects-per-batch K trains up to K subjects of a method and seed in one batch, where the method trains a token by a
+gradient (zoodip, zoodip_fast, textual_inversion): one forward pass over the base serves them all, and each learns what
+it would learn alone, up to rounding. Every one is drawn, scored and recorded as a cell of its own. A batch that fails,
+or for which memory runs out, is tried again in halves. K may change from one run of the command to the next.
+
 --engine ray runs the cells as tasks of a Ray cluster: one of this machine, or the one at --address, whose nodes must
-all see --out, the photos and the base under the same paths. A cell asks for T CPUs and, where there are GPUs, for the
-part of one that `mep plan` says it takes; one whose worker or node is lost goes on elsewhere. Either engine carries on
-with what the other began.
+all see --out, the photos and the base under the same paths. A cell, or a batch, asks for T CPUs and, where there are
+GPUs, for the part of one that `mep plan` says it takes; one whose worker or node is lost goes on elsewhere. Either
+engine carries on with what the other began.
 
 in --out: table.md, table.csv, table.json, report.html, and every cell's run below runs/
 
 examples:
   mep compare --methods zoodip,textual_inversion,lora --subjects 3 --seeds 2 --out compared
   mep compare --methods zoodip,qlora --data dreambooth/dataset --base ID_OR_DIR --only dog,cat2 --out dogs
+  mep compare --methods textual_inversion --subjects 30 --subjects-per-batch 8 --out thirty
   mep compare --methods zoodip_fast --data SUBJECTS/ --base DIR --out /shared/many --engine ray --address auto
   mep compare --methods lora --fit "--model.precision bf16 --data.resolution 256" --data photos/ --base DIR --out small
 """
@@ -51,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
     _check_engine(options)
     from mep_lightning.bases import identify
     from mep_lightning.commands.chatter import quiet_after_imports
+    from mep_lightning.comparison.cells import batches
     from mep_lightning.comparison.folder import ComparisonFolder
 
     quiet_after_imports()
@@ -75,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
         flush=True,
     )
     try:
-        _run_all(todo, folder, _engine(options, methods))
+        _run_all(batches(todo, _sizes(todo, options.subjects_per_batch)), folder, _engine(options, methods))
     finally:
         written = _write(folder, methods, subjects, options)
     print(written, flush=True)
@@ -115,16 +122,21 @@ def _options() -> Options:
         "--workers",
         type=int,
         metavar="W",
-        help="cells at once, a process each (default 1; of Ray: all it has room for)",
+        help="cells (or batches) at once, a process each (default 1; of Ray: all it has room for)",
     )
     parser.add_argument("--threads", type=int, metavar="T", help="of each process (default: torch's own; of Ray: 1)")
-    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="that a cell may take")
+    parser.add_argument(
+        "--subjects-per-batch", type=int, default=1, metavar="K", help="that train together, where they can (default 1)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="MINUTES", help="that a cell may take; a batch, as many for each of its cells"
+    )
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
     return parser
 
 
 def _check(options: Namespace) -> None:
-    for name in ("seeds", "images_per_prompt"):
+    for name in ("seeds", "images_per_prompt", "subjects_per_batch"):
         value = getattr(options, name)
         refuse_unless(value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
     for name in ("max_steps", "subjects", "workers", "threads"):
@@ -231,6 +243,21 @@ def _cell(folder: ComparisonFolder, options: Namespace, method: str, recipe: Pat
     return Cell(method, subject.name, seed, run, [*fit, *shlex.split(options.fit)], test)
 
 
+def _sizes(cells: Sequence[Cell], most: int) -> dict[str, int]:
+    """How many cells of each method train together; says which methods' cells train alone, and why."""
+    if most == 1 or not cells:
+        return {}
+    from mep_lightning.commands.together import why_alone
+
+    lines: dict[str, Sequence[str]] = {}
+    for cell in cells:
+        lines.setdefault(cell.method, cell.fit)
+    alone = {method: why for method, line in lines.items() if (why := why_alone(line)) is not None}
+    if alone:
+        print(f"One at a time: {', '.join(f'{method} ({why})' for method, why in alone.items())}.", flush=True)
+    return {method: most for method in lines if method not in alone}
+
+
 def _anywhere(name: str) -> str:
     """A file or folder by its whole path, which a process that began elsewhere finds too; other names as they are."""
     path = Path(name).expanduser()
@@ -254,7 +281,7 @@ def _engine(options: Namespace, methods: dict[str, Path]) -> Engine:
     from tqdm import tqdm
 
     from mep_lightning.comparison.engines.ray import RayEngine
-    from mep_lightning.comparison.share import peak_of_cell
+    from mep_lightning.comparison.share import peak_of_cells
 
     named = [getattr(options, name) for name in ("base", "data", "prompts", "clip", "dino")]
     words = [*map(_anywhere, filter(None, named)), *map(_recipe_anywhere, methods.values())]
@@ -265,18 +292,18 @@ def _engine(options: Namespace, methods: dict[str, Path]) -> Engine:
         threads=options.threads or 1,
         retries=RETRIES if options.retries is None else options.retries,
         reads=[path for path in map(Path, words) if path.is_absolute()],
-        peak=lambda method: peak_of_cell(methods[method], options.base, shlex.split(options.fit)),
+        peak=lambda method, together: peak_of_cells(methods[method], options.base, shlex.split(options.fit), together),
         tell=lambda line: tqdm.write(line, file=sys.stdout),
     )
 
 
-def _run_all(cells: Sequence[Cell], folder: ComparisonFolder, engine: Engine) -> None:
+def _run_all(batches: Sequence[Batch], folder: ComparisonFolder, engine: Engine) -> None:
     from tqdm import tqdm
 
     again = "Carry on with the same command."
-    with tqdm(total=len(cells), desc="Cells", unit="cell", disable=None) as bar:
+    with tqdm(total=sum(map(len, batches)), desc="Cells", unit="cell", disable=None) as bar:
         try:
-            with closing(engine.run_all(cells, folder.logs)) as ended:
+            with closing(engine.run_all(batches, folder.logs)) as ended:
                 for cell, record in ended:
                     folder.keep({"method": cell.method, "subject": cell.subject, "seed": cell.seed, **record})
                     bar.update()
@@ -288,8 +315,9 @@ def _run_all(cells: Sequence[Cell], folder: ComparisonFolder, engine: Engine) ->
 
 def _told(record: dict[str, Any]) -> str:
     """What came of a cell."""
-    scores = [f"{key} {record[key]:.3f}" for key in ("clip_t", "clip_i", "dino") if record.get(key) is not None]
-    return str(record["error"]) if "error" in record else ", ".join(scores)
+    told = [f"{key} {record[key]:.3f}" for key in ("clip_t", "clip_i", "dino") if record.get(key) is not None]
+    told += [f"{together} together"] if (together := record.get("batch") or 1) > 1 else []
+    return str(record["error"]) if "error" in record else ", ".join(told)
 
 
 def _write(folder: ComparisonFolder, methods: dict[str, Path], subjects: Sequence[Subject], options: Namespace) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 
 from mep_lightning.commands.options import Options
 from mep_lightning.commands.recipes import recipe_names
-from mep_lightning.commands.request import RUNS, read_request
+from mep_lightning.commands.request import RUNS, FitRequest, read_request
 from mep_lightning.errors import UserError
 
 EPILOG = """\
@@ -38,20 +39,33 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Runs `mep fit`."""
-    parser = _options()
-    options, settings = parser.parse_known_args(list(argv))
+    options, settings = _options().parse_known_args(list(argv))
     if options.help_all or any(re.fullmatch(r"--[\w.]+\.help", word) for word in settings):
         from mep_lightning.commands.training import show_all_options
 
         return show_all_options(["--help"] if options.help_all else settings)
-    if options.budget and options.resume:
-        raise UserError("--budget chooses how a run begins; leave it out with --resume.")
-    chosen = options.budget is not None
-    request = read_request(options.config or [], settings, options.run, options.resume, chosen=chosen)
+    request = _request(options, settings)
 
     from mep_lightning.commands.training import train
 
     return train(request, budget=options.budget, planned=not options.no_plan)
+
+
+def requested(argv: Sequence[str]) -> tuple[FitRequest, Namespace]:
+    """What a command line asks for, and its options, for whoever runs it otherwise.
+
+    Raises:
+        UserError: as `read_request`.
+    """
+    options, settings = _options().parse_known_args(list(argv))
+    return _request(options, settings), options
+
+
+def _request(options: Namespace, settings: list[str]) -> FitRequest:
+    if options.budget and options.resume:
+        raise UserError("--budget chooses how a run begins; leave it out with --resume.")
+    chosen = options.budget is not None
+    return read_request(options.config or [], settings, options.run, options.resume, chosen=chosen)
 
 
 def _options() -> Options:

@@ -221,8 +221,8 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     os.environ[RUN_VARIABLE] = str(run.root)
     if cli.request.resume and is_first_process():
         run.sweep()
-    first_step = _step_of(run.last_checkpoint) if cli.request.resume else 0
-    ended = first_step == trainer.max_steps > 0 and not _is_finished(run)  # killed between its last step and its report
+    first_step = step_of(run.last_checkpoint) if cli.request.resume else 0
+    ended = first_step == trainer.max_steps > 0 and not is_finished(run)  # killed between its last step and its report
     if 0 < trainer.max_steps <= first_step and not ended:
         say(
             f"{run.root} is at step {first_step}. Nothing is left to train; add --trainer.max_steps with a larger "
@@ -273,10 +273,10 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
             ) from error
         raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
-        return _stopped(run, trainer, signal.SIGINT)
+        return stopped(run, trainer, signal.SIGINT)
     if cli.stopper.received is not None:
         _report(run)
-        return _stopped(run, trainer, cli.stopper.received)
+        return stopped(run, trainer, cli.stopper.received)
     _report(run)
     if model.skipped.total:
         say(f"{model.skipped.total} steps were skipped, as their loss or gradient was not finite.")
@@ -299,14 +299,14 @@ def show_all_options(arguments: list[str]) -> int:
     return 0
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was saved at; 0 when the run was stopped before its first."""
     if not checkpoint.is_file():
         return 0
     return int(read_checkpoint(checkpoint)["global_step"])
 
 
-def _is_finished(run: RunFolder) -> bool:
+def is_finished(run: RunFolder) -> bool:
     """Whether a run has written all that comes after its last checkpoint; the report is the last of it."""
     if not (run.report.is_file() and run.adapter.is_dir()):
         return False
@@ -327,12 +327,12 @@ def _report(run: RunFolder) -> None:
         write_report(run)
 
 
-def _stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
+def stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
     """Says how to carry on, and returns the shell's status for the signal."""
     again = f"mep fit --run {shlex.quote(str(run.root))} --resume"
     if run.last_checkpoint.is_file():
         total = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
-        line = f"stopped; all is saved up to step {_step_of(run.last_checkpoint)}{total}. Carry on with: {again}"
+        line = f"stopped; all is saved up to step {step_of(run.last_checkpoint)}{total}. Carry on with: {again}"
     elif trainer.global_step > 0:
         line = f"stopped at step {trainer.global_step}, before the first checkpoint. Begin again with: {again}"
     elif (run.activations / PROGRESS).is_file():

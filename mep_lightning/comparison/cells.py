@@ -1,4 +1,4 @@
-"""One cell of a comparison, a method on a subject from a seed: trained and scored as `mep fit` and `mep test` do."""
+"""Cells of a comparison, a method on a subject from a seed each: trained and scored as `mep fit` and `mep test` do."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
@@ -49,15 +51,96 @@ class Cell:
         return f"{self.method} on {self.subject} #{self.seed}"
 
 
+Batch = Sequence[Cell]
+"""Cells of one method and seed that train together; one alone is such, too."""
+
+
+def batches(cells: Sequence[Cell], sizes: Mapping[str, int]) -> list[list[Cell]]:
+    """Cells in the batches that train together, those whose first cell comes first ahead.
+
+    Args:
+        cells: what is to be run.
+        sizes: method -> how many train together at most; of others each trains alone.
+    """
+    found: list[list[Cell]] = []
+    begun: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        batch = begun.get((cell.method, cell.seed))
+        if batch is None or len(batch) >= sizes.get(cell.method, 1):
+            batch = begun[cell.method, cell.seed] = []
+            found.append(batch)
+        batch.append(cell)
+    return found
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """What is tried next of a batch that failed: one cell's mistake, or too little memory, is not the others' end."""
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]]
+
+
 class Interrupted(Exception):
     """A signal came; what was trained is kept, and carried on with the next time."""
 
 
-def run(cell: Cell) -> dict[str, Any]:
-    """Train and score; what is there already of an earlier try is gone on from.
+def run(batch: Batch, log: Callable[[Cell], None] = lambda cell: None) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Train and score cells, those that are at the same step together; what is there of an earlier try is gone on from.
 
-    Returns:
-        The scores, bytes, seconds and steps, or `error` (a sentence) and `kind` ("memory" or "failed").
+    Args:
+        batch: what to run. Where it cannot train together its halves do, and in the end each cell alone.
+        log: told of a cell before anything is printed that is its own.
+
+    Yields:
+        A cell with its scores, bytes, seconds and steps, or `error` (a sentence) and `kind` ("memory" or "failed").
+
+    Raises:
+        Interrupted: by a signal.
+    """
+    left: dict[int | None, list[Cell]] = {}
+    for cell in batch:
+        if (cell.run / RECORD).is_file():
+            yield cell, _tried(partial(_kept, cell))
+        else:
+            left.setdefault(_step(cell), []).append(cell)
+    for cells in left.values():
+        yield from _run(cells, log)
+
+
+def _kept(cell: Cell) -> dict[str, Any]:
+    """The record of a cell that is done."""
+    return json.loads((cell.run / RECORD).read_text())
+
+
+def _step(cell: Cell) -> int | None:
+    """Where its training stands; None where the checkpoint is damaged."""
+    from mep_lightning.commands.training import step_of
+
+    with suppress(UserError):
+        return step_of(RunFolder(cell.run).last_checkpoint)
+    return None
+
+
+def _run(batch: Batch, log: Callable[[Cell], None]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Train cells that are at the same step, and score each."""
+    for cell in batch[1:]:
+        log(cell)
+        print(f"Trains together with {batch[0].name}, in whose log it is told.")
+    log(batch[0])
+    trained = _tried(partial(_train, batch))
+    if "error" not in trained:
+        for cell in batch:
+            log(cell)
+            yield cell, _tried(partial(_score, cell, trained))
+    elif len(batch) == 1:
+        yield batch[0], trained
+    else:
+        print(f"{len(batch)} cells cannot train together ({trained['error']}): their halves are tried.", flush=True)
+        for half in halves(batch):
+            yield from _run(half, log)
+
+
+def _tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What came of some work, or `error` and `kind`.
 
     Raises:
         Interrupted: by a signal.
@@ -65,7 +148,7 @@ def run(cell: Cell) -> dict[str, Any]:
     from mep_lightning.cli import sentence_about
 
     try:
-        return _record(cell)
+        return work()
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted from None
     except MemoryError:
@@ -78,22 +161,35 @@ def run(cell: Cell) -> dict[str, Any]:
         return {"error": " ".join(sentence.split()), "kind": "memory" if is_memory else "failed"}
 
 
-def _record(cell: Cell) -> dict[str, Any]:
-    from mep_lightning.commands import fit, test
+def _train(batch: Batch) -> dict[str, Any]:
+    """Train cells; each one's share of what it took: `steps`, `steps_per_second` and `minutes`."""
+    from mep_lightning.commands import fit, together
     from mep_lightning.phases import Stopwatch
 
-    folder, kept = RunFolder(cell.run), cell.run / RECORD
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    begun = folder.last_checkpoint.is_file()
+    begun = RunFolder(batch[0].run).last_checkpoint.is_file()
     if not begun:
-        shutil.rmtree(folder.root, ignore_errors=True)
+        for cell in batch:
+            shutil.rmtree(cell.run, ignore_errors=True)
+    lines = [["--run", str(cell.run), "--resume"] if begun else cell.fit for cell in batch]
     started = time.monotonic()
     with Stopwatch() as watch:
-        status = fit.run(["--run", str(folder.root), "--resume"] if begun else cell.fit)
-    trained = time.monotonic() - started
+        status = fit.run(lines[0]) if len(batch) == 1 else together.train(lines)
     if status >= STOPPED:
         raise Interrupted
+    rate = watch.steps_per_second
+    return {
+        "steps": None if begun else watch.steps,
+        "steps_per_second": None if rate is None else len(batch) * rate,
+        "minutes": None if begun else (time.monotonic() - started) / 60 / len(batch),
+    }
+
+
+def _score(cell: Cell, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw and score what a cell has learned, and keep its record."""
+    from mep_lightning.commands import test
+    from mep_lightning.phases import Stopwatch
+
+    folder = RunFolder(cell.run)
     with Stopwatch() as drawing:
         test.run(cell.test)
     measured = _measured(folder)
@@ -103,24 +199,23 @@ def _record(cell: Cell) -> dict[str, Any]:
         **{name: scores[name] for name in SCORES},
         **measured,
         "storage": sum(path.stat().st_size for path in _exported(folder)),
-        "steps": None if begun else watch.steps,
-        "steps_per_second": watch.steps_per_second,
-        "minutes": None if begun else trained / 60,
+        **trained,
         "seconds_per_image": drawing.seconds["sample"] / max(pictures, 1),
     }
-    write_atomically(kept, json.dumps(record) + "\n")
+    write_atomically(cell.run / RECORD, json.dumps(record) + "\n")
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # what is learned is exported
     return record
 
 
 def _measured(folder: RunFolder) -> dict[str, Any]:
-    """Bytes that tensors took at the peak of training and of drawing."""
+    """Bytes that tensors took at the peak of training and of drawing, and of how many that trained together."""
     with suppress(OSError, ValueError, KeyError, AttributeError):
-        phases: Mapping[str, Any] = json.loads(folder.memory_json.read_text())["phases"]
+        memory: Mapping[str, Any] = json.loads(folder.memory_json.read_text())
+        phases: Mapping[str, Any] = memory["phases"]
         training = [figures["peak_bytes"] for name, figures in phases.items() if name != "sample"]
         drawing = phases.get("sample", {}).get("peak_bytes")
-        return {"training_bytes": max(training), "inference_bytes": drawing}
-    return {"training_bytes": None, "inference_bytes": None}
+        return {"batch": memory.get("subjects", 1), "training_bytes": max(training), "inference_bytes": drawing}
+    return {"batch": None, "training_bytes": None, "inference_bytes": None}
 
 
 def _exported(folder: RunFolder) -> list[Path]:

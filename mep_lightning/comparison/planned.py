@@ -11,20 +11,28 @@ import torch
 from mep_lightning.commands.budget import recipe
 from mep_lightning.commands.recipes import read_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
-from mep_lightning.comparison.table import Record
+from mep_lightning.comparison.table import Record, is_number
 from mep_lightning.errors import UserError
 from mep_lightning.plan import Row, plan
 from mep_lightning.run_folder import RunFolder
 
 
 def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> dict[str, dict[str, int]]:
-    """Method -> `training_planned` and `inference_planned`, bytes of tensors, with the settings that its runs had."""
+    """Method -> `training_planned` and `inference_planned`, bytes of tensors, with the settings that its runs had.
+
+    Where cells trained together, of the largest batch: what was measured is the largest, too.
+    """
     found: dict[str, dict[str, int]] = {}
+    together: dict[str, int] = {}
+    for record in records:
+        size = int(record["batch"]) if is_number(record.get("batch")) else 1
+        together[record["method"]] = max(together.get(record["method"], 1), size)
     for record in records:
         config = RunFolder(folder.run(record["method"], record["subject"], record["seed"])).config
         if record["method"] in found or "error" in record or not config.is_file():
             continue
-        row = rehearsed(config, base, read_recipe(config), device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        row = rehearsed(config, base, read_recipe(config), device, together[record["method"]])
         if row is not None:
             found[record["method"]] = {
                 "training_planned": row.peak_bytes,
@@ -33,7 +41,7 @@ def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> d
     return found
 
 
-def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device: str) -> Row | None:
+def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device: str, subjects: int = 1) -> Row | None:
     """The plan of a run; None where there is none for its settings.
 
     Args:
@@ -41,6 +49,7 @@ def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device:
         base: as for `load_base`.
         settings: of `model` (precision, activations, offload, checkpointing) and of `data` (resolution, batch_size).
         device: "cuda" or "cpu".
+        subjects: how many train in one batch.
     """
     model, data = settings["model"], settings.get("data") or {}
     side = data.get("resolution")
@@ -54,6 +63,7 @@ def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device:
             precisions=[model.get("precision") or "fp32"],
             activations=model.get("activations") or "auto",
             pictures=1,
+            subjects=subjects,
         )
     except UserError:
         return None

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from mep_lightning.comparison.table import is_batched
 from mep_lightning.errors import human
 from mep_lightning.evaluation.plots import COLORS, CURVE, INK, plain, strip
 
@@ -32,13 +33,18 @@ def memory_bars(rows: Sequence[Row], ink: str = INK) -> Figure | None:
         for place, size, row in zip(places, sizes, known, strict=True):
             if row[key]:
                 axes.text(size + 0.012 * widest / scale, place, human(row[key]), va="center", color=ink, fontsize=8)
-    axes.set_yticks(range(len(known)), [row["method"] for row in known])
+    axes.set_yticks(range(len(known)), [_name(row) for row in known])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * widest / scale)
     axes.set_xlabel(f"{unit} of tensors at the peak of training", color=ink)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, labelcolor=ink, handlelength=1)
     return figure
+
+
+def _name(row: Row) -> str:
+    """A method, and how many of its cells share the memory that is drawn."""
+    return f"{row['method']}, {row['batch']} a batch" if is_batched(row) else row["method"]
 
 
 def _unit(widest: int) -> tuple[int, str]:
@@ -61,7 +67,7 @@ def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
         axes.errorbar(sizes, scores, yerr=spreads, fmt="o", color=CURVE, ecolor=CURVE, elinewidth=1, markersize=5)
         for place, (row, size, score) in enumerate(zip(known, sizes, scores, strict=True)):
             beside = (5, 4 if place % 2 else -11)  # neighbours' names do not meet
-            axes.annotate(row["method"], (size, score), beside, textcoords="offset points", color=ink, fontsize=7.5)
+            axes.annotate(_name(row), (size, score), beside, textcoords="offset points", color=ink, fontsize=7.5)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -58,6 +58,7 @@ class Page:
     header: list[str]
     rows: list[list[str]]
     failures: list[tuple[str, str]]
+    note: str = ""
     memory: Markup | None = None
     tradeoff: Markup | None = None
     methods: list[str] = field(default_factory=list)
@@ -115,6 +116,7 @@ def _page(
             for record in records
             if "error" in record
         ],
+        note=table.TOGETHER if "batch" in keys else "",
     )
     for name, figure in (("memory", memory_bars(found, MARK)), ("tradeoff", tradeoff(found, MARK))):
         if figure is not None:

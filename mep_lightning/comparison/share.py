@@ -30,18 +30,20 @@ def gpu_share(peak: int | None, total: int) -> float:
     return min(1.0, math.ceil(PARTS * (peak + overhead("cuda")) / total) / PARTS)
 
 
-def peak_of_cell(recipe: Path, base: str, fit: Sequence[str]) -> int | None:
-    """Bytes of tensors on a GPU of a cell: the plan's peak of its run, or of drawing with what scores beside it.
+def peak_of_cells(recipe: Path, base: str, fit: Sequence[str], together: int = 1) -> int | None:
+    """Bytes of tensors on a GPU of cells that train together: the plan's peak of their run, or of drawing with what
+    scores beside it, which each does by itself.
 
     Args:
         recipe: the method's.
         base: as for `load_base`.
         fit: the words of the command line for every `mep fit`; of them precision, activations, offload, checkpointing,
             resolution and batch size count.
+        together: how many train in one batch.
     """
     request = read_request([str(recipe)], list(fit), None, False)
     settings: dict[str, Any] = {key: request.value(key) for key in KEYS}
-    row = rehearsed(recipe, base, _parts(settings), device="cuda")
+    row = rehearsed(recipe, base, _parts(settings), device="cuda", subjects=together)
     return None if row is None else max(row.peak_bytes, row.inference_peak_bytes + SCORING)
 
 

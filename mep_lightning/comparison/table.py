@@ -40,12 +40,18 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", lambda value: f"{value:.0f}"),
     "steps_per_second": ("steps/s", _figure),
     "minutes": ("minutes", _figure),
+    "batch": ("cells a batch", lambda value: f"{value:.0f}"),
     "seconds_per_image": ("s/picture", _figure),
 }
 """Key -> what it is called, and how it is written; bytes of tensors and files, minutes of training."""
 MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
 """Those of which the mean and its spread over seeds are given; of the others the median, of bytes the largest."""
-LARGEST = ("training_bytes", "inference_bytes", "storage")
+LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
+TOGETHER = (
+    "Where several cells trained in one batch, the bytes of training are the batch's; minutes and steps/s are each "
+    "cell's share."
+)
+"""What a reader must know of a table with such cells."""
 
 
 def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str, Record]) -> list[dict[str, Any]]:
@@ -68,7 +74,7 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         row: dict[str, Any] = {"method": method, "cells": len(good), "failed": len(mine) - len(good)}
         row["spread"] = {}
         for key in COLUMNS:
-            values = [record[key] for record in good if _is_number(record.get(key))]
+            values = [record[key] for record in good if is_number(record.get(key))]
             if key in MEANS:
                 row[key], row["spread"][key] = _mean(good, key)
             elif key in planned.get(method, {}):
@@ -84,7 +90,7 @@ def _mean(records: Sequence[Record], key: str) -> tuple[float | None, float | No
     """The mean over seeds of the mean over subjects, and the standard deviation of the latter."""
     by_seed: dict[int, list[float]] = {}
     for record in records:
-        if _is_number(record.get(key)):
+        if is_number(record.get(key)):
             by_seed.setdefault(record["seed"], []).append(record[key])
     means = [statistics.mean(values) for values in by_seed.values()]
     if not means:
@@ -92,7 +98,8 @@ def _mean(records: Sequence[Record], key: str) -> tuple[float | None, float | No
     return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a figure of a record is one that can be reckoned with."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -106,8 +113,14 @@ def written(row: Mapping[str, Any], key: str) -> str:
 
 
 def shown(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns of which something is known."""
-    return [key for key in COLUMNS if any(row[key] is not None for row in found)]
+    """The columns of which something is known; how many cells trained in a batch only where any did."""
+    alone = [] if any(is_batched(row) for row in found) else ["batch"]
+    return [key for key in COLUMNS if key not in alone and any(row[key] is not None for row in found)]
+
+
+def is_batched(row: Mapping[str, Any]) -> bool:
+    """Whether any of a method's cells trained with others in one batch."""
+    return (row["batch"] or 1) > 1
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
@@ -116,7 +129,8 @@ def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [["method", *(COLUMNS[key][0] for key in keys), "cells"]]
     lines += [[row["method"], *(written(row, key) for key in keys), counted(row)] for row in found]
     head = f"| {' | '.join(lines[0])} |\n|{'---|' * len(lines[0])}\n"
-    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
+    note = f"\n{TOGETHER}\n" if "batch" in keys else ""
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:]) + note
 
 
 def counted(row: Mapping[str, Any]) -> str:

@@ -249,6 +249,8 @@ def _read_memory(page: Page, run: RunFolder) -> None:
         page.memory_note = (
             f"peak {human(memory['peak_bytes'])} in {memory['peak_phase']}, on {memory.get('device', '?')}"
         )
+        if isinstance(memory.get("subjects"), int):
+            page.memory_note += f", of {memory['subjects']} subjects that trained together"
     except (KeyError, TypeError, AttributeError):
         page.memory, page.memory_rows = None, []
         page.missing.append("memory.json (the MemoryProfiler callback writes it)")

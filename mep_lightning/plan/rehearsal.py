@@ -5,6 +5,7 @@ The real module, on a base of the real size, in fake tensors: no weights are rea
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwri
 from mep_lightning.bases.streaming import streamed_bytes
 from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
+from mep_lightning.estimators.perturbation import Members
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
+from mep_lightning.subject_batch import SubjectBatch
 
 PROMPT = "a photo of {}"
 PACKED = 4096
@@ -53,13 +56,15 @@ Phases = dict[str, Peak]
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a rehearsal is of: `found` the base, `resolution` in px, `pictures` denoised at once, `live` the bytes."""
+    """What a rehearsal is of: `found` the base, `resolution` in px, `pictures` denoised at once, `live` the bytes,
+    `subjects` in a batch."""
 
     live: LiveBytes
     found: BaseFolder
     resolution: int
     batch_size: int
     pictures: int
+    subjects: int
 
     @property
     def on_gpu(self) -> bool:
@@ -80,6 +85,7 @@ def rehearse(
     *,
     batch_size: int = 1,
     pictures: int = 1,
+    subjects: int = 1,
 ) -> list[Phases]:
     """Play runs through that differ in their module alone.
 
@@ -89,12 +95,17 @@ def rehearse(
         resolution: side of the photos and of the pictures in px.
         batch_size: samples a step.
         pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
+        subjects: that train in one batch, as in a `SubjectBatch`.
+
+    Raises:
+        UserError: a module cannot train in such a batch.
 
     Returns:
         For every module the peak of every phase: encode, load, step, denoise, decode; text where prompts are embedded
         beforehand, "low step" where there is a branch of low resolution, precompute where the U-Net is hollowed.
     """
-    runs = rehearse_offloads(modules, found, resolution, batch_size=batch_size, pictures=pictures)
+    sizes = {"batch_size": batch_size, "pictures": pictures, "subjects": subjects}
+    runs = rehearse_offloads(modules, found, resolution, **sizes)
     return [phases[found.offload] for phases in runs]
 
 
@@ -105,6 +116,7 @@ def rehearse_offloads(
     *,
     batch_size: int = 1,
     pictures: int = 1,
+    subjects: int = 1,
 ) -> list[dict[str, Phases]]:
     """As `rehearse`, for every offload: only the place of weights differs, so that one play tells of all.
 
@@ -114,7 +126,7 @@ def rehearse_offloads(
     live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
     # Fakes of a CUDA device would need a CUDA build of torch.
     host = replace(found, device=torch.device("cpu"), offload="none")
-    setting = _Setting(live, found, resolution, batch_size, pictures)
+    setting = _Setting(live, found, resolution, batch_size, pictures, subjects)
     gc.collect()
     gc.freeze()  # what was there before is not looked through again and again
     try:
@@ -184,15 +196,12 @@ def _read_once(setting: _Setting, base: Base) -> tuple[Phases, int]:
 def _training(setting: _Setting, module: PersonalizationModule, base: Base, drawn: dict[object, int]) -> Phases:
     """A step of every branch, and drawing samples; `drawn` keeps what drawing takes with the same things trained."""
     live = setting.live
-    module.class_word = WORD
-    for part in module.adapter.parts:
-        if isinstance(part, TokenEmbedding):
-            part.init = WORD
+    together = [module, *(copy.deepcopy(module) for _ in range(setting.subjects - 1))]
     gc.collect()
-    module.take(base)
-    module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
+    for one in together:
+        _attach(one, base)
     weights = live.now
-    kept = state(module)
+    kept = [state(one) for one in together]
     held = {"weights": weights, "optimizer": live.now - weights}
     if not module.adapter.trains_text:
         remember_made_up(base, [module.named(PROMPT)])
@@ -201,11 +210,15 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
         peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
     hollowed = _hollowed_bytes(module, base)
     for name, estimator, resolution in branches(module, setting.resolution):
-        gradients = _gradients(module, estimator)
-        draw = draw_of(module, estimator, made_up_batch(base, resolution, setting.batch_size))
-        peak = setting.peak(partial(gradient, module, estimator, draw), **held, gradients=gradients)
+        gradients = sum(_gradients(one, estimator) for one in together)
+        batch = made_up_batch(base, resolution, setting.batch_size)
+        if len(together) > 1:
+            run = partial(gradients_together, SubjectBatch(together), [batch] * len(together))
+        else:
+            run = partial(gradient, module, estimator, draw_of(module, estimator, batch))
+        peak = setting.peak(run, **held, gradients=gradients)
         peaks[name] = replace(peak, weights=peak.weights - hollowed)
-        for theta in module.adapter.numbered().values():
+        for theta in (theta for one in together for theta in one.adapter.numbered().values()):
             theta.grad = None
     trained = module.adapter.numbered()
     kind = (
@@ -217,10 +230,22 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
         side = setting.resolution // base.vae_factor
         drawn[kind] = setting.peak(lambda: denoise(module, side, setting.pictures), **held).activations
     peaks["denoise"] = Peak(**held, activations=drawn[kind])
-    module.adapter.detach()
-    del kept, trained, module.adapter  # what it trains is gone before the next one comes
-    module.base = None
+    del kept, trained, run
+    for one in together:
+        one.adapter.detach()
+        del one.adapter  # what it trains is gone before the next one comes
+        one.base = None
     return peaks
+
+
+def _attach(module: PersonalizationModule, base: Base) -> None:
+    """Make a module ready for a made-up base."""
+    module.class_word = WORD
+    for part in module.adapter.parts:
+        if isinstance(part, TokenEmbedding):
+            part.init = WORD
+    module.take(base)
+    module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
 
 
 def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
@@ -302,6 +327,23 @@ def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) ->
             module.losses(module.adapter.numbered()[0].expand(estimator.members, -1, -1), draw)
     else:
         estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
+
+
+def gradients_together(subjects: SubjectBatch, batch: list[dict[str, Any]]) -> None:
+    """`gradient` of several subjects at once."""
+    for one in subjects.each:
+        if one.subspace is not None:
+            one.subspace.rehearse(one.adapter.numbered()[0])
+    estimator = subjects.first.estimator
+
+    def losses(members: Members) -> Tensor:
+        return subjects.losses([members] * len(subjects.each), batch)
+
+    if isinstance(estimator, Backprop):
+        estimator.backward(lambda here: losses(here).sum()[None], subjects.parameters())
+    elif isinstance(estimator, ZerothOrderEstimator):
+        with torch.no_grad():
+            losses(estimator.asked(0))
 
 
 def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> None:

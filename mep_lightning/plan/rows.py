@@ -98,6 +98,7 @@ def plan(
     resolution: int | None = None,
     batch_size: int = 1,
     pictures: int | None = None,
+    subjects: int = 1,
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     activations: str = "auto",
@@ -113,6 +114,7 @@ def plan(
         resolution: px a side; the base's own by default.
         batch_size: samples a step.
         pictures: how many samples are denoised at once; by default what is usual for the base.
+        subjects: that train in one batch, as in a `SubjectBatch`.
         device: "cuda" or "cpu", where the run would be; neither is needed here.
         precisions: which.
         activations: what quantised weights compute in, as for `load_base`; precisions that compute in another dtype are
@@ -121,7 +123,7 @@ def plan(
         progress: told each precision before its turn.
 
     Raises:
-        UserError: nothing describes the base, or it cannot be rehearsed.
+        UserError: nothing describes the base, or it cannot be rehearsed, or a recipe's subjects cannot be batched.
     """
     folder = architecture(base)
     info = describe(folder, base)
@@ -143,7 +145,8 @@ def plan(
         if ways and kind not in known:
             progress(precision)
             modules = (way.module for way in ways)
-            known[kind] = rehearse_offloads(modules, found, side, batch_size=batch_size, pictures=pictures)
+            sizes = {"batch_size": batch_size, "pictures": pictures, "subjects": subjects}
+            known[kind] = rehearse_offloads(modules, found, side, **sizes)
         rows += [
             Row(way.name, str(base), precision, side, offload, way.checkpointing, phases[offload])
             for offload in OFFLOADS

@@ -1,11 +1,17 @@
 """`mep compare`: cells are trained and scored once, failures are lines of the table, and all of it is on one page."""
 
+import html
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mep_lightning.cli import main
+from mep_lightning.commands.compare import _sizes
+from mep_lightning.comparison.cells import Cell, run
+from mep_lightning.comparison.table import TOGETHER
 
 SHORT = ["--subjects", "1", "--max-steps", "2", "--images-per-prompt", "1", "--threads", "1", "--out", "out"]
 
@@ -67,9 +73,89 @@ def test_what_is_done_stays_done_and_more_may_be_added(compared, monkeypatch, ca
     assert Path("out/cells.jsonl").read_text().startswith(before)
 
 
+class Here:
+    """An engine that runs batches in this process."""
+
+    def __init__(self):
+        self.given = []
+
+    def run_all(self, batches, logs):
+        for batch in batches:
+            self.given.append([cell.subject for cell in batch])
+            yield from run(batch)
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    """A comparison of two subjects one at a time, and one of three of which the first was done when the others came."""
+    words = ["compare", "--methods", "textual_inversion", "--max-steps", "5", "--images-per-prompt", "1"]
+    words += ["--prompts", "prompts.txt", "--fit=--samples.steps 1", "--out"]
+    engine, folder = Here(), tmp_path_factory.mktemp("batched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("mep_lightning.commands.compare._engine", lambda *_: engine)
+        Path("prompts.txt").write_text("a photo of a {}\n")
+        assert main([*words, "alone", "--subjects", "2"]) == 0
+        shutil.copytree("alone", "together")
+        done = Path("together/cells.jsonl")
+        done.write_text(done.read_text().splitlines(keepends=True)[0])
+        shutil.rmtree("together/runs/textual_inversion/cube-0-0")
+        assert main([*words, "together", "--subjects", "3", "--subjects-per-batch", "2"]) == 0
+    assert engine.given == [["ball-0"], ["cube-0"], ["cube-0", "mug-0"]]
+    return folder
+
+
+def cells_of(out):
+    return {line["subject"]: line for line in map(json.loads, (out / "cells.jsonl").read_text().splitlines())}
+
+
+def test_cells_of_a_batch_are_what_they_are_alone(batched):
+    alone, together = (cells_of(batched / out) for out in ("alone", "together"))
+    assert together["ball-0"] == alone["ball-0"], "done, and left so"
+    assert [together[name]["batch"] for name in ("ball-0", "cube-0", "mug-0")] == [1, 2, 2]
+    mine, theirs = together["cube-0"], alone["cube-0"]
+    assert mine.keys() == theirs.keys()
+    for score in ("clip_t", "clip_i", "dino"):
+        assert mine[score] == pytest.approx(theirs[score], abs=1e-3)
+    assert (mine["steps"], mine["storage"]) == (theirs["steps"], theirs["storage"])
+    token, others = (
+        load_file(batched / out / "runs/textual_inversion/cube-0-0/adapter/learned_embeds.safetensors")["<sks>"]
+        for out in ("alone", "together")
+    )
+    assert (token - others).norm() < 1e-3 and (token - others).norm() < 0.01 * token.norm()
+
+
+def test_the_table_and_the_page_say_how_many_trained_together(batched):
+    (row,) = json.loads((batched / "together/table.json").read_text())["rows"]
+    (alone,) = json.loads((batched / "alone/table.json").read_text())["rows"]
+    assert (row["cells"], row["batch"], alone["batch"]) == (3, 2, 1)
+    assert row["training_planned"] > alone["training_planned"] + 5e6, "of the batch, as what is measured"
+    assert row["inference_planned"] == pytest.approx(alone["inference_planned"], rel=0.05)
+    for name in ("table.md", "report.html"):
+        texts = [html.unescape((batched / out / name).read_text()) for out in ("together", "alone")]
+        assert [TOGETHER in text and "cells a batch" in text for text in texts] == [True, False]
+    assert "textual_inversion, 2 a batch" in (batched / "together/report.html").read_text()
+
+
+def test_methods_that_cannot_be_batched_are_named_once(tmp_path, capsys):
+    def cell(method, subject):
+        run = tmp_path / method / subject
+        fit = ["--config", method, "--run", str(run), "--data.path", "photos", "--data.class_word", "ball"]
+        return Cell(method, subject, 0, run, fit, [])
+
+    cells = [cell(method, subject) for subject in "ab" for method in ("lora", "zoodip", "gf_ti", "hollowed_net")]
+    assert _sizes(cells, 3) == {"zoodip": 3}
+    lora = "its adapter is LoRA"
+    line = f"One at a time: lora ({lora}), gf_ti (its estimator is CMAES), hollowed_net ({lora}).\n"
+    assert capsys.readouterr().out == line
+    assert _sizes(cells, 1) == {} and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--methods", "lora", "--subjects-per-batch", "0"], "--subjects-per-batch is 0; use 1 or more"),
+        (["--methods", "lora", "--subjects-per-batch", "two"], "--subjects-per-batch: invalid int value: 'two'"),
         (["--methods", "zoodipp"], "--methods zoodipp: there is no such method; did you mean zoodip? There are"),
         (["--methods", "lora,lora"], "--methods lora: lora is named twice"),
         (["--methods", "lora", "--seeds", "0"], "--seeds is 0; use 1 or more"),

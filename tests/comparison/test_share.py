@@ -6,7 +6,8 @@ import pytest
 
 from mep_lightning.commands.budget import recipe
 from mep_lightning.commands.recipes import find_recipe
-from mep_lightning.comparison.share import PARTS, SCORING, gpu_share, peak_of_cell
+from mep_lightning.comparison import share
+from mep_lightning.comparison.share import PARTS, SCORING, gpu_share, peak_of_cells
 from mep_lightning.plan import plan
 from mep_lightning.plan.budget import OVERHEAD
 
@@ -25,7 +26,7 @@ def test_a_gpu_is_not_shared_where_nothing_is_known_or_nothing_is_left():
     assert gpu_share(None, 80 * GIB) == gpu_share(80 * GIB, 80 * GIB) == 1
 
 
-def test_the_peak_is_the_plans_with_the_settings_that_cells_are_given():
+def test_the_peak_is_the_plans_with_the_settings_that_cells_are_given(monkeypatch):
     zoodip = find_recipe("zoodip")
     rows = {
         (row.precision, row.offload): row
@@ -37,14 +38,18 @@ def test_the_peak_is_the_plans_with_the_settings_that_cells_are_given():
         (["--model.offload=stream"], ("int8", "stream")),
     ):
         row = rows[which]
-        assert peak_of_cell(zoodip, "tiny", words) == max(row.peak_bytes, row.inference_peak_bytes + SCORING)
+        assert peak_of_cells(zoodip, "tiny", words) == max(row.peak_bytes, row.inference_peak_bytes + SCORING)
     assert rows["int8", "none"].peak_bytes != rows["fp32", "none"].peak_bytes
-    small, large = (peak_of_cell(find_recipe("lora"), "tiny", ["--data.resolution", side]) for side in ("64", "128"))
+    small, large = (peak_of_cells(find_recipe("lora"), "tiny", ["--data.resolution", side]) for side in ("64", "128"))
     assert small < large
+    monkeypatch.setattr(share, "SCORING", 0)  # next to which all of tiny is little
+    four, alone = peak_of_cells(zoodip, "tiny", [], together=4), rows["int8", "none"]
+    assert four > alone.peak_bytes + 2.5 * alone.phases["step"].activations
 
 
 def test_nothing_is_known_of_a_base_that_cannot_be_rehearsed():
-    assert peak_of_cell(find_recipe("zoodip"), "nowhere", []) is None
+    assert peak_of_cells(find_recipe("zoodip"), "nowhere", []) is None
+    assert peak_of_cells(find_recipe("lora"), "tiny", [], together=2) is None, "no batch could be of such"
 
 
 def test_the_formula_is_documented_as_it_is():

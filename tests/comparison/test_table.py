@@ -56,6 +56,18 @@ def test_markdown_shows_columns_of_which_something_is_known(rows):
     assert cells[header.index("file")] == "0.70 kB"
 
 
+def test_a_table_says_how_many_trained_together_where_any_did(rows):
+    assert "cells a batch" not in table.as_markdown(rows) and table.TOGETHER not in table.as_markdown(rows)
+    batched = [record("a", "ball", 0, 0.2, batch=4), record("a", "cube", 0, 0.2, batch=1), record("b", "ball", 0, 0.2)]
+    found = table.rows([*batched, record("b", "cube", 0, 0.2, batch=1)], ["a", "b"], {})
+    assert [row["batch"] for row in found] == [4, 1]
+    lines = table.as_markdown(found).splitlines()
+    place = [cell.strip() for cell in lines[0].split("|")].index("cells a batch")
+    assert [lines[line].split("|")[place].strip() for line in (2, 3)] == ["4", "1"] and lines[-1] == table.TOGETHER
+    assert [line["batch"] for line in csv.DictReader(io.StringIO(table.as_csv(found)))] == ["4", "1"]
+    assert "batch" not in table.shown(found[1:])
+
+
 def test_csv_has_plain_numbers(rows):
     found = list(csv.DictReader(io.StringIO(table.as_csv(rows))))
     assert float(found[1]["clip_i"]) == pytest.approx(0.4) and found[1]["clip_i_spread"].startswith("0.14")

@@ -13,12 +13,14 @@ from mep_lightning.bases import load_base, open_base
 from mep_lightning.bases.load import QUANTIZED
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.callbacks import HollowedActivations
+from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator, SubspaceGradient
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.plan import rehearse
-from mep_lightning.plan.rehearsal import step, transient
+from mep_lightning.plan.rehearsal import gradients_together, step, transient
 from mep_lightning.quantization import why_not_int4
 from mep_lightning.selection import TimestepAwareSelector
+from mep_lightning.subject_batch import SubjectBatch
 
 
 def held(modules) -> int:
@@ -60,6 +62,33 @@ def test_a_step_takes_what_was_planned(method, precision):
     # moments are not there, as nothing was updated.
     tile = 1.2e6 if precision in QUANTIZED else 0
     assert planned["step"].total - planned["step"].optimizer == pytest.approx(measured, rel=0.1, abs=tile)
+
+
+@pytest.mark.parametrize("method", ["zoodip", "textual_inversion"])
+def test_a_step_of_several_subjects_takes_what_was_planned(method):
+    (planned,) = rehearse([METHODS[method]("int8")], open_base("tiny", "int8"), 64, subjects=3)
+    subjects = SubjectBatch([METHODS[method]("int8") for _ in range(3)])
+    for one in subjects.each:
+        one.class_word = "ball"
+    base = subjects.first.load()
+    for one in subjects.each[1:]:
+        one.take(base)
+    latents = torch.randn(1, 4, 16, 16)
+    batch = [{"mean": latents, "std": torch.zeros_like(latents), "prompts": ["a photo of {}"]}] * 3
+
+    gradients_together(subjects, batch)  # whatever is made once
+    weights = held([*base.modules(), subjects])
+    taken = planned["step"]
+    assert taken.weights == pytest.approx(weights, rel=0.01)
+    assert taken.gradients == 3 * 4 * 128  # a token of tiny each
+    assert taken.optimizer == 3 * 4 * 128 * (2 + 2 * 16 * (method == "zoodip"))  # as below
+    measured = weights + allocated_peak(lambda: gradients_together(subjects, batch))
+    assert taken.total - taken.optimizer == pytest.approx(measured, rel=0.1, abs=1.2e6)  # as above
+
+
+def test_subjects_that_cannot_be_batched_have_no_plan():
+    with pytest.raises(UserError, match="its adapter is LoRA"):
+        rehearse([METHODS["lora"]("fp32")], open_base("tiny"), 64, subjects=2)
 
 
 def test_encoding_and_decoding_take_what_was_planned():

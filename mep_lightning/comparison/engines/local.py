@@ -1,4 +1,4 @@
-"""Cells in processes of this machine: one that dies, hangs or runs out of memory loses that cell alone."""
+"""Cells in processes of this machine: one that dies, hangs or runs out of memory loses its own batch alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.comparison.cells import Cell, Interrupted, run
+from mep_lightning.comparison.cells import Batch, Cell, Interrupted, halves, run
 from mep_lightning.comparison.engines import Ended
 
 PATIENCE = 60.0
@@ -26,11 +27,14 @@ ATTENTION = 1.0
 
 
 class Worker:
-    """A process that runs one cell after the other.
+    """A process that runs one batch of cells after the other.
 
     Args:
         logs: the folder for what cells print, a file each.
         threads: of torch in it; None leaves them.
+
+    Attributes:
+        left: cells of its batch of which nothing is heard yet.
     """
 
     def __init__(self, logs: Path, threads: int | None) -> None:
@@ -39,13 +43,28 @@ class Worker:
         self.process = context.Process(target=_work, args=(theirs, logs, threads), daemon=False)
         self.process.start()
         theirs.close()
-        self.cell: Cell | None = None
-        self.began = 0.0
+        self.left: list[Cell] = []
+        self.began, self.size = 0.0, 0
 
-    def give(self, cell: Cell) -> None:
+    def give(self, batch: Batch) -> None:
         """Run this one next."""
-        self.cell, self.began = cell, time.monotonic()
-        self.connection.send(cell)
+        self.left, self.began, self.size = list(batch), time.monotonic(), len(batch)
+        self.connection.send(batch)
+
+    def heard(self) -> list[tuple[Cell, dict[str, Any]]]:
+        """Cells that came to an end since it was last asked, with their records."""
+        found = []
+        with suppress(EOFError, OSError):
+            while self.left and self.connection.poll():
+                key, record = self.connection.recv()
+                (cell,) = (cell for cell in self.left if cell.key == key)
+                self.left.remove(cell)
+                found.append((cell, record))
+        return found
+
+    def time_left(self, timeout: float) -> float:
+        """Seconds until its batch has taken too long, where a cell may take so many."""
+        return self.began + self.size * timeout - time.monotonic()
 
     def dismiss(self) -> None:
         """End the process, which has nothing to do."""
@@ -70,7 +89,7 @@ class LocalEngine:
 
     Args:
         workers: processes at once.
-        timeout: seconds that a cell may take.
+        timeout: seconds that a cell may take; a batch may take as many for each of its cells.
         threads: of torch in each process; None leaves them.
     """
 
@@ -78,25 +97,33 @@ class LocalEngine:
     timeout: float | None = None
     threads: int | None = None
 
-    def run_all(self, cells: Sequence[Cell], logs: Path) -> Ended:
+    def run_all(self, batches: Sequence[Batch], logs: Path) -> Ended:
         """As `Engine.run_all`."""
         logs.mkdir(parents=True, exist_ok=True)
-        waiting = deque(cells)
+        waiting = deque(batches)
         busy: list[Worker] = []
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.workers:
                     busy.append(Worker(logs, self.threads))
                     busy[-1].give(waiting.popleft())
-                for worker, record in _ended(busy, self.timeout):
-                    cell = worker.cell
-                    assert cell is not None
+                self._wait(busy)
+                for worker in list(busy):
+                    lives = worker.process.is_alive()  # before it is listened to: its last words count
+                    yield from worker.heard()
+                    if not lives and len(worker.left) > 1:
+                        waiting.extendleft(reversed(halves(worker.left)))
+                        worker.left = []
+                    elif worker.left and (end := self._end(worker, lives)) is not None:
+                        yield from ((cell, end) for cell in worker.left)
+                        worker.left = []
+                    if worker.left:
+                        continue
                     if waiting and worker.process.is_alive():
                         worker.give(waiting.popleft())
                     else:
                         busy.remove(worker)
                         worker.dismiss()
-                    yield cell, record
         finally:
             for worker in busy:
                 if worker.process.is_alive():
@@ -104,33 +131,22 @@ class LocalEngine:
             for worker in busy:
                 worker.stop()
 
+    def _wait(self, busy: Sequence[Worker]) -> None:
+        """Until something may have come of a batch."""
+        patience = ATTENTION
+        if self.timeout is not None:
+            patience = min(patience, max(0.0, min(worker.time_left(self.timeout) for worker in busy)))
+        wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy], patience)
 
-def _ended(busy: Sequence[Worker], timeout: float | None) -> list[tuple[Worker, dict[str, Any]]]:
-    """The workers whose cell came to an end, each with its record."""
-    patience = ATTENTION
-    if timeout is not None:
-        left = min(worker.began for worker in busy) + timeout - time.monotonic()
-        patience = min(patience, max(0.0, left))
-    ready = wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy], patience)
-    ended = []
-    for worker in busy:
-        record = _heard(worker.connection) if worker.connection in ready else None
-        if record is None and worker.process.sentinel in ready:
-            worker.process.join()
-            record = _heard(worker.connection) or _death(worker.process.exitcode)
-        if record is None and timeout is not None and time.monotonic() - worker.began >= timeout:
-            worker.stop(patience=5.0)
-            record = {"error": f"not done after {timeout / 60:g} minutes", "kind": "time"}
-        if record is not None:
-            ended.append((worker, record))
-    return ended
-
-
-def _heard(connection: Connection) -> dict[str, Any] | None:
-    with suppress(EOFError, OSError):
-        if connection.poll():
-            return connection.recv()
-    return None
+    def _end(self, worker: Worker, lives: bool) -> dict[str, Any] | None:
+        """What is recorded of cells whose process is dead, or is ended as it took too long; None of others."""
+        if not lives:
+            return _death(worker.process.exitcode)
+        if self.timeout is None or worker.time_left(self.timeout) > 0:
+            return None
+        worker.stop(patience=5.0)
+        together = f", {worker.size} cells together" if worker.size > 1 else ""
+        return {"error": f"not done after {worker.size * self.timeout / 60:g} minutes{together}", "kind": "time"}
 
 
 def _death(status: int | None) -> dict[str, Any]:
@@ -140,7 +156,7 @@ def _death(status: int | None) -> dict[str, Any]:
 
 
 def _work(connection: Connection, logs: Path, threads: int | None) -> None:
-    """What a process does: cells as they come, until there are none."""
+    """What a process does: batches as they come, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told as well, and says when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads is not None:
@@ -149,13 +165,18 @@ def _work(connection: Connection, logs: Path, threads: int | None) -> None:
         torch.set_num_threads(threads)
     with suppress(EOFError, OSError, Interrupted):
         while True:
-            cell: Cell = connection.recv()
-            with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "a", encoding="utf-8") as log:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-                connection.send(run(cell))
+            batch: Batch = connection.recv()
+            for cell, record in run(batch, partial(_log_to, logs)):
+                connection.send((cell.key, record))
+
+
+def _log_to(logs: Path, cell: Cell) -> None:
+    """From here on what is printed goes to a cell's own file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
 
 
 def _end_with_parent() -> None:

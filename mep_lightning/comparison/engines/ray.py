@@ -1,7 +1,8 @@
 """Cells as tasks of a Ray cluster: Ray says where and when, and begins again what was lost with a worker or a node.
 
-A task hands its cell to the `local` engine of the node that it runs on, so that a cell that dies, hangs or runs out of
-memory is recorded there as by itself, and only what befalls the task itself, its worker or node, is Ray's to retry.
+A task hands its cells, a batch that trains together, to the `local` engine of the node that it runs on, so that a cell
+that dies, hangs or runs out of memory is recorded there as by itself, and only what befalls the task itself, its worker
+or node, is Ray's to retry.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import os
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.comparison.cells import Cell
+from mep_lightning.comparison.cells import Batch, halves
 from mep_lightning.comparison.engines import Ended
 from mep_lightning.comparison.engines.local import PATIENCE, LocalEngine
 from mep_lightning.comparison.share import gpu_share
@@ -26,9 +27,11 @@ from mep_lightning.errors import UserError, human, reason
 from mep_lightning.run_folder import TEMPORARY
 
 AHEAD = 1000
-"""Cells that Ray is told of at once."""
+"""Tasks that Ray is told of at once."""
 OBJECTS = 100 * 2**20
 """Bytes of a local cluster's object store: records are small."""
+Kind = tuple[str, int]
+"""A method, and how many of its cells train together: what a task asks for hangs on them."""
 GLANCE = 1e-4
 """The least of a GPU that a task can ask for: enough to see how large it is."""
 SETTINGS = {
@@ -45,12 +48,13 @@ class RayEngine:
 
     Args:
         address: of the cluster, as for `ray.init`; None makes one of this machine and ends it afterwards.
-        workers: cells at once at most; None leaves it to what the cluster has.
-        timeout: seconds that a cell may take, from when its process begins.
-        threads: of torch in each process, and the CPUs that a cell asks for.
-        retries: how often a cell is begun again whose worker or node was lost.
+        workers: batches at once at most; None leaves it to what the cluster has.
+        timeout: seconds that a cell may take, from when its process begins; a batch, as many for each of its cells.
+        threads: of torch in each process, and the CPUs that a batch asks for.
+        retries: how often a batch is begun again whose worker or node was lost.
         reads: files and folders, beside the comparison's own, that cells read.
-        peak: method -> bytes that its cells take on a GPU at their peak, or None where nothing is known.
+        peak: a method and how many of its cells train together -> bytes that they take on a GPU at their peak, or None
+            where nothing is known.
         tell: told, in a line, what there is and what is asked of it.
     """
 
@@ -60,75 +64,92 @@ class RayEngine:
     threads: int = 1
     retries: int = 3
     reads: Sequence[Path] = ()
-    peak: Callable[[str], int | None] = lambda method: None
+    peak: Callable[[str, int], int | None] = lambda method, together: None
     tell: Callable[[str], None] = print
 
-    def run_all(self, cells: Sequence[Cell], logs: Path) -> Ended:
+    def run_all(self, batches: Sequence[Batch], logs: Path) -> Ended:
         """As `Engine.run_all`.
 
         Raises:
             UserError: no Ray, no cluster at the address, no node with so many CPUs, or one that does not see the files.
         """
         require()
-        if not cells:
+        if not batches:
             return
         logs.mkdir(parents=True, exist_ok=True)
         with _cluster(self.address):
-            asked = self._asked({cell.method: None for cell in cells}, logs)
-            yield from self._ended(cells, logs, asked)
+            asked = self._asked(dict.fromkeys(map(_kind, batches)), logs)
+            yield from self._ended(batches, logs, asked)
 
-    def _ended(self, cells: Sequence[Cell], logs: Path, asked: Mapping[str, Mapping[str, float]]) -> Ended:
+    def _ended(self, batches: Sequence[Batch], logs: Path, asked: Mapping[Kind, Mapping[str, float]]) -> Ended:
         import ray
 
         task = ray.remote(max_retries=self.retries, retry_exceptions=False)(_run)
         there = LocalEngine(1, self.timeout, self.threads)
-        waiting = deque(cells)
-        running: dict[Any, Cell] = {}
+        waiting = deque((batch, asked[_kind(batch)]) for batch in batches)
+        running: dict[Any, tuple[Batch, Mapping[str, float]]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < (self.workers or AHEAD):
-                    cell = waiting.popleft()
-                    running[task.options(name=cell.name, **asked[cell.method]).remote(cell, logs, there)] = cell
+                    batch, ask = waiting.popleft()
+                    name = " + ".join(cell.name for cell in batch)
+                    running[task.options(name=name, **ask).remote(batch, logs, there)] = batch, ask
                 for ended in ray.wait(list(running), num_returns=1)[0]:
-                    yield running.pop(ended), self._record(ended)
+                    batch, ask = running.pop(ended)
+                    if (records := self._records(ended, len(batch))) is not None:
+                        yield from zip(batch, records, strict=True)
+                    else:
+                        waiting.extendleft((half, ask) for half in reversed(halves(batch)))
         finally:
             _stop(list(running))
 
-    def _record(self, ended: Any) -> dict[str, Any]:
-        """What came of a task."""
+    def _records(self, ended: Any, count: int) -> list[dict[str, Any]] | None:
+        """What came of a task's cells, in their order; None where it died with several: halves may fare better."""
         import ray
         from ray import exceptions
 
+        died = exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.LocalRayletDiedError
         try:
             return ray.get(ended)
-        except exceptions.OutOfMemoryError:
-            return {"error": "out of memory, as Ray saw it coming on its node", "kind": "memory"}
-        except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.LocalRayletDiedError):
+        except (exceptions.OutOfMemoryError, *died) as error:
+            if count > 1:
+                return None
+            if isinstance(error, exceptions.OutOfMemoryError):
+                return [{"error": "out of memory, as Ray saw it coming on its node", "kind": "memory"}]
             again = f", and again at each of {self.retries} retries" if self.retries else ""
-            return {"error": f"its worker or node was lost{again}", "kind": "failed"}
+            return [{"error": f"its worker or node was lost{again}", "kind": "failed"}]
         except exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            return {"error": str(cause) if isinstance(cause, UserError) else reason(cause), "kind": "failed"}
+            told = str(cause) if isinstance(cause, UserError) else reason(cause)
         except exceptions.RayError as error:
-            return {"error": f"{type(error).__name__}: {reason(error)}", "kind": "failed"}
+            told = f"{type(error).__name__}: {reason(error)}"
+        return [{"error": told, "kind": "failed"}] * count
 
-    def _asked(self, methods: Mapping[str, None], logs: Path) -> dict[str, dict[str, float]]:
-        """What a cell of every method asks for, once the nodes were looked at.
+    def _asked(self, kinds: Iterable[Kind], logs: Path) -> dict[Kind, dict[str, float]]:
+        """What a batch of every kind asks for, once the nodes were looked at.
 
         Raises:
             UserError: there is no node for them, or one that does not see a file.
         """
         nodes, has_gpus = _nodes(self.threads)
         smallest = _look(nodes, has_gpus, logs.parent, self.reads)
-        asked: dict[str, dict[str, float]] = {method: {"num_cpus": self.threads, "num_gpus": 0} for method in methods}
+        asked: dict[Kind, dict[str, float]] = {kind: {"num_cpus": self.threads, "num_gpus": 0} for kind in kinds}
         line = f"Ray: {len(nodes)} node{'' if len(nodes) == 1 else 's'}; a cell asks for {self.threads} CPU"
         if smallest is not None:
-            for method, ask in asked.items():
-                ask["num_gpus"] = gpu_share(self.peak(method), smallest)
-            shares = ", ".join(f"{ask['num_gpus']:g} ({method})" for method, ask in asked.items())
+            for kind, ask in asked.items():
+                ask["num_gpus"] = gpu_share(self.peak(*kind), smallest)
+            shares = ", ".join(f"{ask['num_gpus']:g} ({_told(*kind)})" for kind, ask in asked.items())
             line += f" and of a GPU of {human(smallest)} for {shares}"
         self.tell(f"{line}.")
         return asked
+
+
+def _kind(batch: Batch) -> Kind:
+    return batch[0].method, len(batch)
+
+
+def _told(method: str, together: int) -> str:
+    return method if together == 1 else f"{together} of {method} together"
 
 
 def require() -> None:
@@ -242,12 +263,13 @@ def _seen(paths: Sequence[Path], has_gpus: bool) -> tuple[str, list[Path], int |
     return socket.gethostname(), [path for path in paths if not path.exists()], size
 
 
-def _run(cell: Cell, logs: Path, engine: LocalEngine) -> dict[str, Any]:
-    """On a node: one cell, in a process that the task's own looks after."""
+def _run(batch: Batch, logs: Path, engine: LocalEngine) -> list[dict[str, Any]]:
+    """On a node: the records of a batch, in a process that the task's own looks after."""
     if not logs.is_dir():  # of a node that came later
         raise UserError(f"{logs.parent}: the Ray node {socket.gethostname()} does not see it; share it with all nodes.")
-    with closing(engine.run_all([cell], logs)) as ended:
-        return next(ended)[1]
+    with closing(engine.run_all([batch], logs)) as ended:
+        records = {cell.key: record for cell, record in ended}
+    return [records[cell.key] for cell in batch]
 
 
 def _stop(running: Sequence[Any]) -> None:

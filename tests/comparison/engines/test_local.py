@@ -1,9 +1,10 @@
-"""A cell that dies or hangs is a record, and the others go on."""
+"""A cell that dies or hangs is a record, and the others go on; a batch that dies is tried again in halves."""
 
 import os
 import signal
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,7 @@ def cell(tmp_path, seed, *words, steps="2"):
 def test_a_mistake_a_hang_and_a_cell_that_works(tmp_path):
     cells = [cell(tmp_path, 0, "--model.lr", "-1"), cell(tmp_path, 1), cell(tmp_path, 2, steps="100000")]
     found = {}
-    with closing(LocalEngine(timeout=40, threads=1).run_all(cells, tmp_path / "logs")) as ended:
+    with closing(LocalEngine(timeout=40, threads=1).run_all([[one] for one in cells], tmp_path / "logs")) as ended:
         for one, record in ended:
             found[one.seed] = record
     assert found[0] == {"error": "model.lr is -1.0; use a number above 0, or auto.", "kind": "failed"}
@@ -32,19 +33,42 @@ def test_a_mistake_a_hang_and_a_cell_that_works(tmp_path):
     assert "textual_inversion on tiny" in (tmp_path / "logs" / "ti-ball-1.txt").read_text()
 
 
-def test_a_killed_process_is_told_as_out_of_memory(tmp_path, monkeypatch):
-    give = Worker.give
+def test_a_killed_process_is_told_as_out_of_memory_unless_fewer_cells_fit(tmp_path, monkeypatch):
+    give, given = Worker.give, []
 
-    def give_and_kill(self, one):
-        give(self, one)
-        if one.seed == 0:
+    def give_and_kill(self, batch):
+        give(self, batch)
+        given.append([one.seed for one in batch])
+        if len(batch) > 1 or batch[0].seed == 0:
             os.kill(self.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Worker, "give", give_and_kill)
-    cells = [cell(tmp_path, 0), cell(tmp_path, 1, "--model.lr", "-1")]
-    found = {one.seed: record for one, record in LocalEngine(threads=1).run_all(cells, tmp_path / "logs")}
+    wrong = [cell(tmp_path, seed, "--model.lr", "-1") for seed in (1, 2)]
+    batches = [[cell(tmp_path, 0), *wrong], [cell(tmp_path, 3, "--model.lr", "-1")]]
+    found = {one.seed: record for one, record in LocalEngine(threads=1).run_all(batches, tmp_path / "logs")}
+    assert given == [[0, 1, 2], [0, 1], [0], [1], [2], [3]]
     assert found[0] == {"error": "killed, as systems do that run out of memory", "kind": "memory"}
-    assert found[1]["kind"] == "failed"
+    assert all("model.lr is -1.0" in found[seed]["error"] for seed in (1, 2, 3))
+
+
+class Busy:
+    """A worker that trains three cells since 100 seconds."""
+
+    size, process = 3, SimpleNamespace(exitcode=None)
+    stopped = False
+
+    def time_left(self, timeout):
+        return self.size * timeout - 100
+
+    def stop(self, patience):
+        self.stopped = True
+
+
+def test_a_batch_has_as_long_as_its_cells_together():
+    patient, hasty = Busy(), Busy()
+    assert LocalEngine(timeout=34)._end(patient, True) is None and not patient.stopped
+    record = LocalEngine(timeout=30)._end(hasty, True)
+    assert record == {"error": "not done after 1.5 minutes, 3 cells together", "kind": "time"} and hasty.stopped
 
 
 @pytest.mark.slow
@@ -59,6 +83,6 @@ def test_who_goes_away_leaves_what_was_trained(tmp_path, monkeypatch):
         raise KeyboardInterrupt  # as Ctrl-C does
 
     monkeypatch.setattr("mep_lightning.comparison.engines.local.wait", until_it_trains)
-    with pytest.raises(KeyboardInterrupt), closing(LocalEngine(threads=1).run_all([one], tmp_path / "logs")) as ended:
+    with pytest.raises(KeyboardInterrupt), closing(LocalEngine(threads=1).run_all([[one]], tmp_path / "logs")) as ended:
         next(ended)
     assert (one.run / "checkpoints" / "last.ckpt").is_file()
