@@ -22,7 +22,9 @@ from mep_lightning.errors import UserError, refuse_unless
 
 Shared = Literal["members", "data"]
 SHARED: tuple[Shared, ...] = ("members", "data")
-NAME, DATA = "zo_ddp", "zo_ddp_data"
+NAME, DATA, DDP = "zo_ddp", "zo_ddp_data", "ddp"
+STRATEGIES: dict[str, Shared | None] = {NAME: "members", DATA: "data", DDP: None}
+"""What each shares out of a zeroth-order step; Lightning's own averages gradients."""
 COMPARED_EVERY = 100
 """Steps after which ranks make sure that they still hold the same: machines of two kinds may round otherwise."""
 PATIENCE = timedelta(minutes=30)
@@ -77,7 +79,7 @@ class ZerothOrderStrategy(DDPStrategy):
         return {"num_replicas": 1, "rank": 0} if self.shared == "members" else super().distributed_sampler_kwargs
 
 
-for _name, _shared in ((NAME, "members"), (DATA, "data")):
+for _name, _shared in zip((NAME, DATA), SHARED, strict=True):
     StrategyRegistry.register(
         _name,
         ZerothOrderStrategy,
@@ -135,6 +137,11 @@ class Ranks:
     @property
     def exchanges_losses(self) -> bool:
         return self.shared is not None
+
+    @property
+    def fills_buckets(self) -> bool:
+        """Whether DDP keeps what is trained once more, as buckets for gradients."""
+        return self.world > 1 and not self.exchanges_losses
 
     def index(self, step: int, shares_members: bool) -> int:
         """Which of the draws, of (seed, index), is this rank's in a step."""

@@ -20,11 +20,14 @@ from mep_lightning.bases import Base, BaseFolder, predict_noise, remember
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.draws import Draw, step_generator
+from mep_lightning.estimation import shared_losses
 from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
+from mep_lightning.plan.workspaces import workspaces
 
 PROMPT = "a photo of {}"
 PACKED = 4096
@@ -35,16 +38,30 @@ WORD = "ball"
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that a phase holds, and what for."""
+    """The most bytes that a phase holds, and what for.
+
+    Attributes:
+        weights, activations, gradients, optimizer: of tensors.
+        buckets: the copy of gradients that DDP keeps.
+        workspaces: what a GPU's libraries hold beside tensors, at most (`plan.workspaces`).
+    """
 
     weights: int
     activations: int
     gradients: int = 0
     optimizer: int = 0
+    buckets: int = 0
+    workspaces: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """Of tensors."""
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
+
+    @property
+    def needed(self) -> int:
+        """With libraries' workspaces."""
+        return self.total + self.workspaces
 
 
 Phases = dict[str, Peak]
@@ -72,6 +89,12 @@ class _Setting:
         run()
         return Peak(**held, activations=max(self.live.peak - sum(held.values()), 0))
 
+    def with_workspaces(self, phases: Phases) -> Phases:
+        """Phases beside which a GPU's libraries hold theirs."""
+        if not self.on_gpu:
+            return phases
+        return {name: replace(peak, workspaces=workspaces(name, peak.activations)) for name, peak in phases.items()}
+
 
 def rehearse(
     modules: Iterable[PersonalizationModule],
@@ -84,7 +107,8 @@ def rehearse(
     """Play runs through that differ in their module alone.
 
     Args:
-        modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards.
+        modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards. Of several `ranks`
+            the one is played that takes most.
         found: the base, its precision, and its dtype, device and offload as they will be.
         resolution: side of the photos and of the pictures in px.
         batch_size: samples a step.
@@ -157,7 +181,8 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
                     "decode": replace(decode, weights=vae_arena + arena),
                 }
                 # A CPU's weights are in its own memory either way, as long as there is room.
-                found[id(module)] = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+                ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+                found[id(module)] = {offload: setting.with_workspaces(phases) for offload, phases in ways.items()}
     return [found[id(module)] for module in modules]
 
 
@@ -191,22 +216,24 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
     gc.collect()
     module.take(base)
     module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
-    weights = live.now
-    kept = state(module)
-    held = {"weights": weights, "optimizer": live.now - weights}
     if not module.adapter.trains_text:
         remember_made_up(base, [module.named(PROMPT)])
-    peaks = {}
-    if module.hollow is not None:
-        peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
+    held, kept, peaks = {"weights": live.now}, _buckets(module), {}
+    held["buckets"] = live.now - held["weights"]
+    if module.hollow is not None:  # before Adam's first step
+        peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held)
+    kept += state(module)
+    held["optimizer"] = live.now - sum(held.values())
     hollowed = _hollowed_bytes(module, base)
     for name, estimator, resolution in branches(module, setting.resolution):
         gradients = _gradients(module, estimator)
         draw = draw_of(module, estimator, made_up_batch(base, resolution, setting.batch_size))
-        peak = setting.peak(partial(gradient, module, estimator, draw), **held, gradients=gradients)
-        peaks[name] = replace(peak, weights=peak.weights - hollowed)
-        for theta in module.adapter.numbered().values():
-            theta.grad = None
+        for ranks in _played(module.ranks, estimator):
+            module.ranks = ranks
+            peak = setting.peak(partial(gradient, module, estimator, draw), **held, gradients=gradients)
+            module.adapter.zero_grad()
+            peaks[name] = max(peaks.get(name, peak), peak, key=lambda peak: peak.total)
+        peaks[name] = replace(peaks[name], weights=peaks[name].weights - hollowed)
     trained = module.adapter.numbered()
     kind = (
         *map(type, module.adapter.parts),
@@ -221,6 +248,27 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
     del kept, trained, module.adapter  # what it trains is gone before the next one comes
     module.base = None
     return peaks
+
+
+class Unheard(Ranks):
+    """Ranks seen from one that hears of no other: what they exchange stays its own."""
+
+    def _reduce_(self, numbers: Tensor, how: Any = None) -> None:
+        """Nothing."""
+
+
+def _played(ranks: Ranks, estimator: Estimator) -> list[Ranks]:
+    """The ranks one of which takes most: the first has most members, the second none that stands at theta itself."""
+    if ranks.world == 1:
+        return [ranks]
+    several = ranks.shares_members and estimator.forward_only
+    return [Unheard(rank, ranks.world, ranks.shared) for rank in range(2 if several else 1)]
+
+
+def _buckets(module: PersonalizationModule) -> list[Tensor]:
+    """What DDP keeps from its beginning on: room for every gradient once more, in buckets of many."""
+    trained = module.adapter.numbered().values() if module.ranks.fills_buckets else []
+    return [torch.empty_like(theta, requires_grad=False) for theta in trained]
 
 
 def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
@@ -289,19 +337,21 @@ def draw_of(module: PersonalizationModule, estimator: Estimator, batch: dict[str
 
 
 def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) -> None:
-    """What one training step computes, but for the optimizer's part."""
-    trained = module.adapter.numbered()
+    """What one training step computes and exchanges, but for the optimizer's part."""
+    trained, ranks = module.adapter.numbered(), module.ranks
     if module.subspace is not None:
         module.subspace.rehearse(trained[0])
     if isinstance(estimator, Backprop):
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
+        ranks.average_gradients_(trained.values())
     elif isinstance(estimator, ZerothOrderEstimator):
-        estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
+        estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained, ranks=ranks)
     elif estimator.moves_itself:  # a search's own arithmetic is on the host
         with torch.no_grad():
-            module.losses(module.adapter.numbered()[0].expand(estimator.members, -1, -1), draw)
+            shared_losses(module, draw, ranks, trained[0].expand(estimator.members, -1, -1))
     else:
-        estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
+        exchanged = ranks if estimator.forward_only else ALONE
+        estimator.estimate(partial(shared_losses, module, draw, exchanged), next(iter(trained.values())))
 
 
 def step(module: PersonalizationModule, estimator: Estimator, batch: dict[str, Any]) -> None:

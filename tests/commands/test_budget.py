@@ -10,6 +10,7 @@ import yaml
 from mep_lightning.bases import identify
 from mep_lightning.cli import main
 from mep_lightning.commands import budget
+from mep_lightning.commands.request import read_request
 from mep_lightning.plan import budget as sizes
 
 INT8 = ("--model.precision", "int8")
@@ -65,6 +66,28 @@ def test_a_method_that_is_named_stays(config_of):
     assert config_of("r")["model"]["method"] == "zoodip"
 
 
+TWO = ("--trainer.devices", "2", "--trainer.accelerator", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        (("zoodip", *TWO), "zo_ddp"),
+        (("lora", *TWO), "ddp"),
+        (("zoodip", *TWO, "--trainer.strategy", "zo_ddp_data"), None),
+    ],
+    ids=lambda given: given if isinstance(given, str) else " ".join(given or ()),
+)
+def test_several_processes_get_the_strategy_that_suits_the_method(words, strategy, capsys):
+    method, *settings = words
+    request = read_request([method], [*settings, *INT8], None, False, chosen=True)
+    chosen, _ = budget.choose(request, "1GB")
+    assert "beside tensors, on each of 2 devices." in capsys.readouterr().out
+    before = [word for word in settings if word.startswith("zo_ddp")]
+    assert [chosen.setting("trainer.strategy")] == ([strategy] if strategy else before)
+    assert chosen.settings.count("--trainer.strategy") == 1
+
+
 def test_nothing_fits(said):
     status, sentence = said(["fit", "--budget", "1MB", *INT8, "--model.checkpointing", "true"])
     assert status == 2
@@ -76,6 +99,10 @@ def test_nothing_fits(said):
     ("words", "sentence"),
     [
         (["--budget", "lots"], "mep fit: --budget is 'lots'; give a size such as 4GB or 3.5GiB."),
+        (
+            ["--config", "zoodip", "--budget", "1GB", *TWO, "--trainer.strategy", "ddp"],
+            "mep fit: --budget 1GB: zoodip: trainer.strategy averages gradients over 2 processes, and zoodip has none",
+        ),
         (["--budget", "1GB", "--run", "r", "--resume"], "mep fit: --budget chooses how a run begins; leave it out"),
         (["--budget", "1GB", "--model.method", "magic"], "mep fit: method 'magic' is unknown: choose one of"),
         (
