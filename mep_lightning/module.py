@@ -450,6 +450,7 @@ class PersonalizationModule(LightningModule):
         here = self.loaded().device
         if next(self.adapter.parameters()).device.type != here.type:  # a Trainer leaves a module on the CPU at its end
             self.adapter.to(here)
+        self.zero_grad()  # a step's gradients are of no more use, and pictures want the memory
         if self.hollow is None:
             yield
             return

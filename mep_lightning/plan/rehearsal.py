@@ -162,24 +162,25 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
             arena = sum(map(streamed_bytes, (base.unet, *base.text_encoders)))
             gc.collect()
             resident, drawn = live.now, {}  # type: tuple[int, dict[object, int]]
-            # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
-            beside = 0 if setting.on_gpu else resident
             before = {"encode": encode, **text, "load": Peak(resident, packing)}
             for module in modules:
                 if readers[id(module)] is not reads_text:
                     continue
                 training = _training(setting, module, base, drawn)
-                whole = {**before, **training, "decode": replace(decode, weights=decode.weights + beside)}
-                streamed = {
+                waiting = {
                     name: replace(peak, weights=peak.weights - resident + arena) for name, peak in training.items()
                 }
+                # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
+                beside = 0 if setting.on_gpu else training["denoise"].weights
+                whole = {**before, **training, "decode": _decoding(decode, training["denoise"], beside)}
                 streamed = {
                     "encode": replace(encode, weights=vae_arena),
                     **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
                     "load": Peak(arena, 0),
-                    **streamed,
-                    "decode": replace(decode, weights=vae_arena + arena),
+                    **waiting,
                 }
+                vae = replace(decode, weights=vae_arena)
+                streamed["decode"] = _decoding(vae, waiting["denoise"], waiting["denoise"].weights)
                 # A CPU's weights are in its own memory either way, as long as there is room.
                 ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
                 found[id(module)] = {offload: setting.with_workspaces(phases) for offload, phases in ways.items()}
@@ -196,6 +197,11 @@ def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak, int]:
     encode = setting.peak(lambda: vae.encode(pixels), weights=weights)
     decode = setting.peak(lambda: vae.decode(latent), weights=weights)
     return encode, decode, streamed_bytes(vae)
+
+
+def _decoding(decode: Peak, denoise: Peak, beside: int) -> Peak:
+    """Decoding pictures in the middle of a run, with weights beside: what training keeps between steps stays."""
+    return replace(denoise, weights=decode.weights + beside, activations=decode.activations)
 
 
 def _read_once(setting: _Setting, base: Base) -> tuple[Phases, int]:

@@ -49,7 +49,9 @@ def test_planned_and_measured_peaks_stand_side_by_side(monkeypatch):
     measured = {row["case"]: row for row in rows if row["metric"].startswith("peak on cpu")}
     cases = [f"tiny 64 px zoodip in int8 {phase}" for phase in ("encode", "step", "denoise", "decode")]
     cases += [
-        f"tiny 64 px {name} in int8 {phase}" for name in ("lora", "hollowed_net") for phase in ("step", "denoise")
+        f"tiny 64 px {name} in int8 {phase}"
+        for name in ("lora", "hollowed_net")
+        for phase in ("step", "denoise", "decode")
     ]
     cases += [f"tiny 64 px selective in int8 {phase}" for phase in ("step", "low step", "denoise")]
     for case in cases:
