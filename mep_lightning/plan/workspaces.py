@@ -1,10 +1,10 @@
 """What libraries hold on a GPU beside tensors: cuBLAS' and cuDNN's workspaces, and blocks that the allocator rounds up.
 
-A rehearsal cannot see them. cuBLAS keeps a workspace for every thread and stream that multiplies, 32 MiB on a Hopper
-and 8 MiB on GPUs before it: one for pictures, two with a backward pass, three with a captured step. cuDNN borrows one
-for a convolution, and copies what is not in its order of memory; in the autoencoder that grows with the picture. The
-figures bound what any recipe took above its plan on an H100, SD1.5 at 512 px: up to 156 MiB, and in the autoencoder 307
-in half precision and 528 in fp32 (benchmarks/results/cuda/memory-sd15.json, which a test holds them to).
+A rehearsal cannot see them. PyTorch gives cuBLAS a workspace for every thread and stream that multiplies (32 MiB on a
+Hopper, 8 on GPUs before it): autograd's thread has one of its own, and the stream on which a step is captured. cuDNN
+borrows one for a convolution, and copies what is not in its order of memory; in the autoencoder that grows with the
+picture. The figures bound what any recipe took above its plan on an H100, SD1.5 at 512 px: up to 156 MiB, and in the
+autoencoder 307 in half precision and 528 in fp32 (benchmarks/results/cuda/memory-sd15.json; a test holds them to it).
 """
 
 from __future__ import annotations
