@@ -52,5 +52,5 @@ def test_nothing_is_known_of_a_base_that_cannot_be_rehearsed():
 def test_the_formula_is_documented_as_it_is():
     text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     scoring, context = (f"{size / 2**20:.0f} MiB" for size in (SCORING, OVERHEAD["cuda"]))
-    assert f"min(1, (max(training, drawing + {scoring}) + {context}) / memory of the smallest GPU)" in text
+    assert f"min(1, (max(training, drawing + {scoring}) + workspaces + {context}) / memory of the smallest GPU)" in text
     assert f"{scoring} for the networks that score pictures, {context} for CUDA's context" in text
