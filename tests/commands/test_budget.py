@@ -12,6 +12,7 @@ from mep_lightning.cli import main
 from mep_lightning.commands import budget
 from mep_lightning.commands.request import read_request
 from mep_lightning.plan import budget as sizes
+from mep_lightning.plan import rehearse
 
 INT8 = ("--model.precision", "int8")
 
@@ -135,6 +136,25 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded(said, qui
     assert "and 9.54 MiB are free on cpu: the least, " in sentence
     assert sentence.endswith("; --no-plan tries it all the same.")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("crowded")
+@pytest.mark.parametrize(("strategy", "shared"), [("zo_ddp", "members"), ("ddp", None)])
+def test_a_run_that_is_shared_is_compared_as_such(said, monkeypatch, strategy, shared):
+    played = []
+
+    def rehearsed(modules, *given, **named):
+        played.extend(module.ranks for module in modules)
+        return rehearse(modules, *given, **named)
+
+    monkeypatch.setattr(budget, "rehearse", rehearsed)
+    monkeypatch.setattr(budget, "_mend", lambda *_: "less is more")
+    words = ["--config", "textual_inversion", *TWO, "--trainer.strategy", strategy, "--samples.count", "1"]
+    status, sentence = said(["fit", *words, "--run", "r"])
+    assert (
+        status == 2 and sentence.startswith("mep fit: this run would take ") and "are free on cpu: less is" in sentence
+    )
+    assert [(ranks.world, ranks.shared) for ranks in played] == [(2, shared)]
 
 
 @pytest.mark.usefixtures("crowded")
