@@ -14,6 +14,7 @@ from benchmarks import made_up
 from benchmarks.rows import Row, row
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.skeleton import skeleton_vae
+from mep_lightning.bases.streaming import streamed_bytes
 from mep_lightning.commands.budget import available_precisions, recipe
 from mep_lightning.defaults import METHODS
 from mep_lightning.estimators import ForwardGradientEstimator
@@ -106,10 +107,13 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     held = _held(base[0].unet, *base[0].text_encoders) if on_cpu else 0
     if reads_text:
         peaks["load"] = max(loading, held)
-    peaks["decode"] += held  # nothing is parked on a CPU
+    arenas = sum(map(streamed_bytes, (base[0].unet, *base[0].text_encoders))) if base[0].streams else 0
     module.take(base[0])
     kept = state(module)
-    held += (_held(module.adapter) + sum(moment.numel() * moment.element_size() for moment in kept)) if on_cpu else 0
+    moments, trained = sum(moment.numel() * moment.element_size() for moment in kept), _held(module.adapter)
+    held += moments + trained if on_cpu else 0
+    # Pictures are decoded beside what is not parked: on a CPU all of it, of streamed weights the arenas.
+    peaks["decode"] += held if on_cpu else moments + (arenas + trained if arenas else 0)
     peaks["denoise"] = held + peak_of(lambda: denoise(module, planned.resolution // found.vae_factor, 1), found)
     if module.hollow is not None:
         inside = module.hollow.inside(base[0])

@@ -48,10 +48,10 @@ def refuse_streaming_backwards(module: PersonalizationModule, device: torch.devi
 
 
 def refuse_ranks(module: PersonalizationModule, ranks: Ranks) -> None:
-    """Raise UserError where several processes cannot train what they are to train."""
+    """Raise UserError where several processes cannot train what they are to train, by a Trainer or in a plan."""
     if ranks.world == 1:
         return
-    if not isinstance(module.trainer.strategy, DDPStrategy):
+    if module._trainer is not None and not isinstance(module.trainer.strategy, DDPStrategy):
         raise UserError(f"trainer.strategy over several processes is ddp or {NAME} here: others take models apart")
     if module.forward_only and not ranks.exchanges_losses:
         raise UserError(

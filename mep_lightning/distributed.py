@@ -22,9 +22,13 @@ from mep_lightning.errors import UserError, refuse_unless
 
 Shared = Literal["members", "data"]
 SHARED: tuple[Shared, ...] = ("members", "data")
-NAME, DATA = "zo_ddp", "zo_ddp_data"
+NAME, DATA, DDP = "zo_ddp", "zo_ddp_data", "ddp"
+STRATEGIES: dict[str, Shared | None] = {NAME: "members", DATA: "data", DDP: None}
+"""What each shares out of a zeroth-order step; Lightning's own averages gradients."""
 COMPARED_EVERY = 100
 """Steps after which ranks make sure that they still hold the same: machines of two kinds may round otherwise."""
+PORTION = 1 << 24
+"""Numbers of gradients that are exchanged together, 64 MiB of them: all at once would double a U-Net's."""
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: the first may draw pictures meanwhile."""
 
@@ -77,7 +81,7 @@ class ZerothOrderStrategy(DDPStrategy):
         return {"num_replicas": 1, "rank": 0} if self.shared == "members" else super().distributed_sampler_kwargs
 
 
-for _name, _shared in ((NAME, "members"), (DATA, "data")):
+for _name, _shared in zip((NAME, DATA), SHARED, strict=True):
     StrategyRegistry.register(
         _name,
         ZerothOrderStrategy,
@@ -136,6 +140,11 @@ class Ranks:
     def exchanges_losses(self) -> bool:
         return self.shared is not None
 
+    @property
+    def fills_buckets(self) -> bool:
+        """Whether DDP keeps what is trained once more, as buckets for gradients."""
+        return self.world > 1 and not self.exchanges_losses
+
     def index(self, step: int, shares_members: bool) -> int:
         """Which of the draws, of (seed, index), is this rank's in a step."""
         return step if shares_members or self.world == 1 else step * self.world + self.rank
@@ -155,15 +164,16 @@ class Ranks:
         return numbers
 
     def average_gradients_(self, parameters: Iterable[Tensor]) -> None:
-        """The mean of gradients over ranks, all in one exchange; where one is missing, it counts as zero."""
-        if self.world == 1:
-            return
-        trained = list(parameters)
+        """The mean of gradients over ranks, in place, a portion at a time; where one is missing, it counts as zero."""
+        if self.world > 1:
+            for portion in _portions(parameters):
+                self._average_together_(portion)
+
+    def _average_together_(self, trained: Sequence[Tensor]) -> None:
         grads = [torch.zeros_like(theta) if theta.grad is None else theta.grad for theta in trained]
-        flat = torch.cat([grad.float().flatten() for grad in grads])
-        self.averaged_(flat)
+        flat = self.averaged_(torch.cat([grad.float().flatten() for grad in grads]))
         for theta, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            theta.grad = part.view(grad.shape).to(grad.dtype)
+            theta.grad = grad.copy_(part.view(grad.shape))
 
     def highest(self, number: int) -> int:
         """The largest of all ranks' numbers, here in the host's memory: no rank goes on before all have come."""
@@ -202,6 +212,20 @@ class Ranks:
         with _together(self.world):
             dist.all_reduce(numbers, how)
         self.sent += numbers.nbytes
+
+
+def _portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters one after the other, as many together as have PORTION numbers; a larger one alone."""
+    portion: list[Tensor] = []
+    size = 0
+    for theta in parameters:
+        size += theta.numel()
+        if portion and size > PORTION:
+            yield portion
+            portion, size = [], theta.numel()
+        portion.append(theta)
+    if portion:
+        yield portion
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def reason(error: BaseException) -> str:
 def human(size: float) -> str:
     """Bytes for people: 812 MiB, 2.37 GiB."""
     for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
+        if size < 999.5:  # else three digits would be four
             return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
         size /= 1024
     return f"{size:.2f} GiB"

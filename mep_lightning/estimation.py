@@ -46,7 +46,7 @@ def give_gradient(module: PersonalizationModule, estimator: Estimator, draw: Dra
             )
         (theta,) = trained.values()
         exchanged = module.ranks if estimator.forward_only else ALONE  # a gradient flows from a rank's own losses
-        theta.grad, losses = estimator.estimate(partial(_losses, module, draw, exchanged), theta, step, dims)
+        theta.grad, losses = estimator.estimate(partial(shared_losses, module, draw, exchanged), theta, step, dims)
         if not estimator.forward_only:
             module.ranks.average_gradients_(trained.values())
     if subspace and (grad := trained[0].grad) is not None:
@@ -83,8 +83,8 @@ def tell(
         optimizer.receive(theta, weights, estimator.seed or 0, module.global_step, param_id, basis, keep, along)
 
 
-def _losses(module: PersonalizationModule, draw: Draw, ranks: Ranks, values: Tensor) -> Tensor:
-    """The losses of members' values, some or all of which other processes evaluate."""
+def shared_losses(module: PersonalizationModule, draw: Draw, ranks: Ranks, values: Tensor) -> Tensor:
+    """The losses [V] of members' values [V, ...], some or all of which other processes evaluate."""
     if not ranks.shares_members:
         return ranks.averaged_(module.losses(values, draw))
     places = list(range(ranks.rank, len(values), ranks.world))

@@ -213,7 +213,7 @@ class PersonalizationModule(LightningModule):
             advice.refuse_streaming_backwards(self, device)
         if data is not None and stage == "fit":
             found = self.base or self.open(device)
-            self._fill_in_defaults(found.family)
+            self.fill_in_defaults(found.family)
             encode(self, data, found)
             self._texts += [self.named(text) for text in data.texts] if hasattr(data, "texts") else []
         base = self.load(device)
@@ -235,7 +235,7 @@ class PersonalizationModule(LightningModule):
         """Load the base (once) and attach the adapter; also all that generating pictures needs."""
         if self.base is None or self.base.device != exact_device(device):
             family = identify(self.base_name).family
-            self._fill_in_defaults(family)
+            self.fill_in_defaults(family)
             dtype = activation_dtype(self.precision, torch.device(device), family, self.activations)
             advice.warn_of_rounding(self, dtype)
             if self.base is not None:
@@ -262,7 +262,7 @@ class PersonalizationModule(LightningModule):
 
     def take(self, base: Base) -> Base:
         """Train on a base that is there: what is `auto` becomes its values, and the adapter is attached to it."""
-        self._fill_in_defaults(base.family)
+        self.fill_in_defaults(base.family)
         self.base = base
         if self.graphed in base.graphs:
             base.graphs.remove(self.graphed)
@@ -287,7 +287,8 @@ class PersonalizationModule(LightningModule):
         wanted = self.cuda_graph is True or (self.cuda_graph == "auto" and not self.compiled)
         return wanted and on_gpu and self.forward_only and isinstance(self.adapter, TokenEmbedding)
 
-    def _fill_in_defaults(self, family: str) -> None:
+    def fill_in_defaults(self, family: str) -> None:
+        """Give what is "auto" its values for a base of a family."""
         values = defaults.lookup(self.method, family, self.precision, self.activations)
         for part in (self, *self.estimators, self.subspace, *self.adapter.parts):
             defaults.fill_in(part, values, self.method)
@@ -449,6 +450,7 @@ class PersonalizationModule(LightningModule):
         here = self.loaded().device
         if next(self.adapter.parameters()).device.type != here.type:  # a Trainer leaves a module on the CPU at its end
             self.adapter.to(here)
+        self.zero_grad()  # a step's gradients are of no more use, and pictures want the memory
         if self.hollow is None:
             yield
             return

@@ -161,7 +161,7 @@ class SubjectBatch(LightningModule):
             advice.refuse_streaming_backwards(self.first, device)
             found = self.first.base or self.first.open(device)
             for module in self.each:
-                module._fill_in_defaults(found.family)
+                module.fill_in_defaults(found.family)
             with found.borrowed_vae() as vae:
                 about = {"resolution": found.resolution, "vae_factor": found.vae_factor, "family": found.family}
                 lender: Any = SimpleNamespace(vae=vae, device=found.device, **about)

@@ -149,3 +149,28 @@ def test_lightnings_own_exchanges_tell_of_a_lost_process_too(name, given, monkey
 def test_what_is_shared_is_one_of_two():
     with pytest.raises(UserError, match=r"ZerothOrderStrategy\.shared is steps; use one of members, data"):
         ZerothOrderStrategy(shared="steps")
+
+
+class Twin(Ranks):
+    """Two ranks, the other of which has the same numbers and one more; what is exchanged is noted."""
+
+    def _reduce_(self, numbers, how=None):
+        exchanged.append(len(numbers))
+        numbers += numbers + 1
+
+
+exchanged: list[int] = []
+
+
+@pytest.mark.parametrize(("portion", "lengths"), [(100, [19]), (7, [6, 8, 5]), (1, [2, 4, 8, 5])], ids=str)
+def test_gradients_are_averaged_portion_by_portion(portion, lengths, monkeypatch):
+    monkeypatch.setattr("mep_lightning.distributed.PORTION", portion)
+    exchanged.clear()
+    trained = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (1, 2, 2, 1), (8,), (5,))]
+    for i, theta in enumerate(trained[:-1]):
+        theta.grad = torch.arange(theta.numel(), dtype=torch.float32).view(theta.shape) * i
+    trained[1].grad = trained[1].grad.to(memory_format=torch.channels_last)
+    before = [theta.grad.clone() for theta in trained[:-1]] + [torch.zeros(5)]
+    Twin(0, 2).average_gradients_(trained)
+    assert exchanged == lengths
+    assert all(torch.equal(theta.grad, grad + 0.5) for theta, grad in zip(trained, before, strict=True))

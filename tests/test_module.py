@@ -177,6 +177,14 @@ def test_pictures_are_drawn_where_the_base_is_although_the_trainer_left_the_toke
         assert asked == [torch.device("cuda")]
 
 
+def test_a_steps_gradients_make_room_for_pictures(tiny_base):
+    mod = module()
+    mod.take(tiny_base)
+    mod.adapter.theta.grad = torch.ones_like(mod.adapter.theta)
+    with mod.drawing():
+        assert mod.adapter.theta.grad is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("adapter", [TokenEmbedding(init="ball"), LoRA(rank=2)], ids=["token", "lora"])
 def test_pictures_are_drawn_after_a_run_on_a_gpu(tmp_path, adapter):

@@ -33,6 +33,7 @@ class CUDAGraphed:
         self.function, self.insists = function, insists
         self._captured: dict[tuple[object, ...], Captured] = {}
         self._pool: Any = None  # of all graphs: an answer is copied out before another replays
+        self._beside: Any = None  # the stream of all captures: cuBLAS keeps a workspace for every one that it saw
         self._refused = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -72,13 +73,13 @@ class CUDAGraphed:
             with torch.cuda.device(inputs[0].device):
                 graph = torch.cuda.CUDAGraph()
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                beside = torch.cuda.Stream()
+                beside = self._beside = self._beside or torch.cuda.Stream()
                 beside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(beside):
                     for _ in range(WARM_UPS):
                         self.function(*inputs)
                 torch.cuda.current_stream().wait_stream(beside)
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool, stream=beside):
                     output = self.function(*inputs)
         except torch.OutOfMemoryError:
             raise

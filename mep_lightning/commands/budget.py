@@ -8,8 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
 from mep_lightning import adapters as _adapters  # noqa: F401  (imported so that parts are found by their short names)
@@ -20,6 +23,7 @@ from mep_lightning.callbacks import HollowedActivations, PriorPreservation, Samp
 from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
+from mep_lightning.distributed import ALONE, DDP, STRATEGIES, Ranks
 from mep_lightning.errors import UserError, human
 from mep_lightning.plan import Budget, Row, first_fit, free_bytes, parse_size, plan, rehearse
 from mep_lightning.plan.budget import overhead
@@ -57,12 +61,12 @@ def available_precisions() -> list[str]:
 
 
 def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
-    """Let the plan choose what a request leaves open: method, precision, checkpointing and streaming.
+    """Let the plan choose what a request leaves open: method, precision, checkpointing, streaming and strategy.
 
     Args:
         request: what the command line asks for. A method that a recipe names stays, and so does what the command line
             or a recipe of the user's own says of the rest; the packaged recipes' precisions are only defaults.
-        size: the budget, such as 4GB.
+        size: the budget of each device, such as 4GB.
 
     Returns:
         The request with the choice in it, and the budget that the run is held to.
@@ -83,6 +87,8 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
         int(value) if str(value).isdecimal() else None
         for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
+    devices, strategy = _shared(request, device)
+    left_out: dict[str, str] = {}
 
     def rehearsed(methods: Sequence[str]) -> list[Row]:
         return plan(
@@ -94,23 +100,50 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
             device=device,
             precisions=[precision] if precision else available_precisions(),
             activations=str(request.value("model.activations") or "auto"),
+            devices=devices,
+            strategy=strategy,
+            left_out=left_out.__setitem__,
             asked=lambda *switches: all(w is None or _same(s, w) for s, w in zip(switches, wanted, strict=True)),
         )
 
     taken, rows = first_fit(METHODS if named is None else [named], rehearsed, budget)
+    if not rows and left_out:
+        raise UserError(f"--budget {size}: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
     if not rows:
         raise UserError(f"--budget {size}: no method runs with what is asked for; leave one of its switches out.")
     if taken is None:
         raise UserError(f"--budget {size}: {least(rows, device)}; give more, or a lower --data.resolution.")
     if not request.says("print_config"):
+        each = f", on each of {devices} devices" if devices > 1 else ""
         say(
             f"Into {size} fits {taken}: {human(taken.peak_bytes)} at its peak ({taken.peak_phase}), and about "
-            f"{human(overhead(device))} beside tensors."
+            f"{human(overhead(device) + taken.workspaces_bytes)} beside tensors{each}."
         )
     path = find_recipe(taken.method)
     known = any(path == other for other, _ in request.recipes)
     recipes = request.recipes if known else [(path, read_recipe(path)), *request.recipes]
-    return replace(request, recipes=recipes, settings=[*request.settings, *taken.settings]), budget
+    chosen = taken.settings
+    if taken.strategy is not None and request.value("trainer.strategy") in (None, "auto"):
+        chosen += ["--trainer.strategy", taken.strategy]
+    return replace(request, recipes=recipes, settings=[*request.settings, *chosen]), budget
+
+
+def _shared(request: FitRequest, device: str) -> tuple[int, str | None]:
+    """How many processes would share a run, and by which strategy, where it is one of those that a plan knows.
+
+    One where the Trainer will say what is wrong.
+    """
+    kind: Any = CUDAAccelerator if device == "cuda" else CPUAccelerator
+    devices, nodes, strategy = (request.value(f"trainer.{key}") for key in ("devices", "num_nodes", "strategy"))
+    asked = yaml.safe_load(str(devices or 1))
+    try:
+        found = kind.parse_devices(kind.auto_device_count() if asked == "auto" else asked)
+        count = len(kind.get_parallel_devices(found)) * int(nodes or 1)
+    except (MisconfigurationException, TypeError, ValueError):
+        count = 1
+    if str(strategy).startswith(DDP):  # with its variants, as ddp_spawn
+        return count, DDP
+    return count, strategy if strategy in STRATEGIES else None
 
 
 def _same(value: object, asked: object) -> bool:
@@ -120,8 +153,8 @@ def _same(value: object, asked: object) -> bool:
 
 def least(rows: Sequence[Row], device: str) -> str:
     """What needs the least, in words."""
-    row = min(rows, key=lambda row: row.peak_bytes)
-    return f"the least, {row}, needs {human(row.peak_bytes + overhead(device))}"
+    row = min(rows, key=lambda row: row.needed_bytes)
+    return f"the least, {row}, needs {human(row.needed_bytes + overhead(device))}"
 
 
 def refuse_too_large(
@@ -133,6 +166,7 @@ def refuse_too_large(
     callbacks: Sequence[Callback] = (),
     *,
     resumed: bool = False,
+    ranks: Ranks = ALONE,
     processes: int = 1,
     subjects: int = 1,
 ) -> None:
@@ -146,6 +180,7 @@ def refuse_too_large(
         budget: what it may take at most.
         callbacks: the Trainer's, some of which change what a step takes.
         resumed: whether the run was begun earlier, and its method stays.
+        ranks: the processes that share the run.
         processes: that share a CPU's memory.
         subjects: that are trained in one batch.
 
@@ -161,6 +196,7 @@ def refuse_too_large(
     together = defaults.lookup(module.method, family, module.precision)["sampling_batch"]
     together = together if samples.batch_size == "auto" else int(samples.batch_size)
     rehearsed, batch_size = copy.deepcopy(module), data.batch_size
+    rehearsed.ranks = ranks
     for callback in callbacks:
         if isinstance(callback, HollowedActivations):
             rehearsed.hollow_out(copy.copy(callback))
@@ -169,7 +205,7 @@ def refuse_too_large(
     pictures = min(drawn, together)
     (phases,) = rehearse([rehearsed], found, side, batch_size=batch_size, pictures=pictures, subjects=subjects)
     mapped = module.offload == "stream" and device.type == "cpu"  # the system may drop such weights
-    needs = {name: peak.total - (peak.weights if mapped else 0) for name, peak in phases.items()}
+    needs = {name: peak.needed - (peak.weights if mapped else 0) for name, peak in phases.items()}
     highest = max(needs, key=lambda name: needs[name])
     peak = needs[highest]
     if budget is not None and peak > budget.tensors:
@@ -181,11 +217,13 @@ def refuse_too_large(
     if peak > free:
         raise UserError(
             f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: "
-            f"{_mend(module, device, side, free, resumed)}; --no-plan tries it all the same."
+            f"{_mend(module, device, side, free, resumed, ranks.world)}; --no-plan tries it all the same."
         )
 
 
-def _mend(module: PersonalizationModule, device: torch.device, resolution: int, free: int, resumed: bool) -> str:
+def _mend(
+    module: PersonalizationModule, device: torch.device, resolution: int, free: int, resumed: bool, devices: int
+) -> str:
     """What would fit."""
     if resumed:
         return "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
@@ -198,6 +236,7 @@ def _mend(module: PersonalizationModule, device: torch.device, resolution: int, 
             device=device.type,
             precisions=available_precisions(),
             activations=module.activations,
+            devices=devices,
         )
 
     fitting, rows = first_fit(METHODS, rehearsed, Budget(free, device.type))

@@ -23,7 +23,10 @@ examples:
   mep plan
   mep plan --base sd21 --resolution 512 --budget 4GB
   mep plan --base models/my-base --precision int8 --json
+  mep plan --devices 2
 """
+NUMBERS = ("a run", "libraries", "pictures")
+"""Columns of the table that are flush right."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -39,6 +42,7 @@ def run(argv: Sequence[str]) -> int:
     from mep_lightning.bases.load import PRECISIONS
     from mep_lightning.commands.budget import available_precisions, recipe
     from mep_lightning.data import check_resolution
+    from mep_lightning.distributed import STRATEGIES
     from mep_lightning.plan import Budget, parse_size, plan
 
     precisions = options.precision or available_precisions()
@@ -46,7 +50,14 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--precision {unknown[0]} is unknown; choose one of {', '.join(PRECISIONS)}.")
     if options.resolution is not None:
         check_resolution(options.resolution)
+    if options.devices < 1:
+        raise UserError(f"--devices {options.devices}: a run needs 1 or more.")
+    if options.strategy not in (None, *STRATEGIES):
+        raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join(STRATEGIES)}.")
+    if options.strategy is not None and options.devices == 1:
+        raise UserError(f"--strategy {options.strategy} is for several processes; add --devices 2 or more.")
     budget = Budget(parse_size(options.budget), options.device) if options.budget else None
+    left_out: dict[str, str] = {}
 
     def tell(precision: str) -> None:
         if sys.stderr.isatty():
@@ -58,19 +69,26 @@ def run(argv: Sequence[str]) -> int:
         resolution=options.resolution,
         device=options.device,
         precisions=precisions,
+        devices=options.devices,
+        strategy=options.strategy,
+        left_out=left_out.__setitem__,
         progress=tell,
     )
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
+    if not rows and left_out:
+        raise UserError("; ".join(f"{name}: {why}" for name, why in left_out.items()) + ".")
     if not rows:
         raise UserError(
             f"--precision {' '.join(precisions)}: {' and '.join(names)} cannot be trained on such weights; add fp32."
         )
     if options.json:
         fits = [None if budget is None else budget.fits(row) for row in rows]
-        print(json.dumps({"rows": [row.as_dict(fit) for row, fit in zip(rows, fits, strict=True)]}, indent=2))
+        told = [row.as_dict(fit) for row, fit in zip(rows, fits, strict=True)]
+        print(json.dumps({"rows": told, "left_out": left_out}, indent=2))
     else:
-        print("\n".join(_table(rows, budget, options.device, options.resolution)))
+        notes = [f"Without {name}: {why}." for name, why in left_out.items()]
+        print("\n".join([*_table(rows, budget, options.device, options.resolution), *notes]))
     if options.picture:
         from mep_lightning.evaluation.plots import plan_figure
 
@@ -89,6 +107,12 @@ def _options() -> Options:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")
     parser.add_argument("--precision", nargs="+", metavar="NAME", help="which precisions (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train (default: cuda)")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="how many share a run, as trainer.devices (default: 1)"
+    )
+    parser.add_argument(
+        "--strategy", metavar="NAME", help="how: zo_ddp, zo_ddp_data or ddp (default: what suits each method)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--picture", metavar="FILE", help="draw the rows as bars into a PNG file")
     return parser
@@ -103,8 +127,9 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
     from mep_lightning.plan.budget import overhead
 
     first = rows[0]
+    each = f"on each of {first.devices} devices, " if first.devices > 1 else ""
     lines = [
-        f"Peak memory on {first.base} at {first.resolution} px, batch 1, in tensors "
+        f"Peak memory on {first.base} at {first.resolution} px, batch 1, {each}in tensors "
         f"(+ about {human(overhead(device))} for the {'CUDA context' if device == 'cuda' else 'interpreter'}):",
         "",
         *_columns(rows, budget),
@@ -117,7 +142,7 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
     base = "ID_OR_DIR" if first.base in packaged() else first.base
     words = " ".join(
         [
-            *("mep fit --config", taken.method, "--model.base", base, *taken.settings),
+            *("mep fit --config", taken.method, "--model.base", base, *taken.settings, *taken.launch),
             *(() if resolution is None else ("--data.resolution", str(resolution))),
             *(("--trainer.accelerator", "cpu") if device == "cpu" else ()),
         ]
@@ -127,18 +152,24 @@ def _table(rows: Sequence[Row], budget: Budget | None, device: str, resolution: 
 
 
 def _columns(rows: Sequence[Row], budget: Budget | None) -> list[str]:
-    """A line a row under its titles, as wide as the longest word of a column."""
+    """A line a row under its titles; a column is as wide as its longest word, and gone where nothing is in it."""
     from mep_lightning.errors import human
 
-    told = [("method", "precision", "switch", "a run", "highest in", "pictures", "")]
-    for row in rows:
-        fits = "fits" if budget is not None and budget.fits(row) else ""
-        sizes = human(row.peak_bytes), row.peak_phase, human(row.inference_peak_bytes)
-        told.append((row.method, row.precision, ", ".join(row.switches), *sizes, fits))
-    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
-    lines = []
-    for words in told:
-        padded = [f"{word:<{width}}" for word, width in zip(words, widths, strict=True)]
-        padded[3], padded[5] = (f"{words[i]:>{widths[i]}}" for i in (3, 5))
-        lines.append(f"  {'  '.join(padded)}".rstrip())
-    return lines
+    columns: dict[str, list[str]] = {
+        "method": [row.method for row in rows],
+        "precision": [row.precision for row in rows],
+        "switch": [", ".join(row.switches) for row in rows],
+        "strategy": [row.strategy or "" for row in rows],
+        "a run": [human(row.peak_bytes) for row in rows],
+        "libraries": [f"+ {human(row.workspaces_bytes)}" if row.workspaces_bytes else "" for row in rows],
+        "highest in": [row.peak_phase for row in rows],
+        "pictures": [human(row.inference_peak_bytes) for row in rows],
+        "": ["fits" if budget is not None and budget.fits(row) else "" for row in rows],
+    }
+    padded = []
+    for title, words in columns.items():
+        if any(words):
+            side = ">" if title in NUMBERS else "<"
+            width = max(map(len, (title, *words)))
+            padded.append([f"{word:{side}{width}}" for word in (title, *words)])
+    return [f"  {'  '.join(line)}".rstrip() for line in zip(*padded, strict=True)]

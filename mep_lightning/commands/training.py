@@ -47,7 +47,7 @@ from mep_lightning.commands.settings import (
     refuse_nulls,
     save_config,
 )
-from mep_lightning.distributed import LostRankError
+from mep_lightning.distributed import LostRankError, Ranks
 from mep_lightning.errors import CheckpointError, UserError, reason
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
@@ -246,6 +246,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
             budget,
             callbacks,
             resumed=cli.request.resume,
+            ranks=Ranks.of(trainer),
             processes=trainer.num_devices,
         )
     before = run.config.read_text() if run.config.is_file() else None

@@ -22,7 +22,8 @@ def gpu_share(peak: int | None, total: int) -> float:
     """min(1, (peak + overhead) / total), rounded up to a ten-thousandth: cells that share a GPU stay below its memory.
 
     Args:
-        peak: bytes of tensors that a cell takes at most; None where nothing is known, and a GPU is not shared.
+        peak: bytes that a cell takes at most, beside CUDA's context; None where nothing is known, and a GPU is not
+            shared.
         total: bytes of the GPU.
     """
     if peak is None:
@@ -31,8 +32,8 @@ def gpu_share(peak: int | None, total: int) -> float:
 
 
 def peak_of_cells(recipe: Path, base: str, fit: Sequence[str], together: int = 1) -> int | None:
-    """Bytes of tensors on a GPU of cells that train together: the plan's peak of their run, or of drawing with what
-    scores beside it, which each does by itself.
+    """Bytes on a GPU of cells that train together: the plan's peak of their run, or of drawing with what scores beside
+    it, which each does by itself, and libraries' workspaces.
 
     Args:
         recipe: the method's.
@@ -44,7 +45,9 @@ def peak_of_cells(recipe: Path, base: str, fit: Sequence[str], together: int = 1
     request = read_request([str(recipe)], list(fit), None, False)
     settings: dict[str, Any] = {key: request.value(key) for key in KEYS}
     row = rehearsed(recipe, base, _parts(settings), device="cuda", subjects=together)
-    return None if row is None else max(row.peak_bytes, row.inference_peak_bytes + SCORING)
+    if row is None:
+        return None
+    return max(row.peak_bytes, row.inference_peak_bytes + SCORING) + row.workspaces_bytes
 
 
 KEYS = (

@@ -14,6 +14,7 @@ from mep_lightning.errors import human
 
 INK = "#3f3f46"
 PARTS = ("weights", "gradients", "optimizer", "activations", "other")
+PLANNED = (*PARTS[:4], "buckets", "workspaces")
 # Okabe and Ito's palette, told apart with every kind of colour vision and on light and dark ground.
 COLORS = {
     "weights": "#0072b2",
@@ -21,6 +22,8 @@ COLORS = {
     "optimizer": "#e69f00",
     "activations": "#009e73",
     "other": "#8b8b94",
+    "buckets": "#cc79a7",
+    "workspaces": "#8b8b94",
 }
 CURVE = "#2a8fd6"
 BINS = 10
@@ -108,8 +111,10 @@ def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -
     figure, axes = plain(ink, height=1.3 + 0.34 * max(len(rows), 1))
     names = [str(row) for row in rows]
     left = [0.0] * len(rows)
-    for part in PARTS[:4]:
+    for part in PLANNED:
         sizes = [getattr(row.phases[row.peak_phase], part) / 2**30 for row in rows]
+        if not any(sizes):
+            continue
         axes.barh(names, sizes, left=left, color=COLORS[part], label=part, height=0.62)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for place, row in enumerate(rows):
@@ -122,9 +127,9 @@ def plan_figure(rows: Sequence[Any], limit: int | None = None, ink: str = INK) -
         axes.axvline(limit / 2**30, color=ink, linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlim(0, max(left) * 1.25)
-    axes.set_xlabel(f"GiB in tensors, {rows[0].base} at {rows[0].resolution} px", color=ink)
+    axes.set_xlabel(f"GiB, {rows[0].base} at {rows[0].resolution} px, beside each its tensors", color=ink)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, labelcolor=ink, handlelength=1)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, frameon=False, labelcolor=ink, handlelength=1)
     return figure
 
 

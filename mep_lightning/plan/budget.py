@@ -18,7 +18,7 @@ from mep_lightning.plan.rows import Row
 CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 OVERHEAD = {"cuda": 2**29, "cpu": 2**29}
-"""Bytes beside tensors: CUDA's context and its libraries' workspaces, or the interpreter with torch and diffusers."""
+"""Bytes of a process before its first tensor: CUDA's context, or the interpreter with torch and diffusers."""
 PREFERENCE = (
     ("lora",),
     ("hollowed_net",),
@@ -43,13 +43,13 @@ SWITCHES = ("method", "precision", "offload", "checkpointing")
 
 
 def overhead(device: str) -> int:
-    """Bytes beside tensors on a kind of device."""
+    """Bytes of a process before its first tensor, on a kind of device."""
     return OVERHEAD.get(device, OVERHEAD["cpu"])
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory that a run may take.
+    """Memory that a run may take on each of its devices.
 
     Attributes:
         size: bytes, everything included.
@@ -61,11 +61,11 @@ class Budget:
 
     @property
     def tensors(self) -> int:
-        """Bytes left for tensors."""
+        """Bytes left for tensors and libraries' workspaces."""
         return self.size - overhead(self.device)
 
     def fits(self, row: Row) -> bool:
-        return row.peak_bytes <= self.tensors
+        return row.needed_bytes <= self.tensors
 
 
 def parse_size(text: str) -> int:

@@ -21,12 +21,15 @@ from mep_lightning.bases import Base, BaseFolder, predict_noise, remember
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.draws import Draw, step_generator
+from mep_lightning.estimation import shared_losses
 from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.tracker import LiveBytes
+from mep_lightning.plan.workspaces import workspaces
 from mep_lightning.subject_batch import SubjectBatch
 
 PROMPT = "a photo of {}"
@@ -38,16 +41,30 @@ WORD = "ball"
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that a phase holds, and what for."""
+    """The most bytes that a phase holds, and what for.
+
+    Attributes:
+        weights, activations, gradients, optimizer: of tensors.
+        buckets: the copy of gradients that DDP keeps.
+        workspaces: what a GPU's libraries hold beside tensors, at most (`plan.workspaces`).
+    """
 
     weights: int
     activations: int
     gradients: int = 0
     optimizer: int = 0
+    buckets: int = 0
+    workspaces: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """Of tensors."""
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
+
+    @property
+    def needed(self) -> int:
+        """With libraries' workspaces."""
+        return self.total + self.workspaces
 
 
 Phases = dict[str, Peak]
@@ -77,6 +94,12 @@ class _Setting:
         run()
         return Peak(**held, activations=max(self.live.peak - sum(held.values()), 0))
 
+    def with_workspaces(self, phases: Phases) -> Phases:
+        """Phases beside which a GPU's libraries hold theirs."""
+        if not self.on_gpu:
+            return phases
+        return {name: replace(peak, workspaces=workspaces(name, peak.activations)) for name, peak in phases.items()}
+
 
 def rehearse(
     modules: Iterable[PersonalizationModule],
@@ -90,7 +113,8 @@ def rehearse(
     """Play runs through that differ in their module alone.
 
     Args:
-        modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards.
+        modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards. Of several `ranks`
+            the one is played that takes most.
         found: the base, its precision, and its dtype, device and offload as they will be.
         resolution: side of the photos and of the pictures in px.
         batch_size: samples a step.
@@ -150,26 +174,28 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
             arena = sum(map(streamed_bytes, (base.unet, *base.text_encoders)))
             gc.collect()
             resident, drawn = live.now, {}  # type: tuple[int, dict[object, int]]
-            # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
-            beside = 0 if setting.on_gpu else resident
             before = {"encode": encode, **text, "load": Peak(resident, packing)}
             for module in modules:
                 if readers[id(module)] is not reads_text:
                     continue
                 training = _training(setting, module, base, drawn)
-                whole = {**before, **training, "decode": replace(decode, weights=decode.weights + beside)}
-                streamed = {
+                waiting = {
                     name: replace(peak, weights=peak.weights - resident + arena) for name, peak in training.items()
                 }
+                # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
+                beside = 0 if setting.on_gpu else training["denoise"].weights
+                whole = {**before, **training, "decode": _decoding(decode, training["denoise"], beside)}
                 streamed = {
                     "encode": replace(encode, weights=vae_arena),
                     **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
                     "load": Peak(arena, 0),
-                    **streamed,
-                    "decode": replace(decode, weights=vae_arena + arena),
+                    **waiting,
                 }
+                vae = replace(decode, weights=vae_arena)
+                streamed["decode"] = _decoding(vae, waiting["denoise"], waiting["denoise"].weights)
                 # A CPU's weights are in its own memory either way, as long as there is room.
-                found[id(module)] = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+                ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+                found[id(module)] = {offload: setting.with_workspaces(phases) for offload, phases in ways.items()}
     return [found[id(module)] for module in modules]
 
 
@@ -183,6 +209,11 @@ def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak, int]:
     encode = setting.peak(lambda: vae.encode(pixels), weights=weights)
     decode = setting.peak(lambda: vae.decode(latent), weights=weights)
     return encode, decode, streamed_bytes(vae)
+
+
+def _decoding(decode: Peak, denoise: Peak, beside: int) -> Peak:
+    """Decoding pictures in the middle of a run, with weights beside: what training keeps between steps stays."""
+    return replace(denoise, weights=decode.weights + beside, activations=decode.activations)
 
 
 def _read_once(setting: _Setting, base: Base) -> tuple[Phases, int]:
@@ -200,14 +231,14 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
     gc.collect()
     for one in together:
         _attach(one, base)
-    weights = live.now
-    kept = [state(one) for one in together]
-    held = {"weights": weights, "optimizer": live.now - weights}
     if not module.adapter.trains_text:
         remember_made_up(base, [module.named(PROMPT)])
-    peaks = {}
-    if module.hollow is not None:
-        peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held | {"optimizer": 0})
+    held, kept, peaks = {"weights": live.now}, _buckets(module), {}
+    held["buckets"] = live.now - held["weights"]
+    if module.hollow is not None:  # before Adam's first step
+        peaks["precompute"] = setting.peak(partial(_precompute, module, setting), **held)
+    kept += [moment for one in together for moment in state(one)]
+    held["optimizer"] = live.now - sum(held.values())
     hollowed = _hollowed_bytes(module, base)
     for name, estimator, resolution in branches(module, setting.resolution):
         gradients = sum(_gradients(one, estimator) for one in together)
@@ -216,10 +247,13 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
             run = partial(gradients_together, SubjectBatch(together), [batch] * len(together))
         else:
             run = partial(gradient, module, estimator, draw_of(module, estimator, batch))
-        peak = setting.peak(run, **held, gradients=gradients)
-        peaks[name] = replace(peak, weights=peak.weights - hollowed)
-        for theta in (theta for one in together for theta in one.adapter.numbered().values()):
-            theta.grad = None
+        for ranks in _played(module.ranks, estimator):
+            module.ranks = ranks
+            peak = setting.peak(run, **held, gradients=gradients)
+            for one in together:
+                one.adapter.zero_grad()
+            peaks[name] = max(peaks.get(name, peak), peak, key=lambda peak: peak.total)
+        peaks[name] = replace(peaks[name], weights=peaks[name].weights - hollowed)
     trained = module.adapter.numbered()
     kind = (
         *map(type, module.adapter.parts),
@@ -246,6 +280,27 @@ def _attach(module: PersonalizationModule, base: Base) -> None:
             part.init = WORD
     module.take(base)
     module.predict_noise = predict_noise  # a rehearsal under `torch.compile` would spoil the compilation of the run
+
+
+class Unheard(Ranks):
+    """Ranks seen from one that hears of no other: what they exchange stays its own."""
+
+    def _reduce_(self, numbers: Tensor, how: Any = None) -> None:
+        """Nothing."""
+
+
+def _played(ranks: Ranks, estimator: Estimator) -> list[Ranks]:
+    """The ranks one of which takes most: the first has most members, the second none that stands at theta itself."""
+    if ranks.world == 1:
+        return [ranks]
+    several = ranks.shares_members and estimator.forward_only
+    return [Unheard(rank, ranks.world, ranks.shared) for rank in range(2 if several else 1)]
+
+
+def _buckets(module: PersonalizationModule) -> list[Tensor]:
+    """What DDP keeps from its beginning on: room for every gradient once more, in buckets of many."""
+    trained = module.adapter.numbered().values() if module.ranks.fills_buckets else []
+    return [torch.empty_like(theta, requires_grad=False) for theta in trained]
 
 
 def _gradients(module: PersonalizationModule, estimator: Estimator) -> int:
@@ -314,19 +369,21 @@ def draw_of(module: PersonalizationModule, estimator: Estimator, batch: dict[str
 
 
 def gradient(module: PersonalizationModule, estimator: Estimator, draw: Draw) -> None:
-    """What one training step computes, but for the optimizer's part."""
-    trained = module.adapter.numbered()
+    """What one training step computes and exchanges, but for the optimizer's part."""
+    trained, ranks = module.adapter.numbered(), module.ranks
     if module.subspace is not None:
         module.subspace.rehearse(trained[0])
     if isinstance(estimator, Backprop):
         estimator.backward(lambda members: module.losses(members, draw), trained.values())
+        ranks.average_gradients_(trained.values())
     elif isinstance(estimator, ZerothOrderEstimator):
-        estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained)
+        estimator.weigh(lambda members: module.losses(members, draw), 1, parameters=trained, ranks=ranks)
     elif estimator.moves_itself:  # a search's own arithmetic is on the host
         with torch.no_grad():
-            module.losses(module.adapter.numbered()[0].expand(estimator.members, -1, -1), draw)
+            shared_losses(module, draw, ranks, trained[0].expand(estimator.members, -1, -1))
     else:
-        estimator.estimate(lambda values: module.losses(values, draw), next(iter(trained.values())))
+        exchanged = ranks if estimator.forward_only else ALONE
+        estimator.estimate(partial(shared_losses, module, draw, exchanged), next(iter(trained.values())))
 
 
 def gradients_together(subjects: SubjectBatch, batch: list[dict[str, Any]]) -> None:

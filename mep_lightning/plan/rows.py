@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from mep_lightning import defaults
+from mep_lightning.advice import refuse_ranks
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.families import describe
 from mep_lightning.bases.load import OFFLOADS, PRECISIONS, QUANTIZED, activation_dtype, goes_with
 from mep_lightning.bases.skeleton import architecture
 from mep_lightning.bases.weights import vae_dtype
+from mep_lightning.distributed import ALONE, DDP, NAME, STRATEGIES, Ranks
+from mep_lightning.errors import UserError
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.rehearsal import Peak, Phases, rehearse_offloads
 
@@ -34,7 +37,9 @@ class Row:
         resolution: px a side.
         offload: where the weights wait: "none" keeps them on the device.
         checkpointing: whether activations are recomputed in the backward pass.
-        phases: the peak of every phase.
+        phases: the peak of every phase, of the process that takes most.
+        devices: how many processes share the run, each on a device of its own.
+        strategy: how they do, as the Trainer names it; None of one alone.
     """
 
     method: str
@@ -44,6 +49,8 @@ class Row:
     offload: str
     checkpointing: bool
     phases: Mapping[str, Peak]
+    devices: int = 1
+    strategy: str | None = None
 
     @property
     def switches(self) -> list[str]:
@@ -57,13 +64,30 @@ class Row:
         words += ["--model.checkpointing", "true"] if self.checkpointing else []
         return words + (["--model.offload", self.offload] if self.offload != "none" else [])
 
+    @property
+    def launch(self) -> list[str]:
+        """The words that ask for its processes."""
+        if self.strategy is None:
+            return []
+        return ["--trainer.devices", str(self.devices), "--trainer.strategy", self.strategy]
+
     def __str__(self) -> str:
         return " ".join([f"{self.method} in {self.precision}", *(f"({switch})" for switch in self.switches)])
 
     @property
     def peak_bytes(self) -> int:
-        """Of a whole run: loading, encoding, training, and drawing samples."""
+        """Of a whole run's tensors: loading, encoding, training, and drawing samples."""
         return max(peak.total for peak in self.phases.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """As `peak_bytes`, with what a GPU's libraries hold beside tensors."""
+        return max(peak.needed for peak in self.phases.values())
+
+    @property
+    def workspaces_bytes(self) -> int:
+        """What they add to it."""
+        return self.needed_bytes - self.peak_bytes
 
     @property
     def peak_phase(self) -> str:
@@ -71,8 +95,9 @@ class Row:
 
     @property
     def inference_peak_bytes(self) -> int:
-        """Of drawing pictures alone: no optimizer."""
-        return max(self.phases[name].total - self.phases[name].optimizer for name in GENERATING)
+        """Of drawing pictures alone: no optimizer, no other process."""
+        drawing = (self.phases[name] for name in GENERATING)
+        return max(peak.total - peak.optimizer - peak.buckets for peak in drawing)
 
     def as_dict(self, fits: bool | None) -> dict[str, Any]:
         """As `mep plan --json` prints it; `fits` is None without a budget."""
@@ -83,8 +108,11 @@ class Row:
             "resolution": self.resolution,
             "offload": self.offload,
             "checkpointing": self.checkpointing,
+            "devices": self.devices,
+            "strategy": self.strategy,
             "peak_bytes": self.peak_bytes,
             "peak_phase": self.peak_phase,
+            "workspaces_bytes": self.workspaces_bytes,
             "inference_peak_bytes": self.inference_peak_bytes,
             "breakdown": {name: asdict(peak) for name, peak in self.phases.items()},
             "fits": fits,
@@ -102,7 +130,10 @@ def plan(
     device: str = "cuda",
     precisions: Sequence[str] = PRECISIONS,
     activations: str = "auto",
+    devices: int = 1,
+    strategy: str | None = None,
     asked: Callable[[str, bool], bool] = lambda offload, checkpointing: True,
+    left_out: Callable[[str, str], None] = lambda name, why: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Rehearse every recipe in every precision: with and without checkpointing where there is a backward pass, and
@@ -119,7 +150,10 @@ def plan(
         precisions: which.
         activations: what quantised weights compute in, as for `load_base`; precisions that compute in another dtype are
             left out.
+        devices: how many processes share a run, each on a device of its own: the peaks are one process's.
+        strategy: how they do, "zo_ddp", "zo_ddp_data" or "ddp"; by default what suits each method (`strategy_of`).
         asked: offload and checkpointing -> whether there is to be a row.
+        left_out: told each method that cannot be shared so, and why.
         progress: told each precision before its turn.
 
     Raises:
@@ -139,7 +173,7 @@ def plan(
         dtype = activation_dtype(precision, where, info.family, activations)
         found = BaseFolder(name=str(base), folder=folder, info=info, precision=precision, dtype=dtype, device=where)
         side = resolution or found.resolution
-        ways = list(_ways(recipes, precision, device, asked))
+        ways = list(_ways(recipes, found, asked, devices, strategy, left_out))
         widths = (dtype.itemsize, vae_dtype(folder, dtype).itemsize)  # bf16 mostly takes what fp16 takes
         kind = (precision if precision in QUANTIZED else "", *widths)
         if ways and kind not in known:
@@ -148,7 +182,9 @@ def plan(
             sizes = {"batch_size": batch_size, "pictures": pictures, "subjects": subjects}
             known[kind] = rehearse_offloads(modules, found, side, **sizes)
         rows += [
-            Row(way.name, str(base), precision, side, offload, way.checkpointing, phases[offload])
+            Row(
+                way.name, str(base), precision, side, offload, way.checkpointing, phases[offload], devices, way.strategy
+            )
             for offload in OFFLOADS
             for way, phases in zip(ways, known.get(kind, []), strict=True)
             if offload in way.offloads
@@ -164,22 +200,42 @@ class _Way:
     checkpointing: bool
     module: PersonalizationModule
     offloads: Sequence[str]
+    strategy: str | None
 
 
 def _ways(
-    recipes: Mapping[str, Recipe], precision: str, device: str, asked: Callable[[str, bool], bool]
+    recipes: Mapping[str, Recipe],
+    found: BaseFolder,
+    asked: Callable[[str, bool], bool],
+    devices: int,
+    strategy: str | None,
+    left_out: Callable[[str, str], None],
 ) -> Iterator[_Way]:
     for name, make in recipes.items():
-        module = make(precision, None)
-        if precision not in module.adapter.precisions:
+        module = make(found.precision, None)
+        if found.precision not in module.adapter.precisions:
+            continue
+        module.fill_in_defaults(found.family)
+        how = None if devices == 1 else strategy or strategy_of(module)
+        ranks = ALONE if how is None else Ranks(world=devices, shared=STRATEGIES[how])
+        try:
+            refuse_ranks(module, ranks)
+        except UserError as why:
+            left_out(name, str(why))
             continue
         modules = [module]
         if not (module.forward_only or module.checkpointing):
-            modules.append(make(precision, True))
+            modules.append(make(found.precision, True))
         for one in modules:
-            possible = OFFLOADS if device == "cuda" and _streams(one) else OFFLOADS[:1]
+            one.ranks = ranks
+            possible = OFFLOADS if found.device.type == "cuda" and _streams(one) else OFFLOADS[:1]
             if offloads := [offload for offload in possible if asked(offload, one.checkpointing)]:
-                yield _Way(name, one.checkpointing, one, offloads)
+                yield _Way(name, one.checkpointing, one, offloads, how)
+
+
+def strategy_of(module: PersonalizationModule) -> str:
+    """How several processes best share a module's run: members, where a step has some (docs/scaling.md)."""
+    return NAME if any(one.forward_only for one in module.estimators) else DDP
 
 
 def _streams(module: PersonalizationModule) -> bool:

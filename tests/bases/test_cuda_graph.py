@@ -175,6 +175,23 @@ def test_memory_that_runs_out_is_no_fault_of_the_graph(monkeypatch):
         CUDAGraphed(full)(torch.ones(1))
 
 
+def test_all_captures_share_a_stream(monkeypatch):
+    """PyTorch hands out 32 streams in turn, and cuBLAS would keep a workspace for each."""
+    for name in ("CUDAGraph", "current_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    streams, warmed, captured = MagicMock(side_effect=lambda: MagicMock()), [], []
+    monkeypatch.setattr(torch.cuda, "Stream", streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: warmed.append(stream) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, pool, stream: captured.append(stream) or nullcontext())
+    double = CUDAGraphed(lambda x: 2 * x)
+    for _ in range(3):
+        double(torch.ones(2))
+        double.clear()  # pictures are drawn
+    assert streams.call_count == 1 and len(captured) == 3
+    assert {id(stream) for stream in (*warmed, *captured)} == {id(warmed[0])}
+
+
 @pytest.mark.parametrize(
     ("switches", "why"),
     [

@@ -10,7 +10,9 @@ import yaml
 from mep_lightning.bases import identify
 from mep_lightning.cli import main
 from mep_lightning.commands import budget
+from mep_lightning.commands.request import read_request
 from mep_lightning.plan import budget as sizes
+from mep_lightning.plan import rehearse
 
 INT8 = ("--model.precision", "int8")
 
@@ -66,6 +68,28 @@ def test_a_method_that_is_named_stays(config_of):
     assert config_of("r")["model"]["method"] == "zoodip"
 
 
+TWO = ("--trainer.devices", "2", "--trainer.accelerator", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        (("zoodip", *TWO), "zo_ddp"),
+        (("lora", *TWO), "ddp"),
+        (("zoodip", *TWO, "--trainer.strategy", "zo_ddp_data"), None),
+    ],
+    ids=lambda given: given if isinstance(given, str) else " ".join(given or ()),
+)
+def test_several_processes_get_the_strategy_that_suits_the_method(words, strategy, capsys):
+    method, *settings = words
+    request = read_request([method], [*settings, *INT8], None, False, chosen=True)
+    chosen, _ = budget.choose(request, "1GB")
+    assert "beside tensors, on each of 2 devices." in capsys.readouterr().out
+    before = [word for word in settings if word.startswith("zo_ddp")]
+    assert [chosen.setting("trainer.strategy")] == ([strategy] if strategy else before)
+    assert chosen.settings.count("--trainer.strategy") == 1
+
+
 def test_nothing_fits(said, monkeypatch):
     monkeypatch.setattr(budget, "METHODS", ("zoodip", "lora_r1"))
     status, sentence = said(["fit", "--budget", "1MB", *INT8, "--model.checkpointing", "true"])
@@ -78,6 +102,10 @@ def test_nothing_fits(said, monkeypatch):
     ("words", "sentence"),
     [
         (["--budget", "lots"], "mep fit: --budget is 'lots'; give a size such as 4GB or 3.5GiB."),
+        (
+            ["--config", "zoodip", "--budget", "1GB", *TWO, "--trainer.strategy", "ddp"],
+            "mep fit: --budget 1GB: zoodip: trainer.strategy averages gradients over 2 processes, and zoodip has none",
+        ),
         (["--budget", "1GB", "--run", "r", "--resume"], "mep fit: --budget chooses how a run begins; leave it out"),
         (["--budget", "1GB", "--model.method", "magic"], "mep fit: method 'magic' is unknown: choose one of"),
         (
@@ -110,6 +138,25 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded(said, qui
     assert "and 9.54 MiB are free on cpu: the least, " in sentence
     assert sentence.endswith("; --no-plan tries it all the same.")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("crowded")
+@pytest.mark.parametrize(("strategy", "shared"), [("zo_ddp", "members"), ("ddp", None)])
+def test_a_run_that_is_shared_is_compared_as_such(said, monkeypatch, strategy, shared):
+    played = []
+
+    def rehearsed(modules, *given, **named):
+        played.extend(module.ranks for module in modules)
+        return rehearse(modules, *given, **named)
+
+    monkeypatch.setattr(budget, "rehearse", rehearsed)
+    monkeypatch.setattr(budget, "_mend", lambda *_: "less is more")
+    words = ["--config", "textual_inversion", *TWO, "--trainer.strategy", strategy, "--samples.count", "1"]
+    status, sentence = said(["fit", *words, "--run", "r"])
+    assert (
+        status == 2 and sentence.startswith("mep fit: this run would take ") and "are free on cpu: less is" in sentence
+    )
+    assert [(ranks.world, ranks.shared) for ranks in played] == [(2, shared)]
 
 
 @pytest.mark.usefixtures("crowded")

@@ -38,7 +38,9 @@ def test_the_peak_is_the_plans_with_the_settings_that_cells_are_given(monkeypatc
         (["--model.offload=stream"], ("int8", "stream")),
     ):
         row = rows[which]
-        assert peak_of_cells(zoodip, "tiny", words) == max(row.peak_bytes, row.inference_peak_bytes + SCORING)
+        assert peak_of_cells(zoodip, "tiny", words) == (
+            max(row.peak_bytes, row.inference_peak_bytes + SCORING) + row.workspaces_bytes
+        )
     assert rows["int8", "none"].peak_bytes != rows["fp32", "none"].peak_bytes
     small, large = (peak_of_cells(find_recipe("lora"), "tiny", ["--data.resolution", side]) for side in ("64", "128"))
     assert small < large
@@ -55,5 +57,5 @@ def test_nothing_is_known_of_a_base_that_cannot_be_rehearsed():
 def test_the_formula_is_documented_as_it_is():
     text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     scoring, context = (f"{size / 2**20:.0f} MiB" for size in (SCORING, OVERHEAD["cuda"]))
-    assert f"min(1, (max(training, drawing + {scoring}) + {context}) / memory of the smallest GPU)" in text
+    assert f"min(1, (max(training, drawing + {scoring}) + workspaces + {context}) / memory of the smallest GPU)" in text
     assert f"{scoring} for the networks that score pictures, {context} for CUDA's context" in text

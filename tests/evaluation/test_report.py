@@ -275,6 +275,7 @@ def test_smoothing_is_an_unbiased_average_that_passes_over_gaps():
         (640, "640 B"),
         (1024, "1 KiB"),
         (12_582_912, "12 MiB"),
+        (1_048_261_632, "0.98 GiB"),  # 999.7 MiB, which three digits cannot say
         (2_544_764_682, "2.37 GiB"),
         (1040 * MIB, "1.02 GiB"),
     ],

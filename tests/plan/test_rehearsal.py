@@ -156,8 +156,26 @@ def test_streamed_weights_take_an_arena():
     base = load_base("tiny", "int8", vae=False)
     on_device = sum(map(held_by_stream, (base.unet, *base.text_encoders)))
     assert streamed["load"].weights == on_device
+    token = streamed["denoise"].weights - on_device
     with here.borrowed_vae() as vae:  # beside the arenas, which are not parked
-        assert streamed["decode"].weights == on_device + held_by_stream(vae)
+        assert streamed["decode"].weights == on_device + held_by_stream(vae) + token
+    assert token == 4 * 128
+
+
+def test_what_is_trained_and_its_moments_stay_while_pictures_are_decoded():
+    lora = lambda: PersonalizationModule("tiny", adapter=LoRA(rank=16))  # noqa: E731
+    here = open_base("tiny")
+    on_cpu, on_gpu, streamed = (
+        rehearse([lora()], dataclasses.replace(here, device=torch.device(device), offload=offload), 64)[0]
+        for device, offload in (("cpu", "none"), ("cuda", "none"), ("cuda", "stream"))
+    )
+    moments = on_cpu["step"].optimizer
+    for phases in (on_cpu, on_gpu, streamed):
+        assert phases["decode"].optimizer == phases["denoise"].optimizer == moments > 0
+    with here.borrowed_vae() as vae:
+        assert on_gpu["decode"].weights == held([vae])  # what is trained is parked with the U-Net
+        assert on_cpu["decode"].weights == held([vae]) + on_cpu["denoise"].weights
+        assert streamed["decode"].weights == held_by_stream(vae) + streamed["load"].weights + moments // 2
 
 
 def test_what_was_trained_before_is_none_of_a_streamed_runs_weights():

@@ -1,0 +1,25 @@
+"""What libraries hold on a GPU beside tensors: cuBLAS' and cuDNN's workspaces, and blocks that the allocator rounds up.
+
+A rehearsal cannot see them. PyTorch gives cuBLAS a workspace for every thread and stream that multiplies (32 MiB on a
+Hopper, 8 on GPUs before it): autograd's thread has one of its own, and the stream on which a step is captured. cuDNN
+borrows one for a convolution, and copies what is not in its order of memory; in the autoencoder that grows with the
+picture. The figures bound what any recipe took above its plan on an H100, SD1.5 at 512 px: up to 156 MiB, and in the
+autoencoder 307 in half precision and 528 in fp32 (benchmarks/results/cuda/memory-sd15.json; a test holds them to it).
+"""
+
+from __future__ import annotations
+
+WORKSPACES = 160 * 2**20
+"""Bytes, in every phase and precision."""
+CONVOLUTIONS = 0.5
+"""Of the autoencoder's activations, beside them."""
+
+
+def workspaces(phase: str, activations: int) -> int:
+    """Bytes beside a phase's tensors on a GPU, at most.
+
+    Args:
+        phase: of a run, as `rehearse` names them.
+        activations: its bytes of them.
+    """
+    return WORKSPACES + (int(CONVOLUTIONS * activations) if phase in ("encode", "decode") else 0)
