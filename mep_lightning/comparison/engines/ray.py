@@ -92,7 +92,7 @@ class RayEngine:
             while waiting or running:
                 while waiting and len(running) < (self.workers or AHEAD):
                     batch, ask = waiting.popleft()
-                    name = " + ".join(cell.name for cell in batch)
+                    name = batch[0].name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
                     running[task.options(name=name, **ask).remote(batch, logs, there)] = batch, ask
                 for ended in ray.wait(list(running), num_returns=1)[0]:
                     batch, ask = running.pop(ended)

@@ -101,7 +101,7 @@ def test_a_batch_whose_worker_is_lost_is_tried_again_in_halves(tmp_path, cluster
 
     def kill():
         mine = psutil.Process().children(recursive=True)
-        name = f"ray::{batch[0].name} + {batch[1].name}"
+        name = f"ray::{batch[0].name} and 1 more"
         (worker,) = [process for process in mine if process.cmdline()[:1] == [name]]
         worker.kill()
 
