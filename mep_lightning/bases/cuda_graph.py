@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,12 @@ WARM_UPS = 3
 
 Function = Callable[..., Tensor]
 Captured = tuple[tuple[Tensor, ...], Callable[[], None], Tensor]
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> Any:
+    """A device's one stream for captures: cuBLAS keeps a workspace for every stream that it saw."""
+    return torch.cuda.Stream(device=device)
 
 
 class CUDAGraphed:
@@ -33,7 +40,6 @@ class CUDAGraphed:
         self.function, self.insists = function, insists
         self._captured: dict[tuple[object, ...], Captured] = {}
         self._pool: Any = None  # of all graphs: an answer is copied out before another replays
-        self._beside: Any = None  # the stream of all captures: cuBLAS keeps a workspace for every one that it saw
         self._refused = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ class CUDAGraphed:
             with torch.cuda.device(inputs[0].device):
                 graph = torch.cuda.CUDAGraph()
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                beside = self._beside = self._beside or torch.cuda.Stream()
+                beside = capture_stream(inputs[0].device)
                 beside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(beside):
                     for _ in range(WARM_UPS):

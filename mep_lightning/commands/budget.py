@@ -108,7 +108,7 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
 
     taken, rows = first_fit(METHODS if named is None else [named], rehearsed, budget)
     if not rows and left_out:
-        raise UserError(f"--budget {size}: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
+        raise UserError(f"--budget {size}: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}.")
     if not rows:
         raise UserError(f"--budget {size}: no method runs with what is asked for; leave one of its switches out.")
     if taken is None:
@@ -135,11 +135,11 @@ def _shared(request: FitRequest, device: str) -> tuple[int, str | None]:
     """
     kind: Any = CUDAAccelerator if device == "cuda" else CPUAccelerator
     devices, nodes, strategy = (request.value(f"trainer.{key}") for key in ("devices", "num_nodes", "strategy"))
-    asked = yaml.safe_load(str(devices or 1))
     try:
+        asked = yaml.safe_load(str(devices or 1))
         found = kind.parse_devices(kind.auto_device_count() if asked == "auto" else asked)
         count = len(kind.get_parallel_devices(found)) * int(nodes or 1)
-    except (MisconfigurationException, TypeError, ValueError):
+    except (MisconfigurationException, TypeError, ValueError, yaml.YAMLError):
         count = 1
     if str(strategy).startswith(DDP):  # with its variants, as ddp_spawn
         return count, DDP

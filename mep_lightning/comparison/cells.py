@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -135,6 +136,7 @@ def _run(batch: Batch, log: Callable[[Cell], None]) -> Iterator[tuple[Cell, dict
         yield batch[0], trained
     else:
         print(f"{len(batch)} cells cannot train together ({trained['error']}): their halves are tried.", flush=True)
+        gc.collect()  # an exception's frames hold a step's activations, in cycles
         for half in halves(batch):
             yield from _run(half, log)
 

@@ -128,7 +128,8 @@ def savings(rows: Sequence[Row], taken: Row) -> Iterator[tuple[str, int]]:
 def free_bytes(device: torch.device) -> int:
     """What a device has free now; on a CPU no more than the container's own limit leaves."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached  # what an earlier run in this process left
     available = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -112,6 +112,7 @@ def test_nothing_fits(said, monkeypatch):
             ["--budget", "1GB", "--model.precision", "int3"],
             "mep fit: precision 'int3' is unknown: choose one of fp32, ",
         ),
+        (["--budget", "1GB", "--config", "zoodip", *INT8, "--trainer.devices", "[0"], "mep fit: "),
         (["--budget", "1GB", *INT8, "--model.offload", "stream"], "mep fit: --budget 1GB: no method runs with what is"),
     ],
 )
