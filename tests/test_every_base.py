@@ -64,8 +64,12 @@ def test_a_method_steps_and_draws(small_bases, kind, method):
 
 @pytest.mark.slow
 def test_sd15_steps_at_its_real_size():
-    """859 million made-up weights in int8, two directions at 256 px: losses tell the directions apart."""
+    """859 million made-up weights in int8, two directions at 256 px: losses tell the directions apart.
+
+    Made-up weights are small, and little of a prompt comes through: the directions are long.
+    """
     module = recipe("zoodip")("int8", None)
+    module.estimator.mu = 10.0
     base = made_up.load(made_up.found("sd15", "int8", "cpu"), module)
     assert sum(value.numel() for value in base.unet.state_dict().values()) > 859e6
     module.take(base)
