@@ -27,7 +27,7 @@ STRATEGIES: dict[str, Shared | None] = {NAME: "members", DATA: "data", DDP: None
 """What each shares out of a zeroth-order step; Lightning's own averages gradients."""
 COMPARED_EVERY = 100
 """Steps after which ranks make sure that they still hold the same: machines of two kinds may round otherwise."""
-PORTION = 1 << 24
+BUCKET = 1 << 24
 """Numbers of gradients that are exchanged together, 64 MiB of them: all at once would double a U-Net's."""
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: the first may draw pictures meanwhile."""
@@ -164,10 +164,10 @@ class Ranks:
         return numbers
 
     def average_gradients_(self, parameters: Iterable[Tensor]) -> None:
-        """The mean of gradients over ranks, in place, a portion at a time; where one is missing, it counts as zero."""
+        """The mean of gradients over ranks, in place, a bucket at a time; where one is missing, it counts as zero."""
         if self.world > 1:
-            for portion in _portions(parameters):
-                self._average_together_(portion)
+            for bucket in _in_buckets(parameters):
+                self._average_together_(bucket)
 
     def _average_together_(self, trained: Sequence[Tensor]) -> None:
         grads = [torch.zeros_like(theta) if theta.grad is None else theta.grad for theta in trained]
@@ -214,18 +214,18 @@ class Ranks:
         self.sent += numbers.nbytes
 
 
-def _portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters one after the other, as many together as have PORTION numbers; a larger one alone."""
-    portion: list[Tensor] = []
+def _in_buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters one after the other, as many together as have BUCKET numbers; a larger one alone."""
+    bucket: list[Tensor] = []
     size = 0
     for theta in parameters:
         size += theta.numel()
-        if portion and size > PORTION:
-            yield portion
-            portion, size = [], theta.numel()
-        portion.append(theta)
-    if portion:
-        yield portion
+        if bucket and size > BUCKET:
+            yield bucket
+            bucket, size = [], theta.numel()
+        bucket.append(theta)
+    if bucket:
+        yield bucket
 
 
 def _bits(tensor: Tensor) -> Tensor:

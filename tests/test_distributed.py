@@ -162,9 +162,9 @@ class Twin(Ranks):
 exchanged: list[int] = []
 
 
-@pytest.mark.parametrize(("portion", "lengths"), [(100, [19]), (7, [6, 8, 5]), (1, [2, 4, 8, 5])], ids=str)
-def test_gradients_are_averaged_portion_by_portion(portion, lengths, monkeypatch):
-    monkeypatch.setattr("mep_lightning.distributed.PORTION", portion)
+@pytest.mark.parametrize(("bucket", "lengths"), [(100, [19]), (7, [6, 8, 5]), (1, [2, 4, 8, 5])], ids=str)
+def test_gradients_are_averaged_bucket_by_bucket(bucket, lengths, monkeypatch):
+    monkeypatch.setattr("mep_lightning.distributed.BUCKET", bucket)
     exchanged.clear()
     trained = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (1, 2, 2, 1), (8,), (5,))]
     for i, theta in enumerate(trained[:-1]):

@@ -102,7 +102,7 @@ def group():
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("adapter", ["LoRA", "full"])
 def test_ddp_takes_what_was_planned(adapter):
-    """Its buckets, and a portion of the gradients once more while they are averaged."""
+    """Its buckets, and a bucket of the gradients once more while they are averaged."""
     (phases,) = planned(made(adapter, DDP))
     module = made(adapter, Unheard(0, 2, None))
     module.load()
@@ -116,11 +116,11 @@ def test_ddp_takes_what_was_planned(adapter):
     assert phases["step"].gradients + phases["step"].activations == pytest.approx(measured, rel=0.1, abs=1e6)
 
 
-@pytest.mark.parametrize("portion", [1 << 24, 1 << 20], ids=["all at once", "in portions"])
-def test_averaging_gradients_takes_a_portion_beside_them(portion, monkeypatch):
-    monkeypatch.setattr("mep_lightning.distributed.PORTION", portion)
+@pytest.mark.parametrize("bucket", [1 << 24, 1 << 20], ids=["all at once", "in buckets"])
+def test_averaging_gradients_takes_a_bucket_beside_them(bucket, monkeypatch):
+    monkeypatch.setattr("mep_lightning.distributed.BUCKET", bucket)
     alone, own, ddp = planned(*(made("full", ranks, checkpointing=True) for ranks in (ALONE, MEMBERS, DDP)))
-    exchanged = own["step"].activations / min(4 * portion, own["step"].gradients)
+    exchanged = own["step"].activations / min(4 * bucket, own["step"].gradients)
     assert 1 <= exchanged <= 2  # those of convolutions are brought into another order on their way
     assert own["step"].activations > alone["step"].activations
     assert own["step"].buckets == 0 and own["denoise"] == alone["denoise"]
