@@ -133,9 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def default_path(suite: str, args: argparse.Namespace) -> Path:
-    """Where a whole suite's figures are committed: a folder for a GPU's speed, a name for a base other than tiny."""
-    on_gpu = suite in PERFORMANCE and args.device.startswith("cuda")
-    folder = RESULTS / "cuda" if on_gpu else RESULTS
+    """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
+    folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
     about = (
         args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory", "profile") else "tiny"
     )

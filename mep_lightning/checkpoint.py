@@ -80,7 +80,7 @@ def part_of(state: dict[str, Any], number: int) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def apart(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+def split(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """A checkpoint of `SubjectBatch` as one of every subject's own, from which it goes on alone."""
     (optimizer,) = checkpoint["optimizer_states"]
     found = []
@@ -104,8 +104,8 @@ def apart(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def joined(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`apart` undone: subjects' own checkpoints, wherever each was trained, as one of a `SubjectBatch`.
+def merge(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`split` undone: subjects' own checkpoints, wherever each was trained, as one of a `SubjectBatch`.
 
     Raises:
         CheckpointError: they are at different steps.

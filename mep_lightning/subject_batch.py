@@ -346,7 +346,7 @@ def _estimator(module: PersonalizationModule) -> ZerothOrderEstimator:
     return module.estimator
 
 
-def obstacle(module: PersonalizationModule) -> str | None:
+def why_not_batched(module: PersonalizationModule) -> str | None:
     """What keeps a module out of any batch of subjects, such as "its adapter is LoRA"; None where nothing does."""
     if not isinstance(module.adapter, TokenEmbedding):
         return f"its adapter is {type(module.adapter).__name__}"
@@ -359,7 +359,7 @@ def obstacle(module: PersonalizationModule) -> str | None:
 
 def _refuse_unlike(first: PersonalizationModule, one: PersonalizationModule) -> None:
     """Raise UserError where a subject cannot share a batch with the first."""
-    if (why := obstacle(one)) is not None:
+    if (why := why_not_batched(one)) is not None:
         raise UserError(
             f"SubjectBatch trains tokens by a gradient, and has no place for a subject where {why}: train it alone"
         )

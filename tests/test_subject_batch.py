@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
 from mep_lightning.callbacks import PUTS, Samples
-from mep_lightning.checkpoint import apart, joined
+from mep_lightning.checkpoint import merge, split
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.estimators import (
     ConditioningSubspace,
@@ -223,7 +223,7 @@ def test_any_subject_goes_on_alone_or_beside_others(folders, tmp_path):
     whole = tokens_of(several(range(3))[0])
     several(range(3), stop=3)[1].save_checkpoint(tmp_path / "three.ckpt")
     together = torch.load(tmp_path / "three.ckpt", weights_only=True)
-    parts = apart(together)
+    parts = split(together)
     fitted(*made(1), stop=3).save_checkpoint(tmp_path / "own.ckpt")
     own = torch.load(tmp_path / "own.ckpt", weights_only=True)
     assert shape_of(parts[1]) == shape_of(own)
@@ -236,12 +236,12 @@ def test_any_subject_goes_on_alone_or_beside_others(folders, tmp_path):
     alone, data = made(1)
     fitted(alone, data, tmp_path / "one.ckpt")
     assert (alone.adapter.theta - whole[1]).norm() <= near
-    torch.save(joined([parts[2], own]), tmp_path / "two.ckpt")  # in another order, one from elsewhere, one left out
+    torch.save(merge([parts[2], own]), tmp_path / "two.ckpt")  # in another order, one from elsewhere, one left out
     last, middle = tokens_of(several([2, 1], tmp_path / "two.ckpt")[0])
     assert (last - whole[2]).norm() <= near and (middle - whole[1]).norm() <= near
-    assert flat(joined(parts)) == flat(together)
+    assert flat(merge(parts)) == flat(together)
     with pytest.raises(CheckpointError, match="subjects at steps 3 and 4 cannot go on together"):
-        joined([own, own | {"global_step": 4}])
+        merge([own, own | {"global_step": 4}])
 
 
 def flat(node, name=""):

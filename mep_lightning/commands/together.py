@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from mep_lightning.callbacks import PUTS, Export, MemoryProfiler, Samples
-from mep_lightning.checkpoint import apart, joined
+from mep_lightning.checkpoint import merge, split
 from mep_lightning.commands.budget import refuse_too_large
 from mep_lightning.commands.chatter import quiet_after_imports
 from mep_lightning.commands.fit import requested
@@ -27,7 +27,7 @@ from mep_lightning.commands.training import FitCLI, is_finished, step_of, stoppe
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation import write_report
 from mep_lightning.run_folder import RunFolder
-from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData, obstacle
+from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData, why_not_batched
 
 OF_EACH = (PUTS, Samples, Export)
 """Callbacks that look after one subject each."""
@@ -49,7 +49,7 @@ def why_alone(line: Sequence[str]) -> str | None:
 
 def _obstacle(cli: FitCLI) -> str | None:
     """What keeps a run from training beside others."""
-    if (why := obstacle(cli.model)) is not None:
+    if (why := why_not_batched(cli.model)) is not None:
         return why
     trainer = cli.trainer
     if others := [type(one).__name__ for one in _callbacks(trainer) if not isinstance(one, (*OF_EACH, *OF_ALL))]:
@@ -130,10 +130,10 @@ def _share(clis: Sequence[FitCLI], runs: Sequence[RunFolder]) -> None:
         if isinstance(one, MemoryProfiler):
             one.runs = runs
     seats = [
-        (AsAlone(trainer, cli, run), cli.model, [one for one in _callbacks(cli.trainer) if isinstance(one, OF_EACH)])
+        (OwnTrainer(trainer, cli, run), cli.model, [one for one in _callbacks(cli.trainer) if isinstance(one, OF_EACH)])
         for cli, run in zip(clis, runs, strict=True)
     ]
-    trainer.callbacks = [kept[0], EachItsOwn(seats), *kept[1:]]  # type: ignore[attr-defined]
+    trainer.callbacks = [kept[0], CallbacksPerSubject(seats), *kept[1:]]  # type: ignore[attr-defined]
     trainer.loggers = [SubjectLogs([RunLog(run) for run in runs])] if trainer.loggers else []
     trainer.strategy.checkpoint_io = SubjectCheckpointIO(runs)
 
@@ -142,7 +142,7 @@ def _callbacks(trainer: Any) -> list[Callback]:
     return trainer.callbacks
 
 
-class AsAlone:
+class OwnTrainer:
     """The Trainer of a batch as a callback of one of its runs sees it: with its own subject, photos and folder."""
 
     def __init__(self, trainer: Trainer, cli: FitCLI, run: RunFolder) -> None:
@@ -154,7 +154,7 @@ class AsAlone:
         return getattr(self._trainer, name)
 
 
-class EachItsOwn(Callback):
+class CallbacksPerSubject(Callback):
     """Lets callbacks of every run look after its own subject."""
 
     def __init__(self, seats: Sequence[tuple[Any, LightningModule, Sequence[Callback]]]) -> None:
@@ -221,8 +221,8 @@ class SubjectCheckpointIO(AtomicCheckpointIO):
         self.runs = runs
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        for run, own in zip(self.runs, apart(checkpoint), strict=True):
+        for run, own in zip(self.runs, split(checkpoint), strict=True):
             super().save_checkpoint(own, run.last_checkpoint, storage_options)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return joined([read_checkpoint(run.last_checkpoint) for run in self.runs])
+        return merge([read_checkpoint(run.last_checkpoint) for run in self.runs])

@@ -21,8 +21,8 @@ WIDEST = 256
 TILES = {16: (64, 64, 3, 4), 32: (64, 64, 3, 4), 64: (128, 64, 2, 8), 128: (128, 32, 2, 8), 256: (32, 32, 1, 8)}
 """Queries, keys, stages and warps of a tile by the heads' width, in half precision.
 
-Four of keys and values lie in shared memory, of which a consumer's GPU has 99 KiB. On an H100, fp16, three in a stack:
-4,096 queries of 40 take 1.17 ms (1.51 in tiles of 64), 1,024 of 80 take .09 ms (.28 in tiles of 64 by 32, one stage).
+Four of keys and values lie in shared memory, of which a consumer's GPU has 99 KiB. Read once on an H100, fp16, a stack
+of three: 4,096 queries of 40 take 1.17 ms (1.51 in tiles of 64), 1,024 of 80 .09 ms (.28 in tiles of 64 by 32).
 """
 TILES_FP32 = {16: (32, 32, 3, 4), 32: (32, 32, 3, 4), 64: (32, 32, 2, 4), 128: (32, 16, 1, 8), 256: (16, 16, 1, 8)}
 """Those of fp32, which takes twice the room."""
