@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
+from mep_lightning.bases import encode_prompts
 from mep_lightning.callbacks import PUTS, Samples
 from mep_lightning.checkpoint import merge, split
 from mep_lightning.errors import CheckpointError, UserError
@@ -21,6 +22,7 @@ from mep_lightning.estimators import (
     SubspaceGradient,
 )
 from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData
+from mep_lightning.tiny import BASE
 from mep_lightning.tiny.subjects import subject
 from tests.personalizing import StopAt
 
@@ -304,3 +306,32 @@ def test_data_of_another_number_of_subjects_are_refused(folders, tmp_path):
         trainer_of(tmp_path, 1, enable_checkpointing=False).fit(module, SubjectBatchData(data_of(folders)))
     with pytest.raises(UserError, match="no subject"):
         SubjectBatchData({})
+
+
+def test_concepts_of_one_run_go_into_one_prompt(folders, tmp_path):
+    """Each under a name of its own, in diffusers' pipeline and here alike."""
+    from diffusers import StableDiffusionPipeline
+
+    folders = dict(list(folders.items())[:2])
+    names = ("<rex>", "<tom>")
+    modules = [
+        PersonalizationModule(adapter=TokenEmbedding(name, init="ball"), precision="fp32", lr=1e-2, seed=number)
+        for number, name in enumerate(names)
+    ]
+    batch = SubjectBatch(modules)
+    trainer_of(tmp_path, 2).fit(batch, SubjectBatchData(data_of(folders)))
+    batch.export(tmp_path / "tokens")
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    for word, name in zip(folders, names, strict=True):
+        (path,) = (tmp_path / "tokens" / word).iterdir()
+        assert list(load_file(path)) == [name]
+        pipe.load_textual_inversion(str(path))
+    prompt = "a <rex> beside a <tom>"
+    theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    with torch.no_grad():
+        both = {name: value for one in modules for name, value in one.adapter.tokens().items()}
+        ours = encode_prompts(modules[0].loaded(), [prompt], both)
+        for name in names:
+            alone = encode_prompts(modules[0].loaded(), [prompt], both | {name: torch.zeros_like(both[name])})
+            assert not torch.equal(ours, alone)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

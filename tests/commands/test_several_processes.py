@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mep_lightning.cli import main
+from mep_lightning.commands.training import step_of
 from mep_lightning.distributed import LostRankError
 from mep_lightning.run_folder import RunFolder
 
@@ -66,8 +67,10 @@ def test_a_lost_process_ends_the_run_which_can_be_carried_on(tmp_path, monkeypat
         )
         assert "Traceback" not in said
     monkeypatch.chdir(tmp_path)
-    done = ["--trainer.max_steps", "1", "--trainer.devices", "1", "--trainer.strategy", "auto"]
-    assert main(["fit", "--run", "r", "--resume", *done]) == 0  # nothing is left to train
+    end = str(step_of(kept) + 2)
+    alone = ["--trainer.max_steps", end, "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main(["fit", "--run", "r", "--resume", *alone]) == 0
+    assert step_of(kept) == int(end) and RunFolder(Path("r")).adapter.is_dir()
 
 
 def test_what_is_said_of_a_lost_process(tmp_path, monkeypatch, capsys):
