@@ -7,10 +7,15 @@ the same update, bit by bit. A backward pass's gradients, of the adapter alone, 
 
 from __future__ import annotations
 
+import signal
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from subprocess import Popen
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -31,6 +36,22 @@ BUCKET = 1 << 24
 """Numbers of gradients that are exchanged together, 64 MiB of them: all at once would double a U-Net's."""
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: the first may draw pictures meanwhile."""
+
+
+def tell_of_killed(processes: Sequence[Popen[bytes]], interval: float = 0.02) -> None:
+    """Say on stderr when a signal kills one of the other processes; return then, or once all have ended by themselves.
+
+    Lightning looks every five seconds, and then kills those that are left, the first among them, without a word.
+    """
+    left = list(processes)
+    while left:
+        for process in left:
+            if (process.poll() or 0) < 0:
+                name = signal.Signals(-process.returncode).name
+                print(f"One of the processes that train together was killed ({name}): the others end.", file=sys.stderr)
+                return
+        left = [process for process in left if process.returncode is None]
+        time.sleep(interval)
 
 
 class ZerothOrderStrategy(DDPStrategy):
@@ -56,6 +77,12 @@ class ZerothOrderStrategy(DDPStrategy):
         given.setdefault("timeout", PATIENCE)
         super().__init__(**given)
         self.shared: Shared = shared
+
+    def setup_environment(self) -> None:
+        """As DDPStrategy's, with an eye on the processes that Lightning has started."""
+        if started := list(getattr(self._launcher, "procs", ())):
+            Thread(target=tell_of_killed, args=(started,), daemon=True).start()
+        super().setup_environment()
 
     def configure_ddp(self) -> None:
         """The module stays as it is."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from mep_lightning.distributed import LostRankError, Ranks, ZerothOrderStrategy
+from mep_lightning.distributed import LostRankError, Ranks, ZerothOrderStrategy, tell_of_killed
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import why_not_int4
 from tests import ranks
@@ -174,3 +174,14 @@ def test_gradients_are_averaged_bucket_by_bucket(bucket, lengths, monkeypatch):
     Twin(0, 2).average_gradients_(trained)
     assert exchanged == lengths
     assert all(torch.equal(theta.grad, grad + 0.5) for theta, grad in zip(trained, before, strict=True))
+
+
+def test_a_process_that_a_signal_kills_is_told_at_once_and_one_that_ends_is_not(capfd):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    ends, sleeper = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]), subprocess.Popen(sleeps)
+    sleeper.kill()
+    tell_of_killed([ends, sleeper])
+    assert "was killed (SIGKILL): the others end." in capfd.readouterr().err
+    ends.wait()
+    tell_of_killed([ends])
+    assert capfd.readouterr().err == ""

@@ -59,6 +59,7 @@ def test_a_lost_process_ends_the_run_which_can_be_carried_on(tmp_path, monkeypat
     (other,) = (child for child in psutil.Process(process.pid).children() if "mep_lightning.cli" in child.cmdline())
     os.kill(other.pid, signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
+    assert "One of the processes that train together was killed (SIGKILL): the others end." in said
     if process.returncode != -signal.SIGKILL:  # Lightning gives the first process five seconds
         assert process.returncode == 2, said
         assert said.rstrip().endswith(
