@@ -45,10 +45,14 @@ def test_the_ordinary_step_moves_the_token_by_the_slopes_it_finds():
 
 def test_planned_and_measured_peaks_stand_side_by_side(monkeypatch):
     monkeypatch.setattr(memory, "available_precisions", lambda: ["int8"])
-    rows = list(memory.run("tiny", methods=("zoodip", "hollowed_net", "selective")))
+    rows = list(memory.run("tiny", methods=("zoodip", "lora", "hollowed_net", "selective")))
     measured = {row["case"]: row for row in rows if row["metric"].startswith("peak on cpu")}
     cases = [f"tiny 64 px zoodip in int8 {phase}" for phase in ("encode", "step", "denoise", "decode")]
-    cases += [f"tiny 64 px hollowed_net in int8 {phase}" for phase in ("step", "denoise", "decode")]
+    cases += [
+        f"tiny 64 px {name} in int8 {phase}"
+        for name in ("lora", "hollowed_net")
+        for phase in ("step", "denoise", "decode")
+    ]
     cases += [f"tiny 64 px selective in int8 {phase}" for phase in ("step", "low step", "denoise")]
     for case in cases:
         assert abs(measured[case]["value"] / measured[case]["baseline"] - 1) < 0.1, case

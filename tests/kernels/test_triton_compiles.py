@@ -85,16 +85,15 @@ for kernel, types, constants, stages, warps in TANGENTS:
         options=dict(num_stages=stages, num_warps=warps),
     )
     assert compiled.metadata.shared <= SHARED, (constants, compiled.metadata.shared)
-HALF = [case for case in CASES if "*fp16" in case[1].values()]
-for capability, cases in ((80, CASES), (90, HALF)):  # what is served is in half precision
-    for kernel, types, constants in cases:
+for capability in (80, 90):
+    for kernel, types, constants in CASES:
         known = FP32 | FLOATS | types | dict.fromkeys(constants, "constexpr")
         signature = {name: known.get(name, "i32") for name in kernel.arg_names}
         compiled = triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", capability, 32)
         )
         assert len(compiled.asm["cubin"]) > 0
-print("compiled", len(CASES), len(HALF), len(TANGENTS))
+print("compiled", len(CASES) + len(TANGENTS))
 """
 
 
@@ -106,4 +105,4 @@ def test_every_kernel_compiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "compiled 54 16 15", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 69", done.stderr[-2000:]

@@ -9,7 +9,8 @@ import torch
 
 from mep_lightning import PersonalizationModule
 from mep_lightning.bases import open_base
-from mep_lightning.plan import Budget, Peak, Row, rehearse
+from mep_lightning.commands.budget import recipe
+from mep_lightning.plan import Budget, Peak, Row, plan, rehearse
 from mep_lightning.plan.budget import overhead
 from mep_lightning.plan.workspaces import WORKSPACES, workspaces
 
@@ -24,6 +25,15 @@ def test_no_recipe_took_more_than_its_plan_and_the_workspaces(row):
     phase = row["case"].rpartition(" ")[2]
     activations = AUTOENCODER.get(phase, (0, 0))["fp32" in row["case"]] * MIB
     assert row["value"] <= row["baseline"] + workspaces(phase, activations)
+
+
+@pytest.mark.parametrize(("precision", "place"), [("int8", 0), ("fp32", 1)])
+def test_the_autoencoders_activations_are_still_those(precision, place):
+    (row,) = plan(
+        {"zoodip": recipe("zoodip")}, "sd15", precisions=[precision], asked=lambda offload, _: offload == "none"
+    )
+    for phase, sizes in AUTOENCODER.items():
+        assert row.phases[phase].activations == pytest.approx(sizes[place] * MIB, rel=0.01)
 
 
 def test_only_a_gpus_libraries_hold_any():
