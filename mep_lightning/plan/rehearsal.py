@@ -28,6 +28,7 @@ from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
 from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
+from mep_lightning.plan.answers import Answers
 from mep_lightning.plan.tracker import LiveBytes
 from mep_lightning.plan.workspaces import workspaces
 from mep_lightning.subject_batch import SubjectBatch
@@ -147,14 +148,16 @@ def rehearse_offloads(
     Returns:
         For every module: offload -> the peak of every phase.
     """
-    live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"))
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    live = LiveBytes(inside=partial(transient, on_cpu=found.device.type == "cpu"), answer=Answers(fakes))
     # Fakes of a CUDA device would need a CUDA build of torch.
     host = replace(found, device=torch.device("cpu"), offload="none")
     setting = _Setting(live, found, resolution, batch_size, pictures, subjects)
     gc.collect()
     gc.freeze()  # what was there before is not looked through again and again
     try:
-        return _rehearse(setting, host, list(modules))
+        with fakes, live:
+            return _rehearse(setting, host, list(modules))
     finally:
         gc.unfreeze()
 
@@ -163,39 +166,36 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
     live = setting.live
     readers = {id(module): module.adapter.trains_text for module in modules}
     found: dict[int, dict[str, Phases]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
-        encode, decode, vae_arena = _autoencoder(setting, host)
+    encode, decode, vae_arena = _autoencoder(setting, host)
+    gc.collect()
+    live.reset_peak()
+    base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
+    packing = live.peak - live.now
+    for reads_text in (True, False):
+        text, text_arena = ({}, 0) if reads_text else _read_once(setting, base)
+        arena = sum(map(streamed_bytes, (base.unet, *base.text_encoders)))
         gc.collect()
-        live.reset_peak()
-        base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
-        packing = live.peak - live.now
-        for reads_text in (True, False):
-            text, text_arena = ({}, 0) if reads_text else _read_once(setting, base)
-            arena = sum(map(streamed_bytes, (base.unet, *base.text_encoders)))
-            gc.collect()
-            resident, drawn = live.now, {}  # type: tuple[int, dict[object, int]]
-            before = {"encode": encode, **text, "load": Peak(resident, packing)}
-            for module in modules:
-                if readers[id(module)] is not reads_text:
-                    continue
-                training = _training(setting, module, base, drawn)
-                waiting = {
-                    name: replace(peak, weights=peak.weights - resident + arena) for name, peak in training.items()
-                }
-                # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
-                beside = 0 if setting.on_gpu else training["denoise"].weights
-                whole = {**before, **training, "decode": _decoding(decode, training["denoise"], beside)}
-                streamed = {
-                    "encode": replace(encode, weights=vae_arena),
-                    **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
-                    "load": Peak(arena, 0),
-                    **waiting,
-                }
-                vae = replace(decode, weights=vae_arena)
-                streamed["decode"] = _decoding(vae, waiting["denoise"], waiting["denoise"].weights)
-                # A CPU's weights are in its own memory either way, as long as there is room.
-                ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
-                found[id(module)] = {offload: setting.with_workspaces(phases) for offload, phases in ways.items()}
+        resident, drawn = live.now, {}  # type: tuple[int, dict[object, int]]
+        before = {"encode": encode, **text, "load": Peak(resident, packing)}
+        for module in modules:
+            if readers[id(module)] is not reads_text:
+                continue
+            training = _training(setting, module, base, drawn)
+            waiting = {name: replace(peak, weights=peak.weights - resident + arena) for name, peak in training.items()}
+            # On a GPU the U-Net is parked while pictures are decoded; streamed weights keep their arenas there.
+            beside = 0 if setting.on_gpu else training["denoise"].weights
+            whole = {**before, **training, "decode": _decoding(decode, training["denoise"], beside)}
+            streamed = {
+                "encode": replace(encode, weights=vae_arena),
+                **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
+                "load": Peak(arena, 0),
+                **waiting,
+            }
+            vae = replace(decode, weights=vae_arena)
+            streamed["decode"] = _decoding(vae, waiting["denoise"], waiting["denoise"].weights)
+            # A CPU's weights are in its own memory either way, as long as there is room.
+            ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
+            found[id(module)] = {offload: setting.with_workspaces(phases) for offload, phases in ways.items()}
     return [found[id(module)] for module in modules]
 
 

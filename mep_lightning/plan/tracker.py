@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an operation answers."""
+    return func(*args, **kwargs)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -20,21 +25,26 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         inside: an operation and its arguments -> bytes that it holds only while it runs.
+        answer: an operation, its arguments and its keywords -> what it answers.
 
     Attributes:
         now: bytes held by storages that were made, or given to `hold`, since this mode began.
         peak: the most there ever were, since the last `reset_peak`.
     """
 
-    def __init__(self, inside: Callable[[Any, tuple[Any, ...]], int] = lambda _, __: 0) -> None:
+    def __init__(
+        self,
+        inside: Callable[[Any, tuple[Any, ...]], int] = lambda _, __: 0,
+        answer: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] = operate,
+    ) -> None:
         super().__init__()
-        self.inside = inside
+        self.inside, self.answer = inside, answer
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
     def hold(self, tensors: Any) -> None:
         """Count tensors (a tree of them) that were made elsewhere."""
-        for tensor in tree_iter(tensors):
+        for tensor in (tensors,) if isinstance(tensors, Tensor) else tree_iter(tensors):
             if isinstance(tensor, Tensor):
                 self._follow(tensor)
 
@@ -42,8 +52,13 @@ class LiveBytes(TorchDispatchMode):
         """Begin a new peak at what is held now."""
         self.peak = self.now
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while bytes are counted, so that no operation need be kept from the compiler."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.answer(func, args, kwargs or {})
         self.hold(result)
         self.peak = max(self.peak, self.now + self.inside(func, args))
         return result
