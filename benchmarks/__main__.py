@@ -226,10 +226,10 @@ def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     from benchmarks import comparison
 
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
-    found = comparison.run(args.folder, **size)
+    found = comparison.run(args.folder, path.with_suffix(".jsonl"), **size)
     if path.parent == RESULTS:
         sheets.methods(args.folder, comparison.METHODS)
-        sheets.diversity(args.folder, comparison.METHODS)
+        sheets.diversity(args.folder, comparison.METHODS, args.seeds, args.images)
     return found
 
 

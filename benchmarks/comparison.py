@@ -1,7 +1,7 @@
 """`compare`: all methods of the papers' tables on subjects of the tiny world, through `mep compare`.
 
-The comparison's folder keeps what is done, so that the same command carries on; the figures and pictures that docs/
-shows are taken from it.
+The comparison's folder keeps what is done, so that the same command carries on. Its cells' records are kept beside the
+committed figures as well, from which a folder that is gone is begun again; a sheet keeps pictures whose runs are gone.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import weights
 from benchmarks.rows import Row, row
 from mep_lightning.commands import compare
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.table import COLUMNS, MEANS
+from mep_lightning.run_folder import write_atomically
 
 METHODS = (
     "dreambooth",
@@ -31,11 +33,14 @@ METHODS = (
 """In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
 
 
-def run(folder: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, workers: int = 2) -> list[Row]:
+def run(
+    folder: Path, kept: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, workers: int = 2
+) -> list[Row]:
     """Run the cells that are missing.
 
     Args:
         folder: the comparison's.
+        kept: JSON lines; what is compared, then a cell's record each.
         subjects, seeds: how many.
         images: pictures a prompt.
         workers: processes of one thread each.
@@ -46,8 +51,33 @@ def run(folder: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, wo
     """
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(folder)]
     words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
-    compare.run(words)
-    return rows(json.loads(ComparisonFolder(folder).table.with_suffix(".json").read_text()))
+    comparison = ComparisonFolder(folder)
+    restore(comparison, kept)
+    try:
+        compare.run(words)
+    finally:
+        keep(comparison, kept)
+    return rows(json.loads(comparison.table.with_suffix(".json").read_text()))
+
+
+def keep(folder: ComparisonFolder, kept: Path) -> None:
+    """Write a comparison's records, and what they depend on, where they are committed."""
+    if not folder.described.is_file():
+        return
+    what = {"weights": weights(), "comparison": json.loads(folder.described.read_text())}
+    write_atomically(kept, "".join(json.dumps(line) + "\n" for line in [what, *folder.records().values()]))
+
+
+def restore(folder: ComparisonFolder, kept: Path) -> None:
+    """Give a folder the records that are kept and that it lacks; those of other weights are left alone."""
+    what, *records = map(json.loads, kept.read_text().splitlines()) if kept.is_file() else [{}]
+    if what.get("weights") != weights():
+        return
+    folder.claim(what["comparison"])
+    there = folder.records()
+    for record in records:
+        if (record["method"], record["subject"], record["seed"]) not in there:
+            folder.keep(record)
 
 
 def rows(content: dict[str, Any]) -> list[Row]:

@@ -26,10 +26,15 @@ Line = Sequence[Image.Image | None]
 
 
 def save(path: Path, titles: Sequence[str], lines: Sequence[Line]) -> None:
-    """Write lines of pictures with a title over each column; a column that is missing stays white."""
+    """Write lines of pictures with a title over each column; one that is missing stays as the sheet had it."""
     step = SIDE + GAP
     sheet = Image.new("RGB", (len(titles) * step - GAP, HEAD + len(lines) * step - GAP), "white")
+    if path.is_file():
+        with Image.open(path) as before:
+            if before.size == sheet.size:
+                sheet.paste(before.convert("RGB"))
     pen = ImageDraw.Draw(sheet)
+    pen.rectangle((0, 0, sheet.width, HEAD - 1), "white")
     for column, title in enumerate(titles):
         is_wide = pen.textlength(title, font_size=FONT) > step
         at, anchor = (column * step, "la") if is_wide else (column * step + SIDE / 2, "ma")
@@ -52,16 +57,16 @@ def methods(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare
     save(path, ["photo", *(LABELS.get(name, name) for name in names)], lines)
 
 
-def diversity(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare_diversity.png") -> None:
-    """All that the runs of the first subject drew of one prompt: a column a method, a line a seed (Figure S3)."""
+def diversity(
+    folder: Path, names: Sequence[str], seeds: int, images: int, path: Path = PICTURES / "compare_diversity.png"
+) -> None:
+    """All that the runs of the first subject drew of one prompt: a column a method, lines by seed (Figure S3)."""
     comparison = ComparisonFolder(folder)
     subject = min(photos.name for photos in comparison.photos.iterdir())
-    columns = []
-    for name in names:
-        runs = sorted(comparison.run(name, subject, 0).parent.glob(f"{subject}-*"))
-        columns.append([picture for run in runs for picture in _drawn(run)])
-    longest = max(map(len, columns), default=0)
-    lines = [[column[row] if row < len(column) else None for column in columns] for row in range(longest)]
+    lines = []
+    for seed in range(seeds):
+        drawn = [_drawn(comparison.run(name, subject, seed)) for name in names]
+        lines += [[pictures[i] if i < len(pictures) else None for pictures in drawn] for i in range(images)]
     save(path, [LABELS.get(name, name) for name in names], lines)
 
 

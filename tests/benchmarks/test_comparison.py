@@ -1,5 +1,8 @@
 """The benchmark that runs `mep compare`: its figures, and the pictures taken from its folder."""
 
+import json
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -66,8 +69,53 @@ def test_sheets_show_one_prompt_of_every_method(tmp_path):
     sheets.methods(tmp_path, ["zoodip", "lora"], tmp_path / "methods.png")
     red, blue, yellow, white = (255, 0, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
     assert colors(tmp_path / "methods.png") == [[red, blue, white]]
-    sheets.diversity(tmp_path, ["zoodip", "lora"], tmp_path / "diversity.png")
+    sheets.diversity(tmp_path, ["zoodip", "lora"], 2, 1, tmp_path / "diversity.png")
     assert colors(tmp_path / "diversity.png") == [[blue, white], [yellow, white]]
+
+
+def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
+    here, gone = ComparisonFolder(tmp_path / "here"), ComparisonFolder(tmp_path / "gone")
+    for folder in (here, gone):
+        (folder.photos / "dog").mkdir(parents=True)
+    snow = "a <sks> dog in the snow"
+    drawn(gone, "zoodip", 0, (snow, "blue"))
+    drawn(gone, "lora", 0, (snow, "red"))
+    drawn(here, "lora", 0, (snow, "lime"))
+    drawn(here, "lora", 1, (snow, "yellow"))
+    for folder in (gone, here):
+        sheets.diversity(folder.root, ["zoodip", "lora"], 2, 1, tmp_path / "diversity.png")
+    blue, lime, yellow, white = (0, 0, 255), (0, 255, 0), (255, 255, 0), (255, 255, 255)
+    assert colors(tmp_path / "diversity.png") == [[blue, lime], [white, yellow]]
+
+
+def test_records_outlive_their_folder(tmp_path, monkeypatch):
+    """A folder that is gone is begun again with what is kept, and only cells that are missing run."""
+    kept, ran = tmp_path / "compare.jsonl", []
+
+    def compare(words):
+        folder = ComparisonFolder(Path(words[words.index("--out") + 1]))
+        folder.claim({"base": "tiny"})
+        before = len(ran)
+        for seed in range(int(words[words.index("--seeds") + 1])):
+            if ("lora", "dog", seed) not in folder.records():
+                ran.append(seed)
+                folder.keep({"method": "lora", "subject": "dog", "seed": seed, "dino": seed})
+        folder.table.with_suffix(".json").write_text('{"rows": []}')
+        if len(ran) == before + 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.compare, "run", compare)
+    comparison.run(tmp_path / "first", kept, seeds=1)
+    assert ran == [0]
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run(tmp_path / "second", kept, seeds=3)
+    assert ran == [0, 1, 2]
+    comparison.run(tmp_path / "third", kept, seeds=3)
+    assert ran == [0, 1, 2]
+    assert [json.loads(line).get("dino") for line in kept.read_text().splitlines()] == [None, 0, 1, 2]
+    monkeypatch.setattr(comparison, "weights", lambda: "others")
+    comparison.run(tmp_path / "fourth", kept, seeds=1)
+    assert ran == [0, 1, 2, 0]
 
 
 def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tmp_path, monkeypatch):
