@@ -77,8 +77,8 @@ def run(argv: Sequence[str]) -> int:
     done = folder.records()
     todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]
     print(
-        f"{len(methods)} methods on {len(subjects)} subjects from {options.seeds} seeds: {len(cells)} cells, "
-        f"{len(cells) - len(todo)} of them done. Everything goes to {folder.root}.",
+        f"{_some(len(methods), 'method')} on {_some(len(subjects), 'subject')} from {_some(options.seeds, 'seed')}: "
+        f"{_some(len(cells), 'cell')}, {len(cells) - len(todo)} done. Everything goes to {folder.root}.",
         flush=True,
     )
     try:
@@ -87,6 +87,10 @@ def run(argv: Sequence[str]) -> int:
         written = _write(folder, methods, subjects, options)
     print(written, flush=True)
     return 0
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _options() -> Options:

@@ -23,7 +23,7 @@ from mep_lightning.commands.fit import requested
 from mep_lightning.commands.keeping import AtomicCheckpointIO, LastCheckpoint, RunLog, StopAfterStep, read_checkpoint
 from mep_lightning.commands.request import say
 from mep_lightning.commands.settings import save_config
-from mep_lightning.commands.training import FitCLI, is_finished, step_of, stopped
+from mep_lightning.commands.training import FitCLI, going_on, is_finished, step_of, stopped
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation import write_report
 from mep_lightning.run_folder import RunFolder
@@ -104,14 +104,15 @@ def train(lines: Sequence[Sequence[str]]) -> int:
         samples, device = first._get(first.config_init, "samples"), trainer.strategy.root_device
         resumed = first.request.resume
         refuse_too_large(first.model, first.datamodule, samples, device, resumed=resumed, subjects=len(runs))
-    for cli, run in zip(clis, runs, strict=True):
-        cli.config.data.class_word = cli.datamodule.class_word
-        save_config(cli.config, run)
     _share(clis, runs)
     started = time.monotonic()
     try:
-        checkpoint = str(runs[0].last_checkpoint) if at else None
-        trainer.fit(batch, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with going_on(runs, trainer):
+            for cli, run in zip(clis, runs, strict=True):
+                cli.config.data.class_word = cli.datamodule.class_word
+                save_config(cli.config, run)
+            checkpoint = str(runs[0].last_checkpoint) if at else None
+            trainer.fit(batch, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return max([stopped(run, trainer, signal.SIGINT) for run in runs])
     for run in runs:

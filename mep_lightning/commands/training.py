@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,30 +251,16 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
             ranks=Ranks.of(trainer),
             processes=trainer.num_devices,
         )
-    before = run.config.read_text() if run.config.is_file() else None
-    if is_first_process():
-        save_config(cli.config, run)
     started = time.monotonic()
     try:
-        trainer.fit(
-            model, datamodule=data, ckpt_path=str(run.last_checkpoint) if first_step else None, weights_only=True
-        )
+        with going_on([run], trainer):
+            if is_first_process():
+                save_config(cli.config, run)
+            checkpoint = str(run.last_checkpoint) if first_step else None
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except LostRankError as error:
         again = f"carry on, with as many processes as there are: mep fit --run {shlex.quote(str(run.root))} --resume"
         raise LostRankError(f"{error}; {again}") from error
-    except UserError as error:  # a refused resume leaves the run's settings as they were
-        if before is not None and is_first_process():
-            write_atomically(run.config, before)
-        if isinstance(error, CheckpointError):
-            raise UserError(f"{run.last_checkpoint}: {error}") from error
-        raise
-    except Exception as error:
-        if before is not None and _is_restoring(trainer) and not isinstance(error, (OSError, torch.OutOfMemoryError)):
-            raise UserError(
-                f"{run.last_checkpoint} cannot be gone on from ({reason(error)}): it is damaged; delete it to begin "
-                "this run from its first step."
-            ) from error
-        raise
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
         return stopped(run, trainer, signal.SIGINT)
     if cli.stopper.received is not None:
@@ -286,6 +274,35 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     prompt = f"a cat {IN_THE_STYLE_OF} {phrase}" if model.adapter.is_style else f"a photo of a {phrase}"
     say(f"Next: {shlex.join(['mep', 'predict', '--run', str(run.root), '--prompts', prompt])}")
     return 0
+
+
+@contextmanager
+def going_on(runs: Sequence[RunFolder], trainer: Trainer) -> Iterator[None]:
+    """Around the settings' writing and the training of runs: one that is refused leaves their settings as they were.
+
+    Raises:
+        UserError: a checkpoint is damaged, or another run's.
+    """
+    before = {run: run.config.read_text() for run in runs if run.config.is_file()}
+    checkpoints = " or ".join(str(run.last_checkpoint) for run in runs)
+    try:
+        yield
+    except LostRankError:
+        raise
+    except Exception as error:
+        known = isinstance(error, (UserError, OSError, torch.OutOfMemoryError))
+        damaged = bool(before) and _is_restoring(trainer) and not known
+        if is_first_process() and (damaged or isinstance(error, UserError)):
+            for run, settings in before.items():
+                write_atomically(run.config, settings)
+        if isinstance(error, CheckpointError):
+            raise UserError(f"{checkpoints}: {error}") from error
+        if damaged:
+            raise UserError(
+                f"{checkpoints} cannot be gone on from ({reason(error)}): it is damaged; delete it to begin this run "
+                "from its first step."
+            ) from error
+        raise
 
 
 def _is_restoring(trainer: Trainer) -> bool:

@@ -119,6 +119,20 @@ def test_each_goes_on_alone_or_beside_one_from_elsewhere(trained, tmp_path):
     assert [step for step, _ in log(tmp_path / "b")] == list(range(6))
 
 
+def test_a_damaged_checkpoint_is_told_and_the_settings_stay(trained, tmp_path):
+    runs = [tmp_path / word for word in ("ball", "cube")]
+    for run in runs:
+        shutil.copytree(trained / "together" / run.name, run)
+    before = [(run / "config.yaml").read_text() for run in runs]
+    damaged = runs[1] / "checkpoints/last.ckpt"
+    content = torch.load(damaged, weights_only=True)
+    content["optimizer_states"][0]["state"] = {0: {"step": "no number"}}
+    torch.save(content, damaged)
+    with pytest.raises(UserError, match="last.ckpt cannot be gone on from .*: it is damaged; delete it"):
+        together.train(resumed(*runs, steps=6))
+    assert [(run / "config.yaml").read_text() for run in runs] == before
+
+
 def test_what_is_done_is_not_done_again(trained, capsys):
     runs = [trained / "together" / word for word in ("ball", "cube")]
     before = [run.stat().st_mtime_ns for run in runs]
