@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
     todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]
     print(
         f"{_some(len(methods), 'method')} on {_some(len(subjects), 'subject')} from {_some(options.seeds, 'seed')}: "
-        f"{_some(len(cells), 'cell')}, {len(cells) - len(todo)} done. Everything goes to {folder.root}.",
+        f"{_some(len(cells), 'cell')}, {len(cells) - len(todo)} of them done. Everything goes to {folder.root}.",
         flush=True,
     )
     try:
