@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import weights
-from benchmarks.rows import Row, row
+from benchmarks import quality
+from benchmarks.rows import Row, measured_with, row
+from mep_lightning import defaults
 from mep_lightning.commands import compare
+from mep_lightning.commands.recipes import find_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.table import COLUMNS, MEANS
-from mep_lightning.run_folder import write_atomically
 
 METHODS = (
     "dreambooth",
@@ -39,8 +40,8 @@ def run(
     """Run the cells that are missing.
 
     Args:
-        folder: the comparison's.
-        kept: JSON lines; what is compared, then a cell's record each.
+        folder: of the comparisons, one for everything that the figures depend on.
+        kept: JSON lines, a cell's record each.
         subjects, seeds: how many.
         images: pictures a prompt.
         workers: processes of one thread each.
@@ -49,35 +50,54 @@ def run(
         A row for each of a method's columns: `value`, and of scores `spread`; `subjects` and `seeds` are how many there
         are of its cells.
     """
-    words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(folder)]
+    key, comparison = fingerprint(images), where(folder, images)
+    words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
     words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
-    comparison = ComparisonFolder(folder)
-    restore(comparison, kept)
+    comparison.claim(compare.shared(words))
+    restore(comparison, kept, key)
     try:
         compare.run(words)
     finally:
-        keep(comparison, kept)
+        keep(comparison, kept, key)
     return rows(json.loads(comparison.table.with_suffix(".json").read_text()))
 
 
-def keep(folder: ComparisonFolder, kept: Path) -> None:
-    """Write a comparison's records, and what they depend on, where they are committed."""
-    if not folder.described.is_file():
-        return
-    what = {"weights": weights(), "comparison": json.loads(folder.described.read_text())}
-    write_atomically(kept, "".join(json.dumps(line) + "\n" for line in [what, *folder.records().values()]))
+def where(folder: Path, images: int) -> ComparisonFolder:
+    """The comparison of today's recipes, values and weights."""
+    return ComparisonFolder(folder / fingerprint(images))
 
 
-def restore(folder: ComparisonFolder, kept: Path) -> None:
-    """Give a folder the records that are kept and that it lacks; those of other weights are left alone."""
-    what, *records = map(json.loads, kept.read_text().splitlines()) if kept.is_file() else [{}]
-    if what.get("weights") != weights():
-        return
-    folder.claim(what["comparison"])
-    there = folder.records()
-    for record in records:
-        if (record["method"], record["subject"], record["seed"]) not in there:
-            folder.keep(record)
+def fingerprint(images: int) -> str:
+    """What all cells' figures depend on: recipes, values for tiny, pictures and the embedded weights."""
+    recipes = {name: find_recipe(name).read_text() for name in METHODS}
+    values = {name: defaults.lookup(name, "tiny", kept) for name in METHODS for kept in ("fp32", "int8", "int4")}
+    return quality.fingerprint({"recipes": recipes, "values": values}, "test", images)
+
+
+def keep(comparison: ComparisonFolder, kept: Path, key: str) -> None:
+    """Add records of cells that came to something, and what they were measured with, to those that are committed."""
+    there = {_cell(record) for record in _kept(kept, key)}
+    about = {"key": key} | measured_with("cpu", threads=1)
+    new = [record for record in comparison.records().values() if "error" not in record and _cell(record) not in there]
+    with kept.open("a") as file:
+        file.writelines(json.dumps(record | about) + "\n" for record in new)
+
+
+def restore(comparison: ComparisonFolder, kept: Path, key: str) -> None:
+    """Give a comparison the committed records that it lacks."""
+    there = comparison.records()
+    for record in _kept(kept, key):
+        if _cell(record) not in there:
+            comparison.keep(record)
+
+
+def _kept(kept: Path, key: str) -> list[dict[str, Any]]:
+    lines = kept.read_text().splitlines() if kept.is_file() else []
+    return [record for record in map(json.loads, lines) if record["key"] == key]
+
+
+def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["method"], record["subject"], record["seed"]
 
 
 def rows(content: dict[str, Any]) -> list[Row]:

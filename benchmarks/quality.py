@@ -204,23 +204,13 @@ def run_cells(
 
 def fingerprint(settings: Settings, split: str, images: int) -> str:
     """What a cell's figures depend on: resolved settings, subjects, pictures, and the embedded weights."""
-    digest = _digest_of_weights()
-    digest.update(json.dumps([settings, split, images], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def weights() -> str:
-    """Which weights are embedded."""
-    return _digest_of_weights().hexdigest()[:16]
-
-
-def _digest_of_weights() -> Any:
     from mep_lightning.tiny import WEIGHTS
 
     digest = hashlib.sha256()
     for path in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(path.read_bytes())
-    return digest
+    digest.update(json.dumps([settings, split, images], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.photos import find_photos
@@ -25,13 +26,20 @@ SEEDS = 6
 Line = Sequence[Image.Image | None]
 
 
-def save(path: Path, titles: Sequence[str], lines: Sequence[Line]) -> None:
-    """Write lines of pictures with a title over each column; one that is missing stays as the sheet had it."""
+def save(path: Path, titles: Sequence[str], lines: Sequence[Line], of: str = "") -> None:
+    """Write lines of pictures with a title over each column; a picture that is missing stays white.
+
+    Args:
+        path: of the sheet, a PNG file.
+        titles: of the columns.
+        lines: None is a missing picture.
+        of: what the pictures are of, kept in the file: what is missing stays as a sheet of the same had it.
+    """
     step = SIDE + GAP
     sheet = Image.new("RGB", (len(titles) * step - GAP, HEAD + len(lines) * step - GAP), "white")
-    if path.is_file():
+    if of and path.is_file():
         with Image.open(path) as before:
-            if before.size == sheet.size:
+            if before.size == sheet.size and before.info.get("of") == of:
                 sheet.paste(before.convert("RGB"))
     pen = ImageDraw.Draw(sheet)
     pen.rectangle((0, 0, sheet.width, HEAD - 1), "white")
@@ -44,17 +52,22 @@ def save(path: Path, titles: Sequence[str], lines: Sequence[Line]) -> None:
             if picture is not None:
                 sheet.paste(picture.convert("RGB").resize((SIDE, SIDE)), (column * step, HEAD + number * step))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    about = PngInfo()
+    about.add_text("of", of)
+    sheet.save(path, optimize=True, pnginfo=about if of else None)
 
 
 def methods(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare_pictures.png") -> None:
-    """A picture of one prompt by every method of a comparison, a line a subject, its first photo ahead."""
+    """A picture of one prompt by every method of a comparison, a line a subject, its first photo ahead.
+
+    A comparison is known by its folder's name: pictures of the same whose runs are gone stay on the sheet.
+    """
     comparison = ComparisonFolder(folder)
     lines = []
     for photos in sorted(comparison.photos.iterdir()):
         drawn = [_drawn(comparison.run(name, photos.name, 0)) for name in names]
         lines.append([find_photos(photos)[0].read(SIDE), *(pictures[0] if pictures else None for pictures in drawn)])
-    save(path, ["photo", *(LABELS.get(name, name) for name in names)], lines)
+    save(path, ["photo", *(LABELS.get(name, name) for name in names)], lines, f"{folder.name}: {', '.join(names)}")
 
 
 def diversity(
@@ -67,7 +80,7 @@ def diversity(
     for seed in range(seeds):
         drawn = [_drawn(comparison.run(name, subject, seed)) for name in names]
         lines += [[pictures[i] if i < len(pictures) else None for pictures in drawn] for i in range(images)]
-    save(path, [LABELS.get(name, name) for name in names], lines)
+    save(path, [LABELS.get(name, name) for name in names], lines, f"{folder.name}: {', '.join(names)}")
 
 
 def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a house") -> None:

@@ -9,7 +9,7 @@ import sys
 
 from mep_lightning.commands.chatter import debugging, quiet_before_imports
 from mep_lightning.commands.recipes import nearest
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, is_out_of_memory
 from mep_lightning.run_folder import TEMPORARY
 
 COMMANDS = {
@@ -79,8 +79,9 @@ def sentence_about(error: Exception, command: str) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename:  # the system's no to a path; libraries' own OSErrors name none
         mend = "change its rights or give another one" if isinstance(error, PermissionError) else "give another path"
         return f"{_place(error)} cannot be used ({error.strerror}); {mend}.", 2
-    if kind == "OutOfMemoryError":
-        return "out of GPU memory; try --model.precision int8, a lower --data.resolution or --data.batch_size 1.", 1
+    if is_out_of_memory(error):
+        whose = "GPU memory" if kind == "OutOfMemoryError" else "memory"
+        return f"out of {whose}; try --model.precision int8, a lower --data.resolution or --data.batch_size 1.", 1
     if kind == "MisconfigurationException":  # Lightning's own word for wrong Trainer settings
         return f"wrong trainer setting: {error}", 2
     return None

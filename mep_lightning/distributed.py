@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 
-from mep_lightning.errors import UserError, refuse_unless
+from mep_lightning.errors import UserError, is_out_of_memory, refuse_unless
 
 Shared = Literal["members", "data"]
 SHARED: tuple[Shared, ...] = ("members", "data")
@@ -126,9 +126,9 @@ def _together(world: int) -> Iterator[None]:
     """What all ranks do; where one is gone, that is what is told."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise LostRankError(f"one of the {world} processes that train together is gone, or was too slow") from error
 
 

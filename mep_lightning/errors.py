@@ -1,5 +1,7 @@
 """The exceptions that users see as a sentence."""
 
+import re
+
 
 class UserError(ValueError):
     """Wrong input: one sentence that names the file or key and the mend. The command line prints it and exits 2."""
@@ -27,6 +29,12 @@ def reason(error: BaseException) -> str:
     """What a library's exception says, in a short line: its first, or its name where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0][:LONGEST] if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, or the host's, which torch tells as a RuntimeError."""
+    of_host = isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory", str(error))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(of_host)
 
 
 def human(size: float) -> str:

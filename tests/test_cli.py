@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mep_lightning
 from mep_lightning.cli import main, sentence_about
@@ -84,6 +85,14 @@ SYSTEM_ERRORS = {
 def test_what_the_system_refuses_is_a_sentence_that_names_the_users_path(name):
     error, expected = SYSTEM_ERRORS[name]
     assert sentence_about(error, "predict") == expected
+
+
+@pytest.mark.parametrize("runs_out", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)])
+def test_memory_that_runs_out_is_a_sentence(runs_out):
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        runs_out()
+    sentence, status = sentence_about(raised.value, "fit")
+    assert sentence.startswith("out of memory; try --model.precision int8") and status == 1
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), OSError("of a library, about no path"), ValueError("b")])

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from mep_lightning import defaults
-from mep_lightning.errors import SEEDS, UserError, refuse_unless
+from mep_lightning.errors import SEEDS, UserError, is_out_of_memory, refuse_unless
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.generate import evaluating, generate
 from mep_lightning.evaluation.prompts import prompts_for
@@ -164,7 +163,9 @@ class Samples(Callback):
         """Pictures are no reason to lose a training run: out of memory is a warning here."""
         try:
             self._show(trainer, pl_module, name)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             rank_zero_warn(f"No memory was left for the samples {name}.png; set the callback's batch_size lower.")
             return False
         return True

@@ -66,11 +66,11 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(
             "--data is missing; give a folder with a folder a subject (only the base tiny brings subjects)."
         )
-    shared = _shared(options)
+    common = _shared(options)
 
     def claim() -> None:
         identify(options.base)  # what is no base is told once, not by every cell
-        folder.claim(shared)
+        folder.claim(common)
 
     subjects = _subjects(options, folder, claim)
     cells = [_cell(folder, options, *which) for which in _all(methods, subjects, options)]
@@ -87,6 +87,11 @@ def run(argv: Sequence[str]) -> int:
         written = _write(folder, methods, subjects, options)
     print(written, flush=True)
     return 0
+
+
+def shared(argv: Sequence[str]) -> dict[str, Any]:
+    """What all cells of a command line's comparison have in common."""
+    return _shared(_options().parse_args(list(argv)))
 
 
 def _some(count: int, what: str) -> str:

@@ -107,7 +107,7 @@ def train(lines: Sequence[Sequence[str]]) -> int:
     _share(clis, runs)
     started = time.monotonic()
     try:
-        with going_on(runs, trainer):
+        with going_on(runs, trainer, at):
             for cli, run in zip(clis, runs, strict=True):
                 cli.config.data.class_word = cli.datamodule.class_word
                 save_config(cli.config, run)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -50,7 +49,7 @@ from mep_lightning.commands.settings import (
     save_config,
 )
 from mep_lightning.distributed import LostRankError, Ranks
-from mep_lightning.errors import CheckpointError, UserError, reason
+from mep_lightning.errors import CheckpointError, UserError, is_out_of_memory, reason
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
@@ -253,7 +252,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         )
     started = time.monotonic()
     try:
-        with going_on([run], trainer):
+        with going_on([run], trainer, first_step):
             if is_first_process():
                 save_config(cli.config, run)
             checkpoint = str(run.last_checkpoint) if first_step else None
@@ -277,8 +276,13 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
 
 
 @contextmanager
-def going_on(runs: Sequence[RunFolder], trainer: Trainer) -> Iterator[None]:
-    """Around the settings' writing and the training of runs: one that is refused leaves their settings as they were.
+def going_on(runs: Sequence[RunFolder], trainer: Trainer, at: int) -> Iterator[None]:
+    """Around the settings' writing and the training of runs: what is refused before it trains leaves settings alone.
+
+    Args:
+        runs: that train.
+        trainer: theirs.
+        at: the step that they go on from.
 
     Raises:
         UserError: a checkpoint is damaged, or another run's.
@@ -290,17 +294,17 @@ def going_on(runs: Sequence[RunFolder], trainer: Trainer) -> Iterator[None]:
     except LostRankError:
         raise
     except Exception as error:
-        known = isinstance(error, (UserError, OSError, torch.OutOfMemoryError))
-        damaged = bool(before) and _is_restoring(trainer) and not known
-        if is_first_process() and (damaged or isinstance(error, UserError)):
+        lacks_room = isinstance(error, OSError) or is_out_of_memory(error)
+        damaged = bool(before) and _is_restoring(trainer) and not isinstance(error, UserError) and not lacks_room
+        if is_first_process() and trainer.global_step <= at and (damaged or isinstance(error, UserError)):
             for run, settings in before.items():
                 write_atomically(run.config, settings)
         if isinstance(error, CheckpointError):
             raise UserError(f"{checkpoints}: {error}") from error
         if damaged:
+            mend = "go on with each alone" if len(runs) > 1 else "delete it to begin this run from its first step"
             raise UserError(
-                f"{checkpoints} cannot be gone on from ({reason(error)}): it is damaged; delete it to begin this run "
-                "from its first step."
+                f"{checkpoints} cannot be gone on from ({reason(error)}): it is damaged; {mend}."
             ) from error
         raise
 

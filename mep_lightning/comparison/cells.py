@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, is_out_of_memory
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
@@ -153,14 +153,11 @@ def _tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted from None
-    except MemoryError:
-        return {"error": "out of memory", "kind": "memory"}
     except Exception as error:
         traceback.print_exc()
         told = sentence_about(error, "fit")
         sentence = told[0] if told else f"{type(error).__name__}: {error}"
-        is_memory = type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
-        return {"error": " ".join(sentence.split()), "kind": "memory" if is_memory else "failed"}
+        return {"error": " ".join(sentence.split()), "kind": "memory" if is_out_of_memory(error) else "failed"}
 
 
 def _train(batch: Batch) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from torch.utils._mode_utils import no_dispatch
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Kinds of arguments that are told apart by their values."""
 DEVICE = torch.ops.prim.device.default
+"""Asked of every tensor that an operation looks at, more often than all else together."""
+_ASK = object()
+"""In the place of an answer that may be another the next time."""
+_MISSING = object()
 
 
 class _Unknown(Exception):
@@ -48,16 +53,13 @@ class _Same:
     source: int
 
 
-_answers: dict[tuple[Any, ...], Any] = {}
-"""Question -> what to build, or `_ASK` where it must be asked again."""
-_ASK = object()
-
-
 class Answers:
-    """Answers operations on the fake tensors of a mode, the same ones but for their time.
+    """Answers operations on the fake tensors of a mode as the mode does, in less time.
 
-    Shapes, strides, dtypes and the sharing of storages are those of the first time; what is not certain to be the same
-    (real tensors, constants, complex numbers, operations that reshape their arguments) is asked every time.
+    Shapes, strides, dtypes and the sharing of storages are those of the first time. What is not certain to be the same
+    is asked every time: real tensors, constants, complex numbers, sparse ones, those of inference mode, operations that
+    reshape an argument.
+    It is for fakes of a CPU, without symbolic shapes and under the same backend flags throughout.
 
     Args:
         mode: which is active while operations are answered.
@@ -65,6 +67,7 @@ class Answers:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `func(*args, **kwargs)` answers."""
@@ -75,10 +78,11 @@ class Answers:
             key = _question(func, args, kwargs, tensors)
         except _Unknown:
             return func(*args, **kwargs)
-        answer = _answers.get(key)
-        if answer is None:
+        answer = self._known.get(key, _MISSING)
+        if answer is _MISSING:
             result = func(*args, **kwargs)
-            _answers[key] = _ASK if _changed(key, func, args, kwargs) else _described(result, tensors)
+            changed = torch.Tag.inplace_view in func.tags or _changed(key, func, args, kwargs)
+            self._known[key] = _ASK if changed else _described(result, tensors)
             return result
         return func(*args, **kwargs) if answer is _ASK else self._built(answer, tensors)
 
@@ -108,13 +112,17 @@ def _question(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any], tensors
     Raises:
         _Unknown: there is more that it may depend on.
     """
-    if type(func) is not OpOverload:
+    if type(func) is not OpOverload or torch.is_inference_mode_enabled():
         raise _Unknown
     key: list[Any] = [func, torch.get_default_dtype()]
     _look(args, key, tensors)
     for name, value in kwargs.items():
         key.append(name)
         _look((value,), key, tensors)
+    if len(tensors) > 1:  # which of them are one tensor, and which share a storage
+        key += map([id(one) for one in tensors].index, map(id, tensors))
+        storages = [one.untyped_storage()._cdata for one in tensors]
+        key += map(storages.index, storages)
     return tuple(key)
 
 
@@ -122,11 +130,13 @@ def _look(values: Iterable[Any], key: list[Any], tensors: list[FakeTensor]) -> N
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.layout is not torch.strided or value.dtype.is_complex:
+            if _is_odd(value):
                 raise _Unknown
             tensors.append(value)
             key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
         elif kind in PLAIN:
+            if kind is float and math.isnan(value):  # equal to nothing that is known
+                raise _Unknown
             key += (kind, value)
         elif kind is tuple or kind is list:
             key += (kind, len(value))
@@ -137,8 +147,14 @@ def _look(values: Iterable[Any], key: list[Any], tensors: list[FakeTensor]) -> N
             raise _Unknown
 
 
+def _is_odd(value: FakeTensor) -> bool:
+    """Whether there is more to a tensor than what is looked at."""
+    is_plain = value.layout is torch.strided and not value.dtype.is_complex
+    return value.constant is not None or not is_plain or value.is_neg() or value.is_inference()
+
+
 def _changed(key: tuple[Any, ...], func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation left its arguments with another shape than they had."""
+    """Whether an operation left its arguments with another shape or storage than they had."""
     try:
         return _question(func, args, kwargs, []) != key
     except _Unknown:
@@ -167,15 +183,16 @@ def _description(value: Any, tensors: Sequence[FakeTensor], storages: dict[int, 
         return kind(_description(one, tensors, storages) for one in value)
     if value is None or kind in (int, float, bool):
         return value
-    if kind is not FakeTensor:
+    if kind is not FakeTensor or _is_odd(value):
         raise _Unknown
     same = next((i for i, one in enumerate(tensors) if value is one), None)
     if same is not None:
         return _Same(same)
+    if value.requires_grad:
+        raise _Unknown
     storage = value.untyped_storage()
     source = storages.get(storage._cdata)
-    is_odd = value.constant is not None or value.layout is not torch.strided or value.dtype.is_complex
-    if is_odd or value.requires_grad or (source is None and (storage._cdata in storages or not _fills(value))):
+    if source is None and (storage._cdata in storages or not _fills(value)):
         raise _Unknown
     storages.setdefault(storage._cdata, None)
     shape, stride = tuple(value.shape), value.stride()
@@ -184,7 +201,7 @@ def _description(value: Any, tensors: Sequence[FakeTensor], storages: dict[int, 
 
 def _fills(value: Tensor) -> bool:
     """Whether a tensor takes up its storage, as one does that was made alone."""
-    last = (
-        0 if 0 in value.shape else 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
-    )
-    return value.storage_offset() == 0 and value.untyped_storage().nbytes() == last * value.element_size()
+    elements = 0
+    if 0 not in value.shape:
+        elements = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    return value.storage_offset() == 0 and value.untyped_storage().nbytes() == elements * value.element_size()

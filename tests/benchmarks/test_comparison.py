@@ -74,48 +74,68 @@ def test_sheets_show_one_prompt_of_every_method(tmp_path):
 
 
 def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
-    here, gone = ComparisonFolder(tmp_path / "here"), ComparisonFolder(tmp_path / "gone")
-    for folder in (here, gone):
+    here, gone, other = (ComparisonFolder(tmp_path / name) for name in ("here/abc", "gone/abc", "other/def"))
+    for folder in (here, gone, other):
         (folder.photos / "dog").mkdir(parents=True)
     snow = "a <sks> dog in the snow"
     drawn(gone, "zoodip", 0, (snow, "blue"))
     drawn(gone, "lora", 0, (snow, "red"))
     drawn(here, "lora", 0, (snow, "lime"))
     drawn(here, "lora", 1, (snow, "yellow"))
-    for folder in (gone, here):
-        sheets.diversity(folder.root, ["zoodip", "lora"], 2, 1, tmp_path / "diversity.png")
     blue, lime, yellow, white = (0, 0, 255), (0, 255, 0), (255, 255, 0), (255, 255, 255)
-    assert colors(tmp_path / "diversity.png") == [[blue, lime], [white, yellow]]
+    sheet = tmp_path / "diversity.png"
+    for folder in (gone, here):
+        sheets.diversity(folder.root, ["zoodip", "lora"], 2, 1, sheet)
+    assert colors(sheet) == [[blue, lime], [white, yellow]]
+    sheets.diversity(here.root, ["lora", "zoodip"], 2, 1, sheet)
+    assert colors(sheet) == [[lime, white], [yellow, white]]
+    sheets.diversity(other.root, ["lora", "zoodip"], 2, 1, sheet)
+    assert colors(sheet) == [[white, white], [white, white]]
 
 
-def test_records_outlive_their_folder(tmp_path, monkeypatch):
-    """A folder that is gone is begun again with what is kept, and only cells that are missing run."""
-    kept, ran = tmp_path / "compare.jsonl", []
+@pytest.fixture
+def compared(monkeypatch):
+    """`mep compare` whose cells do nothing: (seeds that ran, seeds that fail or are interrupted)."""
+    ran, fails = [], {}
 
     def compare(words):
         folder = ComparisonFolder(Path(words[words.index("--out") + 1]))
-        folder.claim({"base": "tiny"})
-        before = len(ran)
         for seed in range(int(words[words.index("--seeds") + 1])):
             if ("lora", "dog", seed) not in folder.records():
                 ran.append(seed)
-                folder.keep({"method": "lora", "subject": "dog", "seed": seed, "dino": seed})
+                came = {"dino": seed} if seed not in fails else {"error": "out of memory", "kind": "memory"}
+                folder.keep({"method": "lora", "subject": "dog", "seed": seed, **came})
+                if fails.get(seed) == "interrupted":
+                    raise KeyboardInterrupt
         folder.table.with_suffix(".json").write_text('{"rows": []}')
-        if len(ran) == before + 2:
-            raise KeyboardInterrupt
 
     monkeypatch.setattr(comparison.compare, "run", compare)
-    comparison.run(tmp_path / "first", kept, seeds=1)
-    assert ran == [0]
+    return ran, fails
+
+
+def test_records_outlive_their_folder(tmp_path, compared):
+    """A folder that is gone is begun again with what is kept, and only cells that are missing or failed run."""
+    kept, (ran, fails) = tmp_path / "compare.jsonl", compared
+    comparison.run(tmp_path / "first", kept, seeds=2)
+    fails[2] = "interrupted"
     with pytest.raises(KeyboardInterrupt):
-        comparison.run(tmp_path / "second", kept, seeds=3)
-    assert ran == [0, 1, 2]
-    comparison.run(tmp_path / "third", kept, seeds=3)
-    assert ran == [0, 1, 2]
-    assert [json.loads(line).get("dino") for line in kept.read_text().splitlines()] == [None, 0, 1, 2]
-    monkeypatch.setattr(comparison, "weights", lambda: "others")
-    comparison.run(tmp_path / "fourth", kept, seeds=1)
-    assert ran == [0, 1, 2, 0]
+        comparison.run(tmp_path / "second", kept, seeds=4)
+    fails.clear()
+    comparison.run(tmp_path / "third", kept, seeds=4)
+    assert ran == [0, 1, 2, 2, 3]
+    records = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [record["dino"] for record in records] == [0, 1, 2, 3]
+    assert all({"key", "device", "date", "commit"} <= set(record) for record in records)
+
+
+def test_what_was_made_with_other_settings_is_made_again_and_stays_beside(tmp_path, compared, monkeypatch):
+    kept, (ran, _) = tmp_path / "compare.jsonl", compared
+    comparison.run(tmp_path / "folder", kept, seeds=1)
+    comparison.run(tmp_path / "folder", kept, seeds=1, images=3)
+    monkeypatch.setattr(comparison.quality, "fingerprint", lambda *_: "other weights")
+    comparison.run(tmp_path / "folder", kept, seeds=1)
+    assert ran == [0, 0, 0]
+    assert len({json.loads(line)["key"] for line in kept.read_text().splitlines()}) == 3
 
 
 def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tmp_path, monkeypatch):

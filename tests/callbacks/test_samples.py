@@ -162,13 +162,19 @@ def test_grids_go_to_tensorboard(module, data, trainer_of, calls, tmp_path):
     assert [event.step for event in events.Images("samples")] == [0, 4, 8]
 
 
-def test_out_of_memory_while_sampling_is_a_warning_once_training_runs(module, data, trainer_of, calls, monkeypatch):
+OF_THE_HOST = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError("full"), RuntimeError(OF_THE_HOST), MemoryError()])
+def test_out_of_memory_while_sampling_is_a_warning_once_training_runs(
+    full, module, data, trainer_of, calls, monkeypatch
+):
     fake, made = samples_module.generate, []
 
     def generate(*args, **kwargs):
         made.append(1)
         if len(made) > 1:
-            raise torch.OutOfMemoryError("full")
+            raise full
         return fake(*args, **kwargs)
 
     monkeypatch.setattr(samples_module, "generate", generate)

@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_told_and_the_settings_stay(trained, tmp_path):
     content = torch.load(damaged, weights_only=True)
     content["optimizer_states"][0]["state"] = {0: {"step": "no number"}}
     torch.save(content, damaged)
-    with pytest.raises(UserError, match="last.ckpt cannot be gone on from .*: it is damaged; delete it"):
+    with pytest.raises(UserError, match="last.ckpt cannot be gone on from .*: it is damaged; go on with each alone"):
         together.train(resumed(*runs, steps=6))
     assert [(run / "config.yaml").read_text() for run in runs] == before
 

@@ -10,14 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from mep_lightning import kernels
-from mep_lightning.plan import answers
 from mep_lightning.plan.answers import Answers
 from mep_lightning.plan.tracker import LiveBytes
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(answers, "_answers", {})
 
 
 class Counted(FakeTensorMode):
@@ -95,7 +89,10 @@ def reshaped():
     x.resize_(3, 4)
     y = torch.empty(2)
     y.set_(torch.zeros(5, 6))
-    return [x, y, x + 1, y + 1]
+    like = torch.zeros(5, 6)
+    other = torch.empty(5, 6)
+    other.set_(like)
+    return [x, y, x + 1, y + 1, like, other]
 
 
 def numbers():
@@ -103,7 +100,31 @@ def numbers():
     return [x, torch.tensor(3.0).item(), (x * 2).to(torch.float16), torch.arange(4), torch.empty(3, dtype=torch.int64)]
 
 
-CASES = [views, in_place, attention, convolution, ours, reshaped, numbers]
+def aliases():
+    a, b = torch.zeros(4), torch.zeros(4)
+    with torch.inference_mode():
+        c, d, e = (torch.zeros(4) for _ in range(3))
+        first, second = torch.mul(c, d, out=c), torch.mul(c, d, out=e)
+    pair = torch.zeros(8)
+    return [a.view(2, 2), first is c, second is e, c, d, e, torch.maximum(a, b), torch.maximum(a, a), a, b, pair[:4]]
+
+
+def inference():
+    x = torch.zeros(4)
+    with torch.inference_mode():
+        y = torch.zeros(4)
+        inside = [x.view(2, 2), y.view(2, 2), y + 1]
+    return [*inside, x.view(2, 2), [one.is_inference() for one in (*inside, x.view(2, 2), x + 1, y.view(2, 2))]]
+
+
+def odd():
+    x = torch.full((3,), float("nan"))
+    parts = [torch.zeros(2), torch.zeros(3)]
+    torch._foreach_add_(parts, 1.0)
+    return [x, torch.zeros(3, dtype=torch.complex64).real, torch._neg_view(torch.zeros(3)).is_neg(), *parts]
+
+
+CASES = [views, in_place, attention, convolution, ours, reshaped, numbers, aliases, inference, odd]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,6 +164,25 @@ def test_what_is_known_is_not_asked(case):
         case()
     assert first > 0
     assert mode.asked == 0
+
+
+def test_sparse_tensors_are_left_alone():
+    mode = FakeTensorMode()
+    with mode, LiveBytes(answer=Answers(mode)) as live:
+        for _ in range(2):
+            assert torch.empty(3, 3, layout=torch.sparse_coo).layout is torch.sparse_coo
+        assert live.now == 0
+
+
+def test_what_is_never_the_same_question_is_not_remembered():
+    mode = FakeTensorMode()
+    told = Answers(mode)
+    with mode, LiveBytes(answer=told):
+        torch.full((3,), 1.0)
+        known = len(told._known)
+        for _ in range(5):
+            torch.full((3,), float("nan"))
+        assert len(told._known) == known
 
 
 def test_nothing_outlives_its_answer():
