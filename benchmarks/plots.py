@@ -77,7 +77,7 @@ def conditioning(rows: list[Row]) -> Figure:
 def paths(rows: list[Row]) -> Figure:
     """How fast tokens learn (ZOODiP's Figure S5), and in how few dimensions (its Figure 3)."""
     values = {row["case"]: row["value"] for row in rows if row["metric"] == "held-out loss"}
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     speed, dims = figure.subplots(1, 2)
     for (name, (_, passes)), colour in zip(RUNS.items(), (BLUE, GREY, ORANGE, RED, GREEN), strict=True):
         marks = [mark for mark in MARKS if f"{name}, {mark} forward passes" in values]
@@ -97,9 +97,11 @@ def paths(rows: list[Row]) -> Figure:
     speed.set(xscale="log", xlabel="forward passes (a backward pass counts two)", ylabel="held-out loss")
     dims.set(xlabel="principal components of its path that a token keeps", ylabel="held-out loss")
     _powers_of_two(dims, list(DIMS))
+    start = values["textual_inversion, 0 components of its path"]
     for axes in (speed, dims):
+        axes.axhline(start, color=GREY, linestyle=":", label="where tokens begin")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 
