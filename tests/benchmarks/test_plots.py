@@ -24,7 +24,8 @@ def test_paths_over_forward_passes_and_over_components():
     drawn = {line.get_label(): line.get_xydata().tolist() for line in speed.lines}
     assert drawn["textual_inversion"] == [[450, 0.16], [900, 0.15]] and drawn["zoodip"] == [[450, 0.17]]
     assert drawn["zoodip_fast"] == []
-    assert [line.get_label() for line in dims.lines] == ["textual_inversion"]
+    assert [line.get_label() for line in dims.lines] == ["textual_inversion", "where tokens begin"]
+    assert set(dims.lines[1].get_ydata()) == {0.16}
     assert dims.lines[0].get_xydata()[0].tolist() == [1, pytest.approx(0.1599)]
     assert "| zoodip | 0.1700 |  |" in tables.travelled(PATHS) and "| 0.25 |" in tables.travelled(PATHS)
     assert tables.truncated(PATHS).splitlines()[2].startswith("| textual_inversion | 0.1600 | 0.1599 |")
