@@ -181,8 +181,8 @@ def _methods(words: Sequence[str]) -> dict[str, Path]:
     for name in names:
         is_file = Path(name).expanduser().is_file()
         if not (is_file or name in known):
-            guess = f"did you mean {near}? " if (near := nearest(name, known)) else ""
-            raise UserError(f"--methods {name}: there is no such method; {guess}There are {', '.join(known)}.")
+            guess = f"; did you mean {near}?" if (near := nearest(name, known)) else "."
+            raise UserError(f"--methods {name}: there is no such method{guess} There are {', '.join(known)}.")
         label = Path(name).stem if is_file else name
         if label in found:
             raise UserError(f"--methods {name}: {label} is named twice; name it once.")
