@@ -79,6 +79,7 @@ def keep(comparison: ComparisonFolder, kept: Path, key: str) -> None:
     there = {_cell(record) for record in _kept(kept, key)}
     about = {"key": key} | measured_with("cpu", threads=1)
     new = [record for record in comparison.records().values() if "error" not in record and _cell(record) not in there]
+    kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a") as file:
         file.writelines(json.dumps(record | about) + "\n" for record in new)
 

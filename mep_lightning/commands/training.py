@@ -296,7 +296,8 @@ def going_on(runs: Sequence[RunFolder], trainer: Trainer, at: int) -> Iterator[N
     except Exception as error:
         lacks_room = isinstance(error, OSError) or is_out_of_memory(error)
         damaged = bool(before) and _is_restoring(trainer) and not isinstance(error, UserError) and not lacks_room
-        if is_first_process() and trainer.global_step <= at and (damaged or isinstance(error, UserError)):
+        refused = damaged or isinstance(error, CheckpointError)
+        if is_first_process() and (refused or (isinstance(error, UserError) and trainer.global_step <= at)):
             for run, settings in before.items():
                 write_atomically(run.config, settings)
         if isinstance(error, CheckpointError):

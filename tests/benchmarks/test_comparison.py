@@ -93,6 +93,24 @@ def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
     assert colors(sheet) == [[white, white], [white, white]]
 
 
+def test_a_comparison_is_of_todays_recipes_and_values(tmp_path, monkeypatch):
+    places = {
+        comparison.where(tmp_path, 2).root,
+        comparison.where(tmp_path, 2).root,
+        comparison.where(tmp_path, 3).root,
+    }
+    assert len(places) == 2
+    with monkeypatch.context() as patch:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("model: {lr: 1.0}")
+        patch.setattr(comparison, "find_recipe", lambda name: recipe)
+        places.add(comparison.where(tmp_path, 2).root)
+    assert len(places) == 3
+    lookup = comparison.defaults.lookup
+    monkeypatch.setattr(comparison.defaults, "lookup", lambda *which: lookup(*which) | {"lr": 7.0})
+    assert comparison.where(tmp_path, 2).root not in places
+
+
 @pytest.fixture
 def compared(monkeypatch):
     """`mep compare` whose cells do nothing: (seeds that ran, seeds that fail or are interrupted)."""

@@ -195,6 +195,9 @@ DAMAGED_STATE = {
     "moments": lambda state: state["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan")),
     "shape": lambda state: state["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(())),
     "count": lambda state: state["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready={}),
+    "progress": lambda state: state["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"].update(
+        total={"ready": 8, "completed": "x"}
+    ),
     "values": lambda state: state["state_dict"]["adapter.theta"].fill_(float("inf")),
     "kind": lambda state: state["state_dict"].update({"adapter.theta": "x"}),
     "step": lambda state: state.update(global_step="x" * 3000),
@@ -209,10 +212,12 @@ def test_a_checkpoint_that_holds_something_else_is_a_sentence(said, checkpoint, 
     state = checkpoint("r")
     DAMAGED_STATE[damage](state)
     torch.save(state, "r/checkpoints/last.ckpt")
+    settings = Path("r/config.yaml").read_text()
     status, sentence = said(["fit", "--run", "r", "--resume", "--trainer.max_steps", "12"])
     assert status == 2
     assert sentence.startswith("mep fit: r/checkpoints/last.ckpt") and "damaged" in sentence
     assert len(sentence) < 400
+    assert Path("r/config.yaml").read_text() == settings
 
 
 @pytest.mark.parametrize(
