@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, counted
 from mep_lightning.photos import Crop, Photo, find_photos, square
 from mep_lightning.templates import caption_to_template, choose_templates
 
@@ -173,14 +173,13 @@ class SubjectData(LightningDataModule):
         parts = [
             f"{self.crop} crop" if self.crop == "center" else self.crop,
             "the base's resolution" if size == "auto" else f"{size} px",
-            *([f"{captions} with captions"] if captions else []),
-            *([f"{len(self.templates)} templates"] if captions < len(self._photos) else []),
+            *([f"{counted(captions, 'caption')}"] if captions else []),
+            *([f"{counted(len(self.templates), 'template')}"] if captions < len(self._photos) else []),
             *(["half mirrored"] if self.flip else []),
         ]
-        plural = "" if len(self._photos) == 1 else "s"
         source = "the sample photos" if self.path is None else self.path
         shown = "in a style" if self.class_word is None else f"of {self.class_word}"
-        return f"{len(self._photos)} photo{plural} {shown} from {source} ({', '.join(parts)})"
+        return f"{counted(len(self._photos), 'photo')} {shown} from {source} ({', '.join(parts)})"
 
     @torch.no_grad()
     def encode(self, base: Any, resolutions: Sequence[int] | None = None) -> None:

@@ -37,6 +37,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(of_host)
 
 
+def counted(count: int, one: str) -> str:
+    """How many, in words: 1 step, 2 steps."""
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"
+
+
 def human(size: float) -> str:
     """Bytes for people: 812 MiB, 2.37 GiB."""
     for unit in ("B", "KiB", "MiB"):

@@ -12,8 +12,9 @@ from mep_lightning.estimators import ConditioningSubspace, SubspaceGradient
 from tests.personalizing import StopAt, fitted, module, trainer
 
 
-@pytest.mark.parametrize("lr_scheduler", ["constant", "cosine"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("precision", "lr_scheduler"), [("32-true", "constant"), ("bf16-mixed", "cosine"), ("bf16-true", "cosine")]
+)
 @pytest.mark.parametrize("estimator", ["backprop", "rge"])
 def test_a_resumed_run_is_bitwise_the_same(estimator, precision, lr_scheduler, tmp_path):
     def fresh():

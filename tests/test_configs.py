@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
+from mep_lightning.callbacks import Samples
 from mep_lightning.cli import main
 from mep_lightning.commands.recipes import find_recipe, mentions, read_recipe, recipe_names, recipes_folder
 
@@ -73,12 +74,22 @@ def test_a_method_is_known_and_leaves_to_auto_what_depends_on_the_base(name):
     assert recipe["model"]["estimator"].get("init_args", {}).get("mu", "auto") == "auto"
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_names_no_key_that_the_command_line_lacks(name, tmp_path, monkeypatch):
-    """Every key of the recipe is in config.yaml afterwards, with the recipe's value or with what `auto` became."""
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """Runs in a folder of their own, without what they show: pictures, the plot of memory and the report."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Samples, "_show", lambda *_: None)
+    monkeypatch.setattr(Samples, "_compare", lambda *_: None)
+    monkeypatch.setattr("mep_lightning.callbacks.memory.write", lambda *_: None)
+    monkeypatch.setattr("mep_lightning.commands.training.write_report", lambda *_: None)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_no_key_that_the_command_line_lacks(name):
+    """Every key of the recipe is in config.yaml afterwards, with the recipe's value or with what `auto` became."""
     words = ["fit", "--config", name, "--model.base", "tiny", "--run", "r", "--trainer.fast_dev_run", "true"]
-    assert main([*words, "--samples.steps", "1"]) == 0
+    assert main(words) == 0
     recipe, config = read_recipe(find_recipe(name)), yaml.safe_load(Path("r/config.yaml").read_text())
     assert list(differences(recipe, config)) == []
 
@@ -100,13 +111,13 @@ def differences(recipe, config, key=""):
         yield key, recipe, config
 
 
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", [name for name in RECIPES if name.startswith("models/")])
-def test_a_base_combines_with_every_method(base, method, tmp_path, monkeypatch):
+def test_a_base_combines_with_every_method(base, method):
     """Also the parts that a base's recipe sets are kept, whichever comes first; its weights need not be at hand."""
-    monkeypatch.chdir(tmp_path)
     words = ["fit", "--config", base, "--config", method, "--model.base", "tiny", "--run", "r"]
-    assert main([*words, "--trainer.fast_dev_run", "true", "--samples.count", "1", "--samples.steps", "1"]) == 0
+    assert main([*words, "--trainer.fast_dev_run", "true"]) == 0
 
 
 def test_a_path_goes_before_a_packaged_name(tmp_path, monkeypatch):

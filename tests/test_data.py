@@ -336,8 +336,7 @@ def test_summary_in_one_line(folder, base):
     (folder / "b.txt").write_text("a red ball by the sea")
     data = SubjectData(folder, class_word="ball", flip=True)
     assert data.summary() == (
-        f"5 photos of ball from {folder} "
-        "(center crop, the base's resolution, 1 with captions, 27 templates, half mirrored)"
+        f"5 photos of ball from {folder} (center crop, the base's resolution, 1 caption, 27 templates, half mirrored)"
     )
     data.encode(base)
     assert "32 px" in data.summary()

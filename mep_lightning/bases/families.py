@@ -54,6 +54,11 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     elif Path(name).expanduser().is_dir():
         folder, hint = Path(name).expanduser(), "give a folder that diffusers' save_pretrained wrote"
     elif Path(name).is_file() or not _may_be_on_hub(str(name)):
+        if (ARCHITECTURES / str(name)).is_dir():
+            raise UserError(
+                f"base {str(name)!r} is an architecture without weights, which only `mep plan` takes: give a folder, a "
+                ".safetensors file, a hub id such as owner/name, or the recipe of one, such as --config models/sd15"
+            )
         raise UserError(
             f"base {str(name)!r} is no folder: give an existing one, a .safetensors file, a hub id such as owner/name, "
             "or tiny"

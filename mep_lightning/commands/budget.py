@@ -77,6 +77,10 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
     accelerator = request.value("trainer.accelerator")
     device = "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
     budget = Budget(parse_size(size), device)
+    if budget.tensors <= 0:
+        raise UserError(
+            f"--budget {size}: a process takes about {human(overhead(device))} before its first tensor; give more."
+        )
     named = request.value("model.method")
     if named not in (None, *METHODS):
         raise UserError(f"method {named!r} is unknown: choose one of {', '.join(METHODS)}.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mep_lightning.commands.options import Options
 from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names, recipes_folder
-from mep_lightning.errors import SEEDS, UserError, refuse_unless
+from mep_lightning.errors import SEEDS, UserError, counted, refuse_unless
 
 if TYPE_CHECKING:
     from mep_lightning.comparison.cells import Batch, Cell
@@ -77,8 +77,9 @@ def run(argv: Sequence[str]) -> int:
     done = folder.records()
     todo = [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]
     print(
-        f"{_some(len(methods), 'method')} on {_some(len(subjects), 'subject')} from {_some(options.seeds, 'seed')}: "
-        f"{_some(len(cells), 'cell')}, {len(cells) - len(todo)} of them done. Everything goes to {folder.root}.",
+        f"{counted(len(methods), 'method')} on {counted(len(subjects), 'subject')} "
+        f"from {counted(options.seeds, 'seed')}: "
+        f"{counted(len(cells), 'cell')}, {len(cells) - len(todo)} of them done. Everything goes to {folder.root}.",
         flush=True,
     )
     try:
@@ -92,10 +93,6 @@ def run(argv: Sequence[str]) -> int:
 def shared(argv: Sequence[str]) -> dict[str, Any]:
     """What all cells of a command line's comparison have in common."""
     return _shared(_options().parse_args(list(argv)))
-
-
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _options() -> Options:
@@ -112,7 +109,7 @@ def _options() -> Options:
     parser.add_argument("--fit", default="", metavar="WORDS", help="more settings for every `mep fit`, in one string")
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="K", help="default 4")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="one a line, {} where the subject goes (default: the papers')"
+        "--prompts", metavar="FILE", help="one a line, {} where the subject goes (default: those of the base)"
     )
     parser.add_argument("--clip", metavar="ID_OR_DIR", help="CLIP checkpoint of the scores, as for `mep test`")
     parser.add_argument("--dino", metavar="ID_OR_DIR", help="DINO checkpoint of the scores, as for `mep test`")

@@ -39,11 +39,14 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Runs `mep fit`."""
-    options, settings = _options().parse_known_args(list(argv))
+    parser = _options()
+    options, settings = parser.parse_known_args(list(argv))
     if options.help_all or any(re.fullmatch(r"--[\w.]+\.help", word) for word in settings):
         from mep_lightning.commands.training import show_all_options
 
         return show_all_options(["--help"] if options.help_all else settings)
+    if not options.config and settings and settings[0] in recipe_names():
+        parser.error(f"unrecognized arguments: {settings[0]}")
     request = _request(options, settings)
 
     from mep_lightning.commands.training import train

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mep_lightning.commands.drawing import add_options, check_options, draw, open_run, prepare_folder
 from mep_lightning.commands.options import Options
-from mep_lightning.errors import UserError, refuse_unless
+from mep_lightning.errors import UserError, counted, refuse_unless
 from mep_lightning.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ scores, written to metrics.json in the run's folder:
   clip_i      pictures against the subject's photos, by CLIP        higher is better
   dino        pictures against the subject's photos, by DINO        higher is better
   dino_inter  pictures of a prompt among themselves                 lower is more diverse
+              (with --images-per-prompt 1: of all prompts)
 """
 
 
@@ -30,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs `mep test`."""
     parser = Options("test", "Generates the evaluation prompts and scores the pictures.", EPILOG)
     parser.add_argument(
-        "--prompts", metavar="FILE", help="one a line, {} where the subject goes (default: the papers')"
+        "--prompts", metavar="FILE", help="one a line, {} where the subject goes (default: those of the base)"
     )
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="K", help="default 4")
     parser.add_argument("--data", metavar="DIR", help="the subject's photos (default: those it was trained on)")
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     clip_encoder, dino_encoder = ClipEncoder(clip), DinoEncoder(dino)  # a wrong name is told before hours of drawing
     run, folder = learned.folder, learned.folder.root / "evaluation"
     prepare_folder(folder)
-    print(f"Drawing {options.images_per_prompt} pictures of each of {len(texts)} prompts.", flush=True)
+    print(f"Drawing {counted(options.images_per_prompt, 'picture')} of each of {len(texts)} prompts.", flush=True)
     drawn = draw(learned, texts, options.images_per_prompt, options)
     for stale in folder.glob("*-seed*.png"):  # of an earlier test, perhaps of other prompts
         stale.unlink()

@@ -24,7 +24,7 @@ from mep_lightning.commands.keeping import AtomicCheckpointIO, LastCheckpoint, R
 from mep_lightning.commands.request import say
 from mep_lightning.commands.settings import save_config
 from mep_lightning.commands.training import FitCLI, going_on, is_finished, step_of, stopped
-from mep_lightning.errors import UserError
+from mep_lightning.errors import UserError, counted
 from mep_lightning.evaluation import write_report
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.subject_batch import SubjectBatch, SubjectBatchData, why_not_batched
@@ -119,7 +119,8 @@ def train(lines: Sequence[Sequence[str]]) -> int:
         write_report(run)
     if (number := first.stopper.received) is not None:
         return max([stopped(run, trainer, number) for run in runs])
-    say(f"Learned {len(runs)} subjects in {trainer.global_step - at} steps ({time.monotonic() - started:.0f} s).")
+    steps = counted(trainer.global_step - at, "step")
+    say(f"Learned {len(runs)} subjects in {steps} ({time.monotonic() - started:.0f} s).")
     return 0
 
 

@@ -49,7 +49,7 @@ from mep_lightning.commands.settings import (
     save_config,
 )
 from mep_lightning.distributed import LostRankError, Ranks
-from mep_lightning.errors import CheckpointError, UserError, is_out_of_memory, reason
+from mep_lightning.errors import CheckpointError, UserError, counted, is_out_of_memory, reason
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
@@ -95,7 +95,7 @@ class FitCLI(LightningCLI):
             },
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": "mep fit", "exit_on_error": False},
+            parser_kwargs={"prog": "mep fit", "exit_on_error": False, "allow_abbrev": False},
             args=request.arguments,
             run=False,
             auto_configure_optimizers=False,
@@ -267,7 +267,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         return stopped(run, trainer, cli.stopper.received)
     _report(run)
     if model.skipped.total:
-        say(f"{model.skipped.total} steps were skipped, as their loss or gradient was not finite.")
+        say(f"Skipped: {counted(model.skipped.total, 'step')}, where the loss or its gradient was not finite.")
     say(*_summary(run, trainer.global_step - first_step, time.monotonic() - started))
     phrase = model.adapter.phrase(model.class_word)
     prompt = f"a cat {IN_THE_STYLE_OF} {phrase}" if model.adapter.is_style else f"a photo of a {phrase}"
@@ -341,7 +341,9 @@ def _span(first_step: int, max_steps: int) -> str:
         return f"Resuming at step {first_step}, the last: what comes after the training is still to be made."
     start = f"Resuming at step {first_step}" if first_step else "Training"
     return (
-        f"{start} for {max_steps - first_step} steps." if max_steps > 0 else f"{start}, without end: stop with Ctrl-C."
+        f"{start} for {counted(max_steps - first_step, 'step')}."
+        if max_steps > 0
+        else f"{start}, without end: stop with Ctrl-C."
     )
 
 
@@ -391,7 +393,7 @@ FOR = {
 def _summary(run: RunFolder, steps: int, seconds: float) -> list[str]:
     """What was made and where, and what to do next."""
     minutes, rest = divmod(round(seconds), 60)
-    lines = [f"Learned in {steps} steps ({minutes} min {rest} s). In {run.root}:"]
+    lines = [f"Learned in {counted(steps, 'step')} ({minutes} min {rest} s). In {run.root}:"]
     made = [
         (run.samples / "before_after.png", "photos, and the subject before and after"),
         *((path, FOR.get(path.name, "for diffusers")) for path in sorted(run.adapter.rglob("*.safetensors"))),

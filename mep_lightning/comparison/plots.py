@@ -36,7 +36,7 @@ def memory_bars(rows: Sequence[Row], ink: str = INK) -> Figure | None:
     axes.set_yticks(range(len(known)), [_name(row) for row in known])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * widest / scale)
-    axes.set_xlabel(f"{unit} of tensors at the peak of training", color=ink)
+    axes.set_xlabel(f"{unit} at the peak of training", color=ink)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, labelcolor=ink, handlelength=1)
     return figure
@@ -73,7 +73,7 @@ def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel(f"{unit} of tensors at the peak of training", color=ink)
+        axes.set_xlabel(f"{unit} at the peak of training", color=ink)
         axes.set_ylabel(name, color=ink)
         axes.grid(color=ink, alpha=0.12)
     return figure

@@ -19,6 +19,7 @@ from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.planned import planned
 from mep_lightning.comparison.plots import memory_bars, tradeoff
 from mep_lightning.comparison.subjects import Subject
+from mep_lightning.errors import counted
 from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import MARK, to_svg
 from mep_lightning.photos import find_photos
@@ -58,7 +59,7 @@ class Page:
     header: list[str]
     rows: list[list[str]]
     failures: list[tuple[str, str]]
-    note: str = ""
+    legend: str = ""
     memory: Markup | None = None
     tradeoff: Markup | None = None
     methods: list[str] = field(default_factory=list)
@@ -80,13 +81,16 @@ def write_all(folder: ComparisonFolder, methods: Sequence[str], subjects: Sequen
         "subjects": len({record["subject"] for record in records}),
         "seeds": len({record["seed"] for record in records}),
     }
-    write_atomically(folder.table, table.as_markdown(found))
+    legend = table.legend(found, "cuda" if torch.cuda.is_available() else "cpu")
+    write_atomically(folder.table, f"{table.as_markdown(found)}\n{legend}\n")
     write_atomically(folder.table.with_suffix(".csv"), table.as_csv(found))
     failures = [record for record in records if "error" in record]
     content = {"about": about, "rows": found, "failures": failures}
     write_atomically(folder.table.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
-    write_atomically(folder.report, render("comparison.html.j2", page=_page(folder, found, records, subjects, about)))
-    failed = f", {len(failures)} cells failed (their sentences are in the report)" if failures else ""
+    write_atomically(
+        folder.report, render("comparison.html.j2", page=_page(folder, found, records, subjects, about, legend))
+    )
+    failed = f", {counted(len(failures), 'cell')} failed (what each said is in the report)" if failures else ""
     return f"In {folder.root}: {folder.table.name}, table.csv, table.json and {folder.report.name}{failed}."
 
 
@@ -103,6 +107,7 @@ def _page(
     records: Sequence[table.Record],
     subjects: Sequence[Subject],
     about: Mapping[str, Any],
+    legend: str,
 ) -> Page:
     keys = table.shown(found)
     page = Page(
@@ -116,7 +121,7 @@ def _page(
             for record in records
             if "error" in record
         ],
-        note=table.TOGETHER if "batch" in keys else "",
+        legend=legend,
     )
     for name, figure in (("memory", memory_bars(found, MARK)), ("tradeoff", tradeoff(found, MARK))):
         if figure is not None:

@@ -47,6 +47,16 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
 """Those of which the mean and its spread over seeds are given; of the others the median, of bytes the largest."""
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
+SCORES = (
+    "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; bytes "
+    "measured are the largest of all cells, times their medians. CLIP-T, CLIP-I and DINO: higher is better. DINO "
+    "inter: lower is more diverse."
+)
+MEASURED = {
+    "cpu": "Measured is by how much a cell's process grew; planned are the tensors alone.",
+    "cuda": "Measured is what torch's allocator had out; planned are the same tensors.",
+}
+"""What is measured of memory on a type of device."""
 TOGETHER = (
     "Where several cells trained in one batch, the bytes of training are the batch's; minutes and steps/s are each "
     "cell's share."
@@ -123,14 +133,18 @@ def is_batched(row: Mapping[str, Any]) -> bool:
     return (row["batch"] or 1) > 1
 
 
+def legend(found: Sequence[Mapping[str, Any]], device: str) -> str:
+    """What a reader must know of the rows; of memory, what is measured on a "cpu" or on "cuda"."""
+    return " ".join([SCORES, MEASURED[device], *([TOGETHER] if any(map(is_batched, found)) else [])])
+
+
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     keys = shown(found)
     lines = [["method", *(COLUMNS[key][0] for key in keys), "cells"]]
     lines += [[row["method"], *(written(row, key) for key in keys), counted(row)] for row in found]
     head = f"| {' | '.join(lines[0])} |\n|{'---|' * len(lines[0])}\n"
-    note = f"\n{TOGETHER}\n" if "batch" in keys else ""
-    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:]) + note
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
 
 
 def counted(row: Mapping[str, Any]) -> str:

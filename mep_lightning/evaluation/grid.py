@@ -90,7 +90,7 @@ def save(grid: Grid, path: Path) -> Path:
     text = PngImagePlugin.PngInfo()
     text.add_itxt(KEY, json.dumps({"boxes": grid.boxes, **grid.info}))
     with replacing(path) as temporary:
-        grid.image.save(temporary, format="PNG", pnginfo=text, optimize=True)
+        grid.image.save(temporary, format="PNG", pnginfo=text)
     return path
 
 

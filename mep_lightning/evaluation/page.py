@@ -31,7 +31,7 @@ def picture(image: Image.Image, caption: str = "", side: int = PICTURE) -> Pictu
     buffer = io.BytesIO()
     image = image.convert("RGB")
     if max(image.size) <= grid.SMALLEST:
-        image.save(buffer, format="PNG", optimize=True)
+        image.save(buffer, format="PNG")
         kind = "png"
     else:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -17,7 +17,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from mep_lightning.errors import UserError, human
+from mep_lightning.errors import UserError, counted, human
 from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
@@ -31,6 +31,11 @@ SCORES = {
     "dino": ("DINO", "how surely it is this very subject", "higher is better"),
     "dino_inter": ("DINO inter", "how alike they are to each other", "lower is more diverse"),
 }
+MEASURED = {
+    "cuda": {"allocated_peak": "allocated", "reserved_peak": "reserved", "process_peak": "process"},
+    "cpu": {"peak_bytes": "the run", "process_peak": "the process"},
+}
+"""Figures of a phase -> what they are called on a type of device; a CPU's allocator tells only how the process grew."""
 PACKAGES = ("mep-lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics", "safetensors", "pillow")
 
 
@@ -62,6 +67,7 @@ class Page:
     branches: Markup | None = None
     branches_note: str = ""
     memory: Markup | None = None
+    memory_columns: dict[str, str] = field(default_factory=dict)
     memory_rows: list[dict[str, Any]] = field(default_factory=list)
     memory_note: str = ""
     exports: list[tuple[str, str]] = field(default_factory=list)
@@ -202,7 +208,9 @@ def _read_loss(page: Page, run: RunFolder) -> None:
     page.loss = Markup(to_svg(loss_figure(steps, losses, MARK), "loss"))
     page.loss_note = f"{len(steps)} logged values up to step {steps[-1]}; the line is their moving average"
     if skipped := [count for (count,) in _logged(run, ("train/skipped",)) if math.isfinite(count)]:
-        page.loss_note += f"; {max(skipped):.0f} steps were skipped, as their loss or gradient was not finite"
+        page.loss_note += (
+            f"; skipped: {counted(round(max(skipped)), 'step')}, where the loss or its gradient was not finite"
+        )
     if taken := _logged(run, ("step", "train/timestep", "train/high")):
         _read_branches(page, run, taken)
 
@@ -240,8 +248,9 @@ def _read_memory(page: Page, run: RunFolder) -> None:
         if memory is None or not memory["phases"]:
             raise KeyError
         page.memory = Markup(to_svg(memory_figure(memory, MARK), "memory"))
+        page.memory_columns = MEASURED["cpu" if memory.get("device") == "cpu" else "cuda"]
         for name, figures in memory["phases"].items():
-            sizes = {key: human(figures[key]) for key in ("allocated_peak", "reserved_peak", "process_peak")}
+            sizes = {key: human(figures[key]) for key in page.memory_columns}
             breakdown = {part: human(figures["breakdown"].get(part, 0)) for part in PARTS}
             page.memory_rows.append(
                 {"name": name, "top": name == memory.get("peak_phase"), **sizes, "parts": breakdown}

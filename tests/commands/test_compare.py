@@ -14,6 +14,7 @@ from mep_lightning.comparison.cells import Cell, run
 from mep_lightning.comparison.table import TOGETHER
 
 SHORT = ["--subjects", "1", "--max-steps", "2", "--images-per-prompt", "1", "--threads", "1", "--out", "out"]
+SHORT += ["--prompts", "prompts.txt", "--fit=--samples.steps 2"]
 
 
 def compare(*words):
@@ -26,6 +27,7 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        Path("prompts.txt").write_text("a photo of a {}\na {} on snow\na {} at night\n")
         Path("<b>broken.yaml").write_text(Path(recipe("lora")).read_text().replace("to_q, ", "to_x, "))
         assert compare("--methods", "textual_inversion,lora", "<b>broken.yaml") == 0
     return folder

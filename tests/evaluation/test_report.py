@@ -282,3 +282,12 @@ def test_smoothing_is_an_unbiased_average_that_passes_over_gaps():
 )
 def test_bytes_for_people(size, text):
     assert plots.human(size) == text
+
+
+def test_a_cpus_memory_has_no_columns_of_a_gpus_allocator(run):
+    memory = json.loads(run.memory_json.read_text())
+    for device, there in (("cpu", False), ("NVIDIA H200", True)):
+        run.memory_json.write_text(json.dumps(memory | {"device": device}))
+        text = read(run).text
+        assert [name in text for name in ("allocated", "reserved")] == [there, there]
+        assert "187 MiB" in text and ("the process" in text) is not there
