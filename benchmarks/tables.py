@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 DOCUMENTS = tuple(
     DOCS / f"{name}.md"
-    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace", "scaling")
+    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace", "scaling", "tiny")
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
@@ -319,6 +319,12 @@ def profiled(rows: list[Row]) -> str:
     return markdown(["step", "ms", "of them at work", "kernels", "the kernels that take most, ms"], lines)
 
 
+def plain(rows: list[Row]) -> str:
+    """A figure a line."""
+    lines = [[f"{row['case']}: {row['metric']}", f"{row['value']:.3g} {row['unit']}".strip()] for row in rows]
+    return markdown(["what", "figure"], lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compare": compared,
     "quality": scores,
@@ -351,6 +357,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/profile-sd15": profiled,
     "cuda/profile-sd15:cost": cost.of_a_step,
     "cuda/methods-sd15:cost": cost.of_methods,
+    "tiny": plain,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,

@@ -58,7 +58,7 @@ def sheet(captions: list[str], images: list[Image.Image], path: Path) -> None:
     starts = range(0, len(images), SHEET_COLUMNS)
     lines = [grid.Row("", images[i : i + SHEET_COLUMNS], captions[i : i + SHEET_COLUMNS]) for i in starts]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.draw(lines).image.save(path, optimize=True)
+    grid.draw(lines).image.save(path)
 
 
 def run(sets: int = 4, picture: Path | None = None) -> list[Row]:

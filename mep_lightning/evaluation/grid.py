@@ -122,5 +122,8 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 def _wrap(text: str, width: int, font: Any, most: int = 3) -> list[str]:
     """A caption in lines that fit the width, at most `most` of them."""
-    letters = max(int(width / (font.getlength("the quick brown fox") / 19)), 4)
-    return textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]
+    for letters in range(max(int(width / font.getlength("i")), 5), 4, -1):
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines or [""]

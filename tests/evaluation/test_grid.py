@@ -50,6 +50,13 @@ def test_pictures_captions_and_headings_do_not_overlap():
     assert (np.asarray(drawn.image)[:, -grid.MARGIN :] == 255).all()  # and stays on the page
 
 
+def test_a_caption_stays_below_its_own_picture():
+    text = "a brown and orange checkered fish with a cyan cross"
+    drawn = grid.draw([grid.Row("", [flat((9, 9, 9))] * 2, [text] * 2)])
+    right, beside = drawn.boxes[0][0][2], drawn.boxes[0][1][0]
+    assert (np.asarray(drawn.image)[:, right:beside] == 255).all()
+
+
 def test_what_is_no_grid_is_not_taken_for_one(tmp_path):
     flat((0, 0, 0)).save(tmp_path / "plain.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nonsense")
