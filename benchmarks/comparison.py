@@ -7,6 +7,7 @@ committed figures as well, from which a folder that is gone is begun again; a sh
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,51 +51,58 @@ def run(
         A row for each of a method's columns: `value`, and of scores `spread`; `subjects` and `seeds` are how many there
         are of its cells.
     """
-    key, comparison = fingerprint(images), where(folder, images)
+    known, comparison = keys(images), where(folder, images)
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
     words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
     comparison.claim(compare.shared(words))
-    restore(comparison, kept, key)
+    restore(comparison, kept, known)
     try:
         compare.run(words)
     finally:
-        keep(comparison, kept, key)
+        keep(comparison, kept, known)
     return rows(json.loads(comparison.table.with_suffix(".json").read_text()))
 
 
 def where(folder: Path, images: int) -> ComparisonFolder:
     """The comparison of today's recipes, values and weights."""
-    return ComparisonFolder(folder / fingerprint(images))
+    return ComparisonFolder(folder / quality.fingerprint(keys(images), "test", images))
 
 
-def fingerprint(images: int) -> str:
-    """What all cells' figures depend on: recipes, values for tiny, pictures and the embedded weights."""
-    recipes = {name: find_recipe(name).read_text() for name in METHODS}
-    values = {name: defaults.lookup(name, "tiny", kept) for name in METHODS for kept in ("fp32", "int8", "int4")}
-    return quality.fingerprint({"recipes": recipes, "values": values}, "test", images)
+def keys(images: int) -> dict[str, str]:
+    """What each method's figures depend on: its recipe, its values for tiny, pictures and the embedded weights."""
+    kept_in = ("fp32", "int8", "int4")
+    told = {
+        name: {
+            "recipe": find_recipe(name).read_text(),
+            "values": [defaults.lookup(name, "tiny", precision) for precision in kept_in],
+        }
+        for name in METHODS
+    }
+    return {name: quality.fingerprint(settings, "test", images) for name, settings in told.items()}
 
 
-def keep(comparison: ComparisonFolder, kept: Path, key: str) -> None:
+def keep(comparison: ComparisonFolder, kept: Path, known: Mapping[str, str]) -> None:
     """Add records of cells that came to something, and what they were measured with, to those that are committed."""
-    there = {_cell(record) for record in _kept(kept, key)}
-    about = {"key": key} | measured_with("cpu", threads=1)
+    there = {_cell(record) for record in _kept(kept, known)}
+    about = measured_with("cpu", threads=1)
     new = [record for record in comparison.records().values() if "error" not in record and _cell(record) not in there]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a") as file:
-        file.writelines(json.dumps(record | about) + "\n" for record in new)
+        file.writelines(json.dumps(record | about | {"key": known[record["method"]]}) + "\n" for record in new)
 
 
-def restore(comparison: ComparisonFolder, kept: Path, key: str) -> None:
+def restore(comparison: ComparisonFolder, kept: Path, known: Mapping[str, str]) -> None:
     """Give a comparison the committed records that it lacks."""
     there = comparison.records()
-    for record in _kept(kept, key):
+    for record in _kept(kept, known):
         if _cell(record) not in there:
             comparison.keep(record)
 
 
-def _kept(kept: Path, key: str) -> list[dict[str, Any]]:
+def _kept(kept: Path, known: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Records that were made with each method's settings of today."""
     lines = kept.read_text().splitlines() if kept.is_file() else []
-    return [record for record in map(json.loads, lines) if record["key"] == key]
+    return [record for record in map(json.loads, lines) if record["key"] == known.get(record["method"])]
 
 
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -22,7 +22,15 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 DOCUMENTS = tuple(
     DOCS / f"{name}.md"
-    for name in ("reproduction", "performance", "memory", "forward-gradients", "conditioning-subspace", "scaling", "tiny")
+    for name in (
+        "reproduction",
+        "performance",
+        "memory",
+        "forward-gradients",
+        "conditioning-subspace",
+        "scaling",
+        "tiny",
+    )
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {

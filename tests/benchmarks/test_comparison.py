@@ -156,6 +156,21 @@ def test_what_was_made_with_other_settings_is_made_again_and_stays_beside(tmp_pa
     assert len({json.loads(line)["key"] for line in kept.read_text().splitlines()}) == 3
 
 
+def test_other_methods_records_outlive_one_methods_new_values(tmp_path, compared, monkeypatch):
+    kept, (ran, _) = tmp_path / "compare.jsonl", compared
+    comparison.run(tmp_path / "folder", kept, seeds=1)
+    lookup = comparison.defaults.lookup
+    for changed, cells in (("zoodip_fast", [0]), ("lora", [0, 0])):
+        monkeypatch.setattr(
+            comparison.defaults,
+            "lookup",
+            lambda name, *which, changed=changed: lookup(name, *which) | ({"lr": 7.0} if name == changed else {}),
+        )
+        comparison.run(tmp_path / "folder", kept, seeds=1)
+        assert ran == cells
+    assert len(list((tmp_path / "folder").iterdir())) == 3
+
+
 def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tmp_path, monkeypatch):
     asked = {}
 
