@@ -77,18 +77,34 @@ def tokens_of(module):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_each_learns_what_it_would_learn_alone(way, folders, tmp_path):
-    module, _ = together(folders, tmp_path, way)
-    batched = tokens_of(module)
+    are_what_they_are_alone(folders, tmp_path, way)
+
+
+@pytest.mark.parametrize("kind", ["sd21", "sdxl"])
+def test_so_it_does_where_velocities_are_predicted_or_two_encoders_read(kind, folders, tmp_path, made_single_files):
+    """Backpropagation, in fp32: differences of losses would be those of random weights, mostly rounding."""
+    are_what_they_are_alone(folders, tmp_path, "backprop", base=str(made_single_files / kind), precision="fp32")
+
+
+def are_what_they_are_alone(folders, root, way, **settings):
+    module, _ = together(folders, root, way, **settings)
+    batched = [parts_of(one) for one in module.each]
     number, (word, folder) = 1, list(folders.items())[1]
-    alone = module_of(number, way)
-    trainer_of(tmp_path, 4, enable_checkpointing=False).fit(alone, SubjectData(folder, class_word=word))
-    start = module_of(number, way)
+    alone = module_of(number, way, **settings)
+    trainer_of(root, 4, enable_checkpointing=False).fit(alone, SubjectData(folder, class_word=word))
+    start = module_of(number, way, **settings)
     start.load()
-    moved = (alone.adapter.theta - start.adapter.theta).norm()
-    assert moved > 0.01
     rounding = 0.02 if isinstance(alone.estimator, RandomGradientEstimator) else 1e-3  # a difference's is larger
-    assert (alone.adapter.theta - batched[number]).norm() <= rounding * moved
-    assert (batched[0] - batched[1]).norm() > 0.01
+    for i, (before, after) in enumerate(zip(parts_of(start), parts_of(alone), strict=True)):
+        moved = (after - before).norm()
+        assert moved > 0.01
+        assert (after - batched[number][i]).norm() <= rounding * moved
+        assert (batched[0][i] - batched[1][i]).norm() > 0.01
+
+
+def parts_of(module):
+    """Vectors of each of the text encoders."""
+    return [theta.detach().clone() for theta in module.adapter.parameters()]
 
 
 def test_photos_of_a_batch_stay_with_their_subject(folders, tmp_path):
