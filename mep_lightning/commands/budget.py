@@ -92,12 +92,17 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
         for value in map(request.value, ("data.resolution", "data.batch_size", "samples.batch_size"))
     )
     devices, strategy = _shared(request, device)
+    base = request.value("model.base") or "tiny"
+    if identify(base).family != "tiny" and not request.says("print_config"):
+        say(
+            f"Looking for what fits into {size}: methods are rehearsed on {base} without its weights, a minute perhaps."
+        )
     left_out: dict[str, str] = {}
 
     def rehearsed(methods: Sequence[str]) -> list[Row]:
         return plan(
             {name: recipe(name) for name in methods},
-            request.value("model.base") or "tiny",
+            base,
             resolution=resolution,
             batch_size=batch_size or 1,
             pictures=pictures,

@@ -11,6 +11,7 @@ from mep_lightning.bases import identify
 from mep_lightning.cli import main
 from mep_lightning.commands import budget
 from mep_lightning.commands.request import read_request
+from mep_lightning.errors import UserError
 from mep_lightning.plan import budget as sizes
 from mep_lightning.plan import rehearse
 
@@ -125,6 +126,15 @@ def crowded(monkeypatch):
     """Ten megabytes are free, and the base is not known to be tiny."""
     monkeypatch.setattr(budget, "identify", lambda name: dataclasses.replace(identify(name), family="sd1"))
     monkeypatch.setattr(budget, "free_bytes", lambda device: 10_000_000)
+
+
+@pytest.mark.parametrize(("words", "told"), [((), True), (("--print_config",), False)])
+@pytest.mark.usefixtures("crowded")
+def test_who_waits_for_a_large_base_is_told_why(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "plan", lambda *_, **__: [])
+    with pytest.raises(UserError, match="no method runs with what is asked for"):
+        budget.choose(read_request([], [*words], None, False, chosen=True), "1GB")
+    assert ("Looking for what fits into 1GB" in capsys.readouterr().out) is told
 
 
 @pytest.mark.usefixtures("crowded")
