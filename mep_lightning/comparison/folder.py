@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mep_lightning.errors import UserError
-from mep_lightning.run_folder import write_atomically
+from mep_lightning.run_folder import RunFolder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class ComparisonFolder:
         return self.root / "logs"
 
     @property
+    def plans(self) -> Path:
+        """What `mep plan` says of each method."""
+        return self.root / "plans.json"
+
+    @property
     def table(self) -> Path:
         """table.md; beside it table.csv and table.json."""
         return self.root / "table.md"
@@ -56,6 +61,10 @@ class ComparisonFolder:
     def run(self, method: str, subject: str, seed: int) -> Path:
         """The folder of a cell's run."""
         return self.root / "runs" / method / f"{subject}-{seed}"
+
+    def config(self, method: str, subject: str, seed: int) -> Path:
+        """The settings of a cell's run."""
+        return RunFolder(self.run(method, subject, seed)).config
 
     def claim(self, what: Mapping[str, Any]) -> None:
         """Take the folder for a comparison; more methods, subjects or seeds of the same may be added at any time.
