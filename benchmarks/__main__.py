@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
     tune.add_argument("--method", choices=list(AXES), required=True)
     compare = suites.add_parser("compare", help="all methods of the papers' tables, through `mep compare`, on tiny")
-    compare.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of comparisons, to carry on with")
+    compare.add_argument(
+        "--folder", type=Path, default=Path("runs/compare"), help="of the comparison, to carry on with"
+    )
     sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
         (ablation, 3, 3, 2),
         (subspace, 3, 1, 2),
@@ -228,9 +230,9 @@ def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
     found = comparison.run(args.folder, path.with_suffix(".jsonl"), **size)
     if path.parent == RESULTS:
-        drawn = comparison.where(args.folder, args.images).root
-        sheets.methods(drawn, comparison.METHODS)
-        sheets.diversity(drawn, comparison.METHODS, args.seeds, args.images)
+        made_with = comparison.keys(args.images)
+        sheets.methods(args.folder, made_with)
+        sheets.diversity(args.folder, made_with, args.seeds, args.images)
     return found
 
 

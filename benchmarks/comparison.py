@@ -1,12 +1,14 @@
 """`compare`: all methods of the papers' tables on subjects of the tiny world, through `mep compare`.
 
-The comparison's folder keeps what is done, so that the same command carries on. Its cells' records are kept beside the
-committed figures as well, from which a folder that is gone is begun again; a sheet keeps pictures whose runs are gone.
+The comparison's folder keeps what is done, so that the same command carries on; of a method whose recipe or values have
+changed it forgets all. Cells' records are kept beside the committed figures as well, from which a folder that is gone
+is begun again; a sheet keeps pictures whose runs are gone.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from mep_lightning import defaults
 from mep_lightning.commands import compare
 from mep_lightning.commands.recipes import find_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.comparison.planned import PLANNED
 from mep_lightning.comparison.table import COLUMNS, MEANS
+from mep_lightning.run_folder import write_atomically
 
 METHODS = (
     "dreambooth",
@@ -33,6 +37,8 @@ METHODS = (
     "zoodip_fast",
 )
 """In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
+KEYS = "keys.json"
+"""In the comparison's folder, what each method's cells were made with."""
 
 
 def run(
@@ -41,7 +47,7 @@ def run(
     """Run the cells that are missing.
 
     Args:
-        folder: of the comparisons, one for everything that the figures depend on.
+        folder: of the comparison.
         kept: JSON lines, a cell's record each.
         subjects, seeds: how many.
         images: pictures a prompt.
@@ -51,21 +57,17 @@ def run(
         A row for each of a method's columns: `value`, and of scores `spread`; `subjects` and `seeds` are how many there
         are of its cells.
     """
-    known, comparison = keys(images), where(folder, images)
+    known, comparison = keys(images), ComparisonFolder(folder)
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
     words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
     comparison.claim(compare.shared(words))
+    forget(comparison, known)
     restore(comparison, kept, known)
     try:
         compare.run(words)
     finally:
         keep(comparison, kept, known)
     return rows(json.loads(comparison.table.with_suffix(".json").read_text()))
-
-
-def where(folder: Path, images: int) -> ComparisonFolder:
-    """The comparison of today's recipes, values and weights."""
-    return ComparisonFolder(folder / quality.fingerprint(keys(images), "test", images))
 
 
 def keys(images: int) -> dict[str, str]:
@@ -85,10 +87,27 @@ def keep(comparison: ComparisonFolder, kept: Path, known: Mapping[str, str]) -> 
     """Add records of cells that came to something, and what they were measured with, to those that are committed."""
     there = {_cell(record) for record in _kept(kept, known)}
     about = measured_with("cpu", threads=1)
+    about["machine"] = about.pop("device")
+    plans = json.loads(comparison.plans.read_text()) if comparison.plans.is_file() else {}
     new = [record for record in comparison.records().values() if "error" not in record and _cell(record) not in there]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a") as file:
-        file.writelines(json.dumps(record | about | {"key": known[record["method"]]}) + "\n" for record in new)
+        for record in new:
+            plan = {key: plans[record["method"]][key] for key in PLANNED} if record["method"] in plans else {}
+            file.write(json.dumps(record | plan | about | {"key": known[record["method"]]}) + "\n")
+
+
+def forget(comparison: ComparisonFolder, known: Mapping[str, str]) -> None:
+    """Take out of a comparison what was made with other settings of a method than today's."""
+    path = comparison.root / KEYS
+    before = json.loads(path.read_text()) if path.is_file() else known
+    old = {method for method in before if before[method] != known.get(method)}
+    if old:
+        left = [record for record in comparison.records().values() if record["method"] not in old]
+        write_atomically(comparison.cells, "".join(json.dumps(record) + "\n" for record in left))
+        for method in old:
+            shutil.rmtree(comparison.root / "runs" / method, ignore_errors=True)
+    write_atomically(path, json.dumps(known, indent=2) + "\n")
 
 
 def restore(comparison: ComparisonFolder, kept: Path, known: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import cache
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -204,13 +205,20 @@ def run_cells(
 
 def fingerprint(settings: Settings, split: str, images: int) -> str:
     """What a cell's figures depend on: resolved settings, subjects, pictures, and the embedded weights."""
+    digest = _weights().copy()
+    digest.update(json.dumps([settings, split, images], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _weights() -> hashlib._Hash:
+    """Of the embedded weights; its copies go on from there."""
     from mep_lightning.tiny import WEIGHTS
 
     digest = hashlib.sha256()
     for path in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(path.read_bytes())
-    digest.update(json.dumps([settings, split, images], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+    return digest
 
 
 def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -26,21 +27,21 @@ SEEDS = 6
 Line = Sequence[Image.Image | None]
 
 
-def save(path: Path, titles: Sequence[str], lines: Sequence[Line], of: str = "") -> None:
+def save(path: Path, titles: Sequence[str], lines: Sequence[Line], of: Sequence[str] = ()) -> None:
     """Write lines of pictures with a title over each column; a picture that is missing stays white.
 
     Args:
         path: of the sheet, a PNG file.
         titles: of the columns.
         lines: None is a missing picture.
-        of: what the pictures are of, kept in the file: what is missing stays as a sheet of the same had it.
+        of: what each column is of, kept in the file: a picture that is missing stays as a sheet that had the same
+            column, and as many lines, had it.
     """
     step = SIDE + GAP
     sheet = Image.new("RGB", (len(titles) * step - GAP, HEAD + len(lines) * step - GAP), "white")
-    if of and path.is_file():
-        with Image.open(path) as before:
-            if before.size == sheet.size and before.info.get("of") == of:
-                sheet.paste(before.convert("RGB"))
+    for column, before in enumerate(_columns(path, of)):
+        if before is not None and before.height == sheet.height:
+            sheet.paste(before, (column * step, 0))
     pen = ImageDraw.Draw(sheet)
     pen.rectangle((0, 0, sheet.width, HEAD - 1), "white")
     for column, title in enumerate(titles):
@@ -53,34 +54,47 @@ def save(path: Path, titles: Sequence[str], lines: Sequence[Line], of: str = "")
                 sheet.paste(picture.convert("RGB").resize((SIDE, SIDE)), (column * step, HEAD + number * step))
     path.parent.mkdir(parents=True, exist_ok=True)
     about = PngInfo()
-    about.add_text("of", of)
+    about.add_text("of", json.dumps(list(of)))
     sheet.save(path, optimize=True, pnginfo=about if of else None)
 
 
-def methods(folder: Path, names: Sequence[str], path: Path = PICTURES / "compare_pictures.png") -> None:
+def _columns(path: Path, of: Sequence[str]) -> list[Image.Image | None]:
+    """Of a sheet that is there, the columns of the same things."""
+    if not of or not path.is_file():
+        return []
+    with Image.open(path) as before:
+        had, pictures = json.loads(before.info.get("of", "[]")), before.convert("RGB")
+    left = {key: column * (SIDE + GAP) for column, key in enumerate(had)}
+    return [pictures.crop((left[key], 0, left[key] + SIDE, pictures.height)) if key in left else None for key in of]
+
+
+def methods(folder: Path, keys: Mapping[str, str], path: Path = PICTURES / "compare_pictures.png") -> None:
     """A picture of one prompt by every method of a comparison, a line a subject, its first photo ahead.
 
-    A comparison is known by its folder's name: pictures of the same whose runs are gone stay on the sheet.
+    Args:
+        folder: of the comparison.
+        keys: method -> what its pictures were made with; those of the same whose runs are gone stay on the sheet.
+        path: of the sheet.
     """
     comparison = ComparisonFolder(folder)
     lines = []
     for photos in sorted(comparison.photos.iterdir()):
-        drawn = [_drawn(comparison.run(name, photos.name, 0)) for name in names]
+        drawn = [_drawn(comparison.run(name, photos.name, 0)) for name in keys]
         lines.append([find_photos(photos)[0].read(SIDE), *(pictures[0] if pictures else None for pictures in drawn)])
-    save(path, ["photo", *(LABELS.get(name, name) for name in names)], lines, f"{folder.name}: {', '.join(names)}")
+    save(path, ["photo", *(LABELS.get(name, name) for name in keys)], lines, ["photo", *keys.values()])
 
 
 def diversity(
-    folder: Path, names: Sequence[str], seeds: int, images: int, path: Path = PICTURES / "compare_diversity.png"
+    folder: Path, keys: Mapping[str, str], seeds: int, images: int, path: Path = PICTURES / "compare_diversity.png"
 ) -> None:
     """All that the runs of the first subject drew of one prompt: a column a method, lines by seed (Figure S3)."""
     comparison = ComparisonFolder(folder)
     subject = min(photos.name for photos in comparison.photos.iterdir())
     lines = []
     for seed in range(seeds):
-        drawn = [_drawn(comparison.run(name, subject, seed)) for name in names]
+        drawn = [_drawn(comparison.run(name, subject, seed)) for name in keys]
         lines += [[pictures[i] if i < len(pictures) else None for pictures in drawn] for i in range(images)]
-    save(path, [LABELS.get(name, name) for name in names], lines, f"{folder.name}: {', '.join(names)}")
+    save(path, [LABELS.get(name, name) for name in keys], lines, list(keys.values()))
 
 
 def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a house") -> None:

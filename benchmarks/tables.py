@@ -99,7 +99,7 @@ def _figure(value: float) -> str:
 
 
 def compared(rows: list[Row]) -> str:
-    """A method a line, as `mep compare` writes it."""
+    """A method a line, as in the table of `mep compare`."""
     from benchmarks.comparison import lines
     from mep_lightning.comparison.table import as_markdown
 

@@ -173,8 +173,8 @@ class SubjectData(LightningDataModule):
         parts = [
             f"{self.crop} crop" if self.crop == "center" else self.crop,
             "the base's resolution" if size == "auto" else f"{size} px",
-            *([f"{counted(captions, 'caption')}"] if captions else []),
-            *([f"{counted(len(self.templates), 'template')}"] if captions < len(self._photos) else []),
+            *([counted(captions, "caption")] if captions else []),
+            *([counted(len(self.templates), "template")] if captions < len(self._photos) else []),
             *(["half mirrored"] if self.flip else []),
         ]
         source = "the sample photos" if self.path is None else self.path

@@ -50,10 +50,12 @@ def quiet_after_imports() -> None:
     """Silences what only an imported library can silence: log levels set at import, and bars over local files."""
     if debugging():
         return
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name, logger in list(logging.root.manager.loggerDict.items()):
-        if name.split(".")[0] not in LIBRARIES or not isinstance(logger, logging.Logger):
+        if not isinstance(logger, logging.Logger) or name.split(".")[0] not in LIBRARIES:
             continue
-        if name in LIBRARIES or 0 < logger.level < logging.ERROR:  # one without a level asks its library's
+        if 0 < logger.level < logging.ERROR:  # one without a level takes its library's
             logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
     for name in ("transformers", "diffusers"):

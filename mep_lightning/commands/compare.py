@@ -35,7 +35,8 @@ all see --out, the photos and the base under the same paths. A cell, or a batch,
 GPUs, for the part of one that `mep plan` says it takes; one whose worker or node is lost goes on elsewhere. Either
 engine carries on with what the other began.
 
-in --out: table.md, table.csv, table.json, report.html, and every cell's run below runs/
+in --out: table.md, table.csv, table.json, report.html, every cell's run below runs/, its record in cells.jsonl, and in
+plans.json what `mep plan` said of each method
 
 examples:
   mep compare --methods zoodip,textual_inversion,lora --subjects 3 --seeds 2 --out compared

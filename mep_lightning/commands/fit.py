@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 
 from mep_lightning.commands.options import Options
 from mep_lightning.commands.recipes import recipe_names
@@ -39,14 +40,11 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Runs `mep fit`."""
-    parser = _options()
-    options, settings = parser.parse_known_args(list(argv))
+    options, settings = _options().parse_known_args(list(argv))
     if options.help_all or any(re.fullmatch(r"--[\w.]+\.help", word) for word in settings):
         from mep_lightning.commands.training import show_all_options
 
         return show_all_options(["--help"] if options.help_all else settings)
-    if not options.config and settings and settings[0] in recipe_names():
-        parser.error(f"unrecognized arguments: {settings[0]}")
     request = _request(options, settings)
 
     from mep_lightning.commands.training import train
@@ -67,6 +65,11 @@ def requested(argv: Sequence[str]) -> tuple[FitRequest, Namespace]:
 def _request(options: Namespace, settings: list[str]) -> FitRequest:
     if options.budget and options.resume:
         raise UserError("--budget chooses how a run begins; leave it out with --resume.")
+    for before, word in pairwise(["", *settings]):
+        is_value = before.startswith("-") and "=" not in before
+        if not is_value and (word in recipe_names() or re.search(r"\.ya?ml$", word)):
+            mend = "leave it out with --resume." if options.resume else f"did you mean --config {word}?"
+            raise UserError(f"{word!r} stands alone; {mend}")
     chosen = options.budget is not None
     return read_request(options.config or [], settings, options.run, options.resume, chosen=chosen)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import NoReturn
 
-from mep_lightning.commands.recipes import nearest, recipe_names
+from mep_lightning.commands.recipes import nearest
 from mep_lightning.errors import UserError
 
 
@@ -44,8 +44,6 @@ def unknown_arguments(words: list[str], known: Iterable[str]) -> str:
         known: the option strings there are.
     """
     option = next((word for word in words if word.startswith("-")), None)
-    if option is None and "--config" in known and words[0] in recipe_names():
-        return f"{words[0]!r} stands alone; did you mean --config {words[0]}?"
     if option is None:
         options = sorted(name for name in known if name.startswith("--") and name != "--help")
         mend = f"put an option such as {options[0]} before it" if options else "leave it out"

@@ -207,14 +207,15 @@ def _score(cell: Cell, trained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measured(folder: RunFolder) -> dict[str, Any]:
-    """Bytes that tensors took at the peak of training and of drawing, and of how many that trained together."""
+    """Bytes at the peak of training and of drawing, on which device, and of how many that trained together."""
     with suppress(OSError, ValueError, KeyError, AttributeError):
         memory: Mapping[str, Any] = json.loads(folder.memory_json.read_text())
         phases: Mapping[str, Any] = memory["phases"]
         training = [figures["peak_bytes"] for name, figures in phases.items() if name != "sample"]
         drawing = phases.get("sample", {}).get("peak_bytes")
-        return {"batch": memory.get("subjects", 1), "training_bytes": max(training), "inference_bytes": drawing}
-    return {"batch": None, "training_bytes": None, "inference_bytes": None}
+        taken = {"training_bytes": max(training), "inference_bytes": drawing}
+        return {"batch": memory.get("subjects", 1), **taken, "device": memory["device"]}
+    return {"batch": None, "training_bytes": None, "inference_bytes": None, "device": None}
 
 
 def _exported(folder: RunFolder) -> list[Path]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mep_lightning
+from mep_lightning.bases.families import locate
+from mep_lightning.bases.single_file import is_single_file
 from mep_lightning.commands.budget import recipe
 from mep_lightning.commands.recipes import read_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
-from mep_lightning.comparison.table import Record, is_number
+from mep_lightning.comparison.table import Record, is_number, kind_of
 from mep_lightning.errors import UserError
 from mep_lightning.plan import Row, plan
 from mep_lightning.run_folder import write_atomically
 
 PLANNED = ("training_planned", "inference_planned")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 
 
 def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> dict[str, dict[str, int]]:
@@ -30,46 +36,72 @@ def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> d
     """
     kept = _kept(folder)
     together: dict[str, int] = {}
-    configs: dict[str, Path] = {}
+    runs: dict[str, tuple[Path, str]] = {}
     for record in records:
         method, config = record["method"], folder.config(record["method"], record["subject"], record["seed"])
         size = int(record["batch"]) if is_number(record.get("batch")) else 1
         together[method] = max(together.get(method, 1), size)
         if "error" not in record and config.is_file():
-            configs.setdefault(method, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+            runs.setdefault(method, (config, device_of(record)))
     found = {}
-    for method, config in configs.items():
+    for method, (config, device) in runs.items():
         settings = read_recipe(config)
         of = _digest(settings, base, device, together[method])
         if kept.get(method, {}).get("of") != of:
             row = rehearsed(config, base, settings, device, together[method])
-            peaks = (row.peak_bytes, row.inference_peak_bytes) if row else (None, None)
-            kept[method] = {"of": of, **dict(zip(PLANNED, peaks, strict=True))}
-            write_atomically(folder.plans, json.dumps(kept, indent=2) + "\n")
-        if kept[method][PLANNED[0]] is not None:
-            found[method] = {key: kept[method][key] for key in PLANNED}
+            if row is None:
+                continue
+            kept[method] = {"of": of, **dict(zip(PLANNED, (row.peak_bytes, row.inference_peak_bytes), strict=True))}
+            with suppress(OSError):
+                write_atomically(folder.plans, json.dumps(kept, indent=2) + "\n")
+        found[method] = {key: kept[method][key] for key in PLANNED}
     return found
 
 
+def device_of(record: Record) -> str:
+    """What a cell ran on, "cpu" or "cuda"; where it does not say, what there is here."""
+    return kind_of(record.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _digest(settings: Mapping[str, Any], base: str, device: str, together: int) -> str:
-    """Of all that a plan depends on; what a cell alone has, such as its photos and its seed, matters to none."""
+    """Of what a plan depends on: settings, the base's description, and the code that rehearses."""
     model = {key: value for key, value in settings["model"].items() if key != "seed"}
     data = {key: value for key, value in (settings.get("data") or {}).items() if key in ("resolution", "batch_size")}
     callbacks = (settings.get("trainer") or {}).get("callbacks")
-    versions = mep_lightning.__version__, torch.__version__
-    told = json.dumps([model, data, callbacks, base, device, together, versions], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    told = json.dumps([model, data, callbacks, base, device, together], sort_keys=True, default=str)
+    digest = hashlib.sha256(told.encode() + _code())
+    for path in sorted(locate(base, weights=False).rglob("*.json")):
+        digest.update(path.read_bytes())
+    if is_single_file(base):
+        digest.update(str(Path(base).expanduser().stat().st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
 
 
-def _kept(folder: ComparisonFolder) -> dict[str, Any]:
-    """What was rehearsed earlier; nothing where the file is damaged."""
+@cache
+def _code() -> bytes:
+    """A hash of this package, and of the versions of those that its rehearsals run in."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(mep_lightning.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            digest.update(f"{name} {version(name)}".encode())
+    return digest.digest()
+
+
+def _kept(folder: ComparisonFolder) -> dict[str, dict[str, Any]]:
+    """What was rehearsed earlier, without entries that are damaged."""
     try:
         kept = json.loads(folder.plans.read_text(encoding="utf-8"))
-        whole = all({"of", *PLANNED} <= set(one) for one in kept.values())
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return kept if whole else {}
+    return {method: one for method, one in kept.items() if _is_whole(one)} if isinstance(kept, dict) else {}
+
+
+def _is_whole(entry: object) -> bool:
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("of"), str) and all(is_number(entry.get(k)) for k in PLANNED)
+    )
 
 
 def rehearsed(recipe_file: Path, base: str, settings: Mapping[str, Any], device: str, subjects: int = 1) -> Row | None:

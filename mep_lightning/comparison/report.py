@@ -16,7 +16,7 @@ from PIL import Image
 
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
-from mep_lightning.comparison.planned import planned
+from mep_lightning.comparison.planned import device_of, planned
 from mep_lightning.comparison.plots import memory_bars, tradeoff
 from mep_lightning.comparison.subjects import Subject
 from mep_lightning.errors import counted
@@ -81,7 +81,7 @@ def write_all(folder: ComparisonFolder, methods: Sequence[str], subjects: Sequen
         "subjects": len({record["subject"] for record in records}),
         "seeds": len({record["seed"] for record in records}),
     }
-    legend = table.legend(found, "cuda" if torch.cuda.is_available() else "cpu")
+    legend = table.legend(found, map(device_of, records))
     write_atomically(folder.table, f"{table.as_markdown(found)}\n{legend}\n")
     write_atomically(folder.table.with_suffix(".csv"), table.as_csv(found))
     failures = [record for record in records if "error" in record]
@@ -115,7 +115,7 @@ def _page(
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         facts={key: str(value) for key, value in about.items()},
         header=["method", *(table.COLUMNS[key][0] for key in keys), "cells"],
-        rows=[[row["method"], *(table.written(row, key) for key in keys), table.counted(row)] for row in found],
+        rows=[[row["method"], *(table.written(row, key) for key in keys), table.cells_of(row)] for row in found],
         failures=[
             (f"{record['method']} on {record['subject']} #{record['seed']}", str(record["error"]))
             for record in records

@@ -43,20 +43,21 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "batch": ("cells a batch", lambda value: f"{value:.0f}"),
     "seconds_per_image": ("s/picture", _figure),
 }
-"""Key -> what it is called, and how it is written; bytes of tensors and files, minutes of training."""
+"""Key -> what it is called, and how it is written; bytes of memory and files, minutes of training."""
 MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
 """Those of which the mean and its spread over seeds are given; of the others the median, of bytes the largest."""
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
 SCORES = (
     "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; bytes "
     "measured are the largest of all cells, times their medians. CLIP-T, CLIP-I and DINO: higher is better. DINO "
-    "inter: lower is more diverse."
+    "inter, of pictures of one prompt (of all, where each has a single one): lower is more diverse."
 )
+PLANNED = "Planned are a run's tensors, without libraries' workspaces"
 MEASURED = {
-    "cpu": "Measured is by how much a cell's process grew; planned are the tensors alone.",
-    "cuda": "Measured is what torch's allocator had out; planned are the same tensors.",
+    "cpu": "measured on a CPU is by how much a cell's process grew",
+    "cuda": "measured on a GPU is what torch's allocator had out",
 }
-"""What is measured of memory on a type of device."""
+"""What is measured of memory on a kind of device."""
 TOGETHER = (
     "Where several cells trained in one batch, the bytes of training are the batch's; minutes and steps/s are each "
     "cell's share."
@@ -133,21 +134,27 @@ def is_batched(row: Mapping[str, Any]) -> bool:
     return (row["batch"] or 1) > 1
 
 
-def legend(found: Sequence[Mapping[str, Any]], device: str) -> str:
-    """What a reader must know of the rows; of memory, what is measured on a "cpu" or on "cuda"."""
-    return " ".join([SCORES, MEASURED[device], *([TOGETHER] if any(map(is_batched, found)) else [])])
+def kind_of(device: str) -> str:
+    """ "cpu", where memory is the process's, or "cuda", where it is the allocator's, of a device's or a GPU's name."""
+    return "cpu" if device in ("cpu", "mps") else "cuda"
+
+
+def legend(found: Sequence[Mapping[str, Any]], kinds: Iterable[str]) -> str:
+    """What a reader must know of the rows, whose cells ran on these kinds of devices."""
+    memory = "; ".join([PLANNED, *(MEASURED[kind] for kind in sorted(set(kinds)))])
+    return " ".join([SCORES, f"{memory}.", *([TOGETHER] if any(map(is_batched, found)) else [])])
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     keys = shown(found)
     lines = [["method", *(COLUMNS[key][0] for key in keys), "cells"]]
-    lines += [[row["method"], *(written(row, key) for key in keys), counted(row)] for row in found]
+    lines += [[row["method"], *(written(row, key) for key in keys), cells_of(row)] for row in found]
     head = f"| {' | '.join(lines[0])} |\n|{'---|' * len(lines[0])}\n"
     return head + "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
 
 
-def counted(row: Mapping[str, Any]) -> str:
+def cells_of(row: Mapping[str, Any]) -> str:
     """How many cells there are, and how many failed."""
     return f"{row['cells']} ({row['failed']} failed)" if row["failed"] else str(row["cells"])
 

@@ -122,7 +122,9 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 def _wrap(text: str, width: int, font: Any, most: int = 3) -> list[str]:
     """A caption in lines that fit the width, at most `most` of them."""
-    for letters in range(max(int(width / font.getlength("i")), 5), 4, -1):
+    widest = max(int(width / font.getlength("i")), 5)
+    text = text[: (most + 1) * widest]  # more is on no line, and would be wrapped again and again
+    for letters in range(widest, 4, -1):
         lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
         if all(font.getlength(line) <= width for line in lines):
             break

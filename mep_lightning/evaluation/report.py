@@ -31,11 +31,11 @@ SCORES = {
     "dino": ("DINO", "how surely it is this very subject", "higher is better"),
     "dino_inter": ("DINO inter", "how alike they are to each other", "lower is more diverse"),
 }
-MEASURED = {
+MEMORY_COLUMNS = {
     "cuda": {"allocated_peak": "allocated", "reserved_peak": "reserved", "process_peak": "process"},
     "cpu": {"peak_bytes": "the run", "process_peak": "the process"},
 }
-"""Figures of a phase -> what they are called on a type of device; a CPU's allocator tells only how the process grew."""
+"""Figures of a phase -> what they are called; where the device is no CUDA one, all that is known is the process."""
 PACKAGES = ("mep-lightning", "torch", "lightning", "diffusers", "transformers", "torchmetrics", "safetensors", "pillow")
 
 
@@ -248,7 +248,7 @@ def _read_memory(page: Page, run: RunFolder) -> None:
         if memory is None or not memory["phases"]:
             raise KeyError
         page.memory = Markup(to_svg(memory_figure(memory, MARK), "memory"))
-        page.memory_columns = MEASURED["cpu" if memory.get("device") == "cpu" else "cuda"]
+        page.memory_columns = MEMORY_COLUMNS["cpu" if memory.get("device") in ("cpu", "mps") else "cuda"]
         for name, figures in memory["phases"].items():
             sizes = {key: human(figures[key]) for key in page.memory_columns}
             breakdown = {part: human(figures["breakdown"].get(part, 0)) for part in PARTS}

@@ -66,16 +66,17 @@ def test_sheets_show_one_prompt_of_every_method(tmp_path):
         folder, "zoodip", 0, ("a <sks> dog on grass", "lime"), (snow, "blue"), ("a blue <sks> dog in the snow", "lime")
     )
     drawn(folder, "zoodip", 1, (snow, "yellow"))
-    sheets.methods(tmp_path, ["zoodip", "lora"], tmp_path / "methods.png")
+    keys = {"zoodip": "of-zoodip", "lora": "of-lora"}
+    sheets.methods(tmp_path, keys, tmp_path / "methods.png")
     red, blue, yellow, white = (255, 0, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
     assert colors(tmp_path / "methods.png") == [[red, blue, white]]
-    sheets.diversity(tmp_path, ["zoodip", "lora"], 2, 1, tmp_path / "diversity.png")
+    sheets.diversity(tmp_path, keys, 2, 1, tmp_path / "diversity.png")
     assert colors(tmp_path / "diversity.png") == [[blue, white], [yellow, white]]
 
 
 def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
-    here, gone, other = (ComparisonFolder(tmp_path / name) for name in ("here/abc", "gone/abc", "other/def"))
-    for folder in (here, gone, other):
+    here, gone, empty = (ComparisonFolder(tmp_path / name) for name in ("here", "gone", "empty"))
+    for folder in (here, gone, empty):
         (folder.photos / "dog").mkdir(parents=True)
     snow = "a <sks> dog in the snow"
     drawn(gone, "zoodip", 0, (snow, "blue"))
@@ -85,30 +86,34 @@ def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
     blue, lime, yellow, white = (0, 0, 255), (0, 255, 0), (255, 255, 0), (255, 255, 255)
     sheet = tmp_path / "diversity.png"
     for folder in (gone, here):
-        sheets.diversity(folder.root, ["zoodip", "lora"], 2, 1, sheet)
+        sheets.diversity(folder.root, {"zoodip": "1", "lora": "2"}, 2, 1, sheet)
     assert colors(sheet) == [[blue, lime], [white, yellow]]
-    sheets.diversity(here.root, ["lora", "zoodip"], 2, 1, sheet)
+    sheets.diversity(empty.root, {"lora": "2", "zoodip": "1"}, 2, 1, sheet)
+    assert colors(sheet) == [[lime, blue], [yellow, white]]
+    sheets.diversity(empty.root, {"lora": "2", "zoodip": "other settings"}, 2, 1, sheet)
     assert colors(sheet) == [[lime, white], [yellow, white]]
-    sheets.diversity(other.root, ["lora", "zoodip"], 2, 1, sheet)
-    assert colors(sheet) == [[white, white], [white, white]]
+    sheets.diversity(empty.root, {"lora": "2", "zoodip": "1"}, 3, 1, sheet)  # of other lines
+    assert {color for line in colors(sheet) for color in line} == {white}
 
 
-def test_a_comparison_is_of_todays_recipes_and_values(tmp_path, monkeypatch):
-    places = {
-        comparison.where(tmp_path, 2).root,
-        comparison.where(tmp_path, 2).root,
-        comparison.where(tmp_path, 3).root,
-    }
-    assert len(places) == 2
+def test_a_methods_key_is_of_its_recipe_its_values_and_the_pictures(tmp_path, monkeypatch):
+    known = comparison.keys(2)
+    assert known == comparison.keys(2) and len(set(known.values())) == len(comparison.METHODS)
+    assert not set(comparison.keys(3).values()) & set(known.values())
     with monkeypatch.context() as patch:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("model: {lr: 1.0}")
-        patch.setattr(comparison, "find_recipe", lambda name: recipe)
-        places.add(comparison.where(tmp_path, 2).root)
-    assert len(places) == 3
+        find = comparison.find_recipe
+        patch.setattr(comparison, "find_recipe", lambda name: recipe if name == "lora" else find(name))
+        assert changed(known, comparison.keys(2)) == {"lora"}
     lookup = comparison.defaults.lookup
-    monkeypatch.setattr(comparison.defaults, "lookup", lambda *which: lookup(*which) | {"lr": 7.0})
-    assert comparison.where(tmp_path, 2).root not in places
+    patched = lambda name, *of: lookup(name, *of) | ({"lr": 7.0} if name == "peqa" else {})  # noqa: E731
+    monkeypatch.setattr(comparison.defaults, "lookup", patched)
+    assert changed(known, comparison.keys(2)) == {"peqa"}
+
+
+def changed(before, after):
+    return {name for name in before if before[name] != after[name]}
 
 
 @pytest.fixture
@@ -143,32 +148,42 @@ def test_records_outlive_their_folder(tmp_path, compared):
     assert ran == [0, 1, 2, 2, 3]
     records = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [record["dino"] for record in records] == [0, 1, 2, 3]
-    assert all({"key", "device", "date", "commit"} <= set(record) for record in records)
+    assert all({"key", "machine", "date", "commit"} <= set(record) for record in records)
 
 
 def test_what_was_made_with_other_settings_is_made_again_and_stays_beside(tmp_path, compared, monkeypatch):
     kept, (ran, _) = tmp_path / "compare.jsonl", compared
     comparison.run(tmp_path / "folder", kept, seeds=1)
-    comparison.run(tmp_path / "folder", kept, seeds=1, images=3)
     monkeypatch.setattr(comparison.quality, "fingerprint", lambda *_: "other weights")
     comparison.run(tmp_path / "folder", kept, seeds=1)
-    assert ran == [0, 0, 0]
-    assert len({json.loads(line)["key"] for line in kept.read_text().splitlines()}) == 3
+    comparison.run(tmp_path / "folder", kept, seeds=1)
+    assert ran == [0, 0]
+    assert len({json.loads(line)["key"] for line in kept.read_text().splitlines()}) == 2
 
 
-def test_other_methods_records_outlive_one_methods_new_values(tmp_path, compared, monkeypatch):
+def test_one_methods_new_values_leave_the_others_cells(tmp_path, compared, monkeypatch):
     kept, (ran, _) = tmp_path / "compare.jsonl", compared
     comparison.run(tmp_path / "folder", kept, seeds=1)
+    runs = ComparisonFolder(tmp_path / "folder").run("lora", "dog", 0)
+    runs.mkdir(parents=True)
     lookup = comparison.defaults.lookup
-    for changed, cells in (("zoodip_fast", [0]), ("lora", [0, 0])):
-        monkeypatch.setattr(
-            comparison.defaults,
-            "lookup",
-            lambda name, *which, changed=changed: lookup(name, *which) | ({"lr": 7.0} if name == changed else {}),
-        )
+    for name, cells, there in (("zoodip_fast", [0], True), ("lora", [0, 0], False)):
+        patched = lambda one, *of, name=name: lookup(one, *of) | ({"lr": 7.0} if one == name else {})  # noqa: E731
+        monkeypatch.setattr(comparison.defaults, "lookup", patched)
         comparison.run(tmp_path / "folder", kept, seeds=1)
-        assert ran == cells
-    assert len(list((tmp_path / "folder").iterdir())) == 3
+        assert (ran, runs.exists()) == (cells, there)
+
+
+def test_what_was_planned_is_kept_with_a_record(tmp_path, compared):
+    plans = {"lora": {"of": "x", "training_planned": 5, "inference_planned": 3}}
+    folder = ComparisonFolder(tmp_path / "folder")
+    comparison.run(folder.root, tmp_path / "first.jsonl", seeds=1)
+    folder.plans.write_text(json.dumps(plans))
+    comparison.run(folder.root, tmp_path / "second.jsonl", seeds=1)
+    (record,) = map(json.loads, (tmp_path / "second.jsonl").read_text().splitlines())
+    assert (record["training_planned"], record["inference_planned"], record["dino"]) == (5, 3, 0)
+    (row,) = table.rows([record | dict.fromkeys(("clip_t", "clip_i", "dino_inter"), 0.0)], ["lora"], {})
+    assert row["training_planned"] == 5
 
 
 def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tmp_path, monkeypatch):

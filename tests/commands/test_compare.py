@@ -56,6 +56,16 @@ def test_every_cell_is_a_run_with_scores(compared):
     assert (run / "metrics.json").exists() and (run / "adapter").is_dir() and not (run / "checkpoints").exists()
 
 
+def test_the_table_and_the_page_say_where_memory_was_measured(compared):
+    assert all(
+        json.loads(line).get("device") in ("cpu", None)
+        for line in (compared / "out/cells.jsonl").read_text().splitlines()
+    )
+    for name in ("table.md", "report.html"):
+        text = html.unescape((compared / "out" / name).read_text())
+        assert "measured on a CPU is by how much a cell's process grew" in text and "allocator" not in text
+
+
 def test_the_page_shows_it_all_and_escapes_what_users_typed(compared):
     page = (compared / "out/report.html").read_text()
     assert "&lt;b&gt;broken" in page and "<b>broken" not in page

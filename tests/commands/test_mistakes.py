@@ -20,6 +20,14 @@ FIT_MISTAKES = {
         "say what to do with --config RECIPE.*selective, textual_inversion, .*zoodip_fast, zoodip_style, models/sd15",
     ),
     "a recipe that stands alone": (["zoodip"], "'zoodip' stands alone; did you mean --config zoodip?"),
+    "a second recipe that stands alone": (
+        ["--config", "zoodip", "--data.path=.", "mine.yaml"],
+        "'mine.yaml' stands alone; did you mean --config mine.yaml?",
+    ),
+    "a recipe before a plan that takes long": (
+        ["--budget", "4GB", "--model.base", "sd15", "lora"],
+        "'lora' stands alone; did you mean --config lora?",
+    ),
     "an abbreviated setting": (["--config", "zoodip", "--data.class", "dog"], "no option --data.class; did you mean"),
     "an architecture": (["--config", "zoodip", "--model.base", "sd15"], "'sd15' is an .*--config models/sd15"),
     "a budget below a process": (["--budget", "10MB"], "--budget 10MB: a process takes about 512 MiB .*; give more"),

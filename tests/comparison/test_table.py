@@ -57,20 +57,27 @@ def test_markdown_shows_columns_of_which_something_is_known(rows):
 
 
 def test_a_table_says_how_many_trained_together_where_any_did(rows):
-    assert "cells a batch" not in table.as_markdown(rows) and table.TOGETHER not in table.legend(rows, "cpu")
+    assert "cells a batch" not in table.as_markdown(rows) and table.TOGETHER not in table.legend(rows, ["cpu"])
     batched = [record("a", "ball", 0, 0.2, batch=4), record("a", "cube", 0, 0.2, batch=1), record("b", "ball", 0, 0.2)]
     found = table.rows([*batched, record("b", "cube", 0, 0.2, batch=1)], ["a", "b"], {})
     assert [row["batch"] for row in found] == [4, 1]
     lines = table.as_markdown(found).splitlines()
     place = [cell.strip() for cell in lines[0].split("|")].index("cells a batch")
     assert [lines[line].split("|")[place].strip() for line in (2, 3)] == ["4", "1"]
-    assert table.legend(found, "cpu").endswith(table.TOGETHER)
+    assert table.legend(found, ["cpu"]).endswith(table.TOGETHER)
     assert [line["batch"] for line in csv.DictReader(io.StringIO(table.as_csv(found)))] == ["4", "1"]
     assert "batch" not in table.shown(found[1:])
 
 
-def test_the_legend_says_what_of_memory_is_measured_where(rows):
-    assert "process grew" in table.legend(rows, "cpu") and "allocator" in table.legend(rows, "cuda")
+def test_the_legend_says_what_of_memory_was_measured_where(rows):
+    grew, out = "how much a cell's process grew", "what torch's allocator had out"
+    for kinds, told in (["cpu"], [True, False]), (["cuda"] * 2, [False, True]), (["cuda", "cpu"], [True, True]):
+        assert [text in table.legend(rows, kinds) for text in (grew, out)] == told
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("mps", "cpu"), ("NVIDIA H100", "cuda")])
+def test_where_memory_is_the_processs_and_where_the_allocators(device, kind):
+    assert table.kind_of(device) == kind
 
 
 def test_csv_has_plain_numbers(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mep_lightning.evaluation import grid
@@ -50,8 +51,12 @@ def test_pictures_captions_and_headings_do_not_overlap():
     assert (np.asarray(drawn.image)[:, -grid.MARGIN :] == 255).all()  # and stays on the page
 
 
-def test_a_caption_stays_below_its_own_picture():
-    text = "a brown and orange checkered fish with a cyan cross"
+@pytest.mark.parametrize(
+    "text",
+    ["a brown and orange checkered fish with a cyan cross", "W" * 40, "word " * 100_000, " "],
+    ids=["words", "one word", "a book", "nothing"],
+)
+def test_a_caption_stays_below_its_own_picture(text):
     drawn = grid.draw([grid.Row("", [flat((9, 9, 9))] * 2, [text] * 2)])
     right, beside = drawn.boxes[0][0][2], drawn.boxes[0][1][0]
     assert (np.asarray(drawn.image)[:, right:beside] == 255).all()
