@@ -33,7 +33,7 @@ def parse_only(monkeypatch):
     monkeypatch.setattr(FitCLI, "before_instantiate_classes", stop)
     monkeypatch.setattr(learned, "open_learned", stop)
     monkeypatch.setattr("mep_lightning.plan.plan", stop)
-    monkeypatch.setattr("mep_lightning.commands.budget.plan", stop)
+    monkeypatch.setattr("mep_lightning.commands.budget.identify", stop)
     monkeypatch.setattr("mep_lightning.commands.compare._subjects", stop)
 
 

@@ -154,12 +154,15 @@ def rehearse_offloads(
     host = replace(found, device=torch.device("cpu"), offload="none")
     setting = _Setting(live, found, resolution, batch_size, pictures, subjects)
     gc.collect()
-    gc.freeze()  # what was there before is not looked through again and again
+    freezes = not gc.get_freeze_count()  # or whoever froze what was there wants it to stay so
+    if freezes:
+        gc.freeze()  # what was there before is not looked through again and again
     try:
         with fakes, live:
             return _rehearse(setting, host, list(modules))
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
 
 
 def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Phases]]:

@@ -91,7 +91,8 @@ def test_several_processes_get_the_strategy_that_suits_the_method(words, strateg
     assert chosen.settings.count("--trainer.strategy") == 1
 
 
-def test_nothing_fits(said):
+def test_nothing_fits(said, monkeypatch):
+    monkeypatch.setattr(budget, "METHODS", ("zoodip", "peqa", "dreambooth"))
     status, sentence = said(["fit", "--budget", "540MB", *INT8, "--model.checkpointing", "true"])
     assert status == 2
     assert sentence.startswith("mep fit: --budget 540MB: the least, ")
