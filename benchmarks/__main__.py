@@ -283,4 +283,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # what was measured so far is kept
+        raise SystemExit(130) from None
