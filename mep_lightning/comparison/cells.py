@@ -214,7 +214,7 @@ def _measured(folder: RunFolder) -> dict[str, Any]:
         training = [figures["peak_bytes"] for name, figures in phases.items() if name != "sample"]
         drawing = phases.get("sample", {}).get("peak_bytes")
         taken = {"training_bytes": max(training), "inference_bytes": drawing}
-        return {"batch": memory.get("subjects", 1), **taken, "device": memory["device"]}
+        return {"batch": memory.get("subjects", 1), **taken, "device": memory.get("device")}
     return {"batch": None, "training_bytes": None, "inference_bytes": None, "device": None}
 
 

@@ -154,15 +154,12 @@ def rehearse_offloads(
     host = replace(found, device=torch.device("cpu"), offload="none")
     setting = _Setting(live, found, resolution, batch_size, pictures, subjects)
     gc.collect()
-    freezes = not gc.get_freeze_count()  # or whoever froze what was there wants it to stay so
-    if freezes:
-        gc.freeze()  # what was there before is not looked through again and again
+    gc.freeze()  # what was there before is not looked through again and again
     try:
         with fakes, live:
             return _rehearse(setting, host, list(modules))
     finally:
-        if freezes:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Phases]]:
