@@ -1,5 +1,6 @@
 """What many tests share."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: sums depend on the number of threads
@@ -19,6 +20,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: at the end, two processes have little left to wait for each other."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What imports made stays: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

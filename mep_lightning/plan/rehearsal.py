@@ -154,12 +154,14 @@ def rehearse_offloads(
     host = replace(found, device=torch.device("cpu"), offload="none")
     setting = _Setting(live, found, resolution, batch_size, pictures, subjects)
     gc.collect()
+    was_frozen = gc.get_freeze_count() > 0  # by whoever wants it to stay so
     gc.freeze()  # what was there before is not looked through again and again
     try:
         with fakes, live:
             return _rehearse(setting, host, list(modules))
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
 
 
 def _rehearse(setting: _Setting, host: BaseFolder, modules: list[PersonalizationModule]) -> list[dict[str, Phases]]:
