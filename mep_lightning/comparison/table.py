@@ -45,17 +45,20 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """Key -> what it is called, and how it is written; bytes of memory and files, minutes of training."""
 MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
-"""Those of which the mean and its spread over seeds are given; of the others the median, of bytes the largest."""
+"""Those of which the mean and its spread over seeds are given; of the others the median."""
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
+"""Those of which the largest is given."""
+GROWN = ("training_bytes", "inference_bytes")
+"""Of these the largest batch's, and on a CPU the median: a process grows most with its first cell, by libraries' code."""
 SCORES = (
-    "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; bytes "
-    "measured are the largest of all cells, times their medians. CLIP-T, CLIP-I and DINO: higher is better. DINO "
-    "inter, of pictures of one prompt (of all, where each has a single one): lower is more diverse."
+    "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; times "
+    "are medians. CLIP-T, CLIP-I and DINO: higher is better. DINO inter, of pictures of one prompt (of all, where each "
+    "has a single one): lower is more diverse."
 )
 PLANNED = "Planned are a run's tensors, without libraries' workspaces"
 MEASURED = {
-    "cpu": "measured on a CPU is by how much a cell's process grew",
-    "cuda": "measured on a GPU is what torch's allocator had out",
+    "cpu": "measured on a CPU is by how much a cell's process grew, the median of cells",
+    "cuda": "measured on a GPU is what torch's allocator had out, the most of all cells",
 }
 """What is measured of memory on a kind of device."""
 TOGETHER = (
@@ -84,14 +87,17 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         good = [record for record in mine if "error" not in record]
         row: dict[str, Any] = {"method": method, "cells": len(good), "failed": len(mine) - len(good)}
         row["spread"] = {}
+        on_cpu = all(kind_of(record.get("device") or "cuda") == "cpu" for record in good)
+        together = max((record["batch"] for record in good if is_number(record.get("batch"))), default=1)
+        as_many = [record for record in good if (record.get("batch") or 1) == together]
         for key in COLUMNS:
-            values = [record[key] for record in good if is_number(record.get(key))]
+            values = [record[key] for record in (as_many if key in GROWN else good) if is_number(record.get(key))]
             if key in MEANS:
                 row[key], row["spread"][key] = _mean(good, key)
             elif key in planned.get(method, {}):
                 row[key] = planned[method][key]
             else:
-                middle = max if key in LARGEST else statistics.median
+                middle = max if key in LARGEST and not (key in GROWN and on_cpu) else statistics.median
                 row[key] = middle(values) if values else None
         found.append(row)
     return found

@@ -39,6 +39,17 @@ def test_scores_are_means_over_seeds_of_means_over_subjects(rows):
     assert a["training_bytes"] == 5 * 2**20 and a["minutes"] == 0.5 and a["training_planned"] == 2**30
 
 
+@pytest.mark.parametrize(("device", "bytes_"), [("cpu", 3 * 2**20), ("NVIDIA H100", 9 * 2**20)])
+def test_of_memory_the_largest_is_given_or_on_a_cpu_the_median(device, bytes_):
+    sizes = [9 * 2**20, 3 * 2**20, 2 * 2**20]
+    records = [record("a", "ball", seed, 0.2, training_bytes=size, device=device) for seed, size in enumerate(sizes)]
+    (row,) = table.rows(records, ["a"], {})
+    assert row["training_bytes"] == bytes_
+    batched = [record("a", "cube", seed, 0.2, training_bytes=2**30, device=device, batch=4) for seed in range(2)]
+    (row,) = table.rows([*records, *batched], ["a"], {})
+    assert row["training_bytes"] == 2**30
+
+
 def test_what_is_not_known_is_none(rows):
     b, a, c = rows
     assert [row["method"] for row in rows] == ["b", "a", "c"]
