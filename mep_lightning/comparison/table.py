@@ -49,7 +49,7 @@ MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
 """Those of which the largest is given."""
 GROWN = ("training_bytes", "inference_bytes")
-"""Of these the largest batch's, and on a CPU the median: a process grows most with its first cell, by libraries' code."""
+"""Of these the largest batch's, and on a CPU the median: a process's first cell grows it by libraries, too."""
 SCORES = (
     "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; times "
     "are medians. CLIP-T, CLIP-I and DINO: higher is better. DINO inter, of pictures of one prompt (of all, where each "
