@@ -162,6 +162,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
+def kind_of(device: str) -> str:
+    """What `memory.json`'s device is: "cpu", where memory is the process's, or "cuda", where it is the allocator's."""
+    return "cpu" if device in ("cpu", "mps") else "cuda"
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Writes a whole file or nothing.
 

@@ -19,10 +19,10 @@ from mep_lightning.bases.single_file import is_single_file
 from mep_lightning.commands.budget import recipe
 from mep_lightning.commands.recipes import read_recipe
 from mep_lightning.comparison.folder import ComparisonFolder
-from mep_lightning.comparison.table import Record, is_number, kind_of
+from mep_lightning.comparison.table import Record, is_number
 from mep_lightning.errors import UserError
 from mep_lightning.plan import Row, plan
-from mep_lightning.run_folder import write_atomically
+from mep_lightning.run_folder import kind_of, write_atomically
 
 PLANNED = ("training_planned", "inference_planned")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
@@ -46,7 +46,10 @@ def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> d
     found = {}
     for method, (config, device) in runs.items():
         settings = read_recipe(config)
-        of = _digest(settings, base, device, together[method])
+        try:
+            of = _digest(settings, base, device, together[method])
+        except (UserError, OSError):  # the base is gone, or its hub cannot be reached
+            continue
         if kept.get(method, {}).get("of") != of:
             row = rehearsed(config, base, settings, device, together[method])
             if row is None:

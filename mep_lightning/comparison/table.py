@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mep_lightning.errors import human
+from mep_lightning.run_folder import kind_of
 
 Record = Mapping[str, Any]
 """A cell's: method, subject, seed and what it came to."""
@@ -138,11 +139,6 @@ def shown(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def is_batched(row: Mapping[str, Any]) -> bool:
     """Whether any of a method's cells trained with others in one batch."""
     return (row["batch"] or 1) > 1
-
-
-def kind_of(device: str) -> str:
-    """ "cpu", where memory is the process's, or "cuda", where it is the allocator's, of a device's or a GPU's name."""
-    return "cpu" if device in ("cpu", "mps") else "cuda"
 
 
 def legend(found: Sequence[Mapping[str, Any]], kinds: Iterable[str]) -> str:

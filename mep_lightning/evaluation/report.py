@@ -22,7 +22,7 @@ from mep_lightning.evaluation import grid
 from mep_lightning.evaluation.page import Picture, picture, render
 from mep_lightning.evaluation.plots import COLORS, MARK, PARTS, branch_figure, loss_figure, memory_figure, to_svg
 from mep_lightning.reading import LARGEST_LOG, load_yaml, read_json, read_text
-from mep_lightning.run_folder import TEMPORARY, RunFolder, write_atomically
+from mep_lightning.run_folder import TEMPORARY, RunFolder, kind_of, write_atomically
 
 STEPS = 8  # grids of the training that it shows at most
 SCORES = {
@@ -248,7 +248,7 @@ def _read_memory(page: Page, run: RunFolder) -> None:
         if memory is None or not memory["phases"]:
             raise KeyError
         page.memory = Markup(to_svg(memory_figure(memory, MARK), "memory"))
-        page.memory_columns = MEMORY_COLUMNS["cpu" if memory.get("device") in ("cpu", "mps") else "cuda"]
+        page.memory_columns = MEMORY_COLUMNS[kind_of(memory.get("device", ""))]
         for name, figures in memory["phases"].items():
             sizes = {key: human(figures[key]) for key in page.memory_columns}
             breakdown = {part: human(figures["breakdown"].get(part, 0)) for part in PARTS}

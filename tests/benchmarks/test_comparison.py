@@ -166,12 +166,14 @@ def test_one_methods_new_values_leave_the_others_cells(tmp_path, compared, monke
     comparison.run(tmp_path / "folder", kept, seeds=1)
     runs = ComparisonFolder(tmp_path / "folder").run("lora", "dog", 0)
     runs.mkdir(parents=True)
+    plans = ComparisonFolder(tmp_path / "folder").plans
     lookup = comparison.defaults.lookup
     for name, cells, there in (("zoodip_fast", [0], True), ("lora", [0, 0], False)):
         patched = lambda one, *of, name=name: lookup(one, *of) | ({"lr": 7.0} if one == name else {})  # noqa: E731
         monkeypatch.setattr(comparison.defaults, "lookup", patched)
+        plans.write_text("{}")
         comparison.run(tmp_path / "folder", kept, seeds=1)
-        assert (ran, runs.exists()) == (cells, there)
+        assert (ran, runs.exists(), plans.exists()) == (cells, there, False)
 
 
 def test_what_was_planned_is_kept_with_a_record(tmp_path, compared):

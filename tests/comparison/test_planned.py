@@ -95,6 +95,12 @@ def test_a_run_without_a_plan_is_tried_again(tmp_path, rehearsals):
     assert len(rehearsals) == 2
 
 
+def test_a_base_that_is_gone_leaves_a_table_without_plans(tmp_path, rehearsals):
+    folder = ComparisonFolder(tmp_path)
+    assert planned(folder, [cell(folder, "lora")], str(tmp_path / "gone")) == {}
+    assert rehearsals == []
+
+
 DAMAGED = ["", "[]", "3", "{", '{"lora": 3}', '{"lora": {"of": "x"}}', "\x00\xff", "[" * 100_000]
 DAMAGED += ['{"lora": ["of", "training_planned", "inference_planned"]}']
 DAMAGED += ['{"lora": {"of": "x", "training_planned": "many", "inference_planned": 1}}']

@@ -6,6 +6,7 @@ import io
 import pytest
 
 from mep_lightning.comparison import table
+from mep_lightning.run_folder import kind_of
 
 FIGURES = {"training_bytes": 3 * 2**20, "inference_bytes": None, "storage": 700, "steps": 5, "steps_per_second": 2.0}
 FIGURES |= {"minutes": 0.5, "seconds_per_image": 1.25}
@@ -88,7 +89,7 @@ def test_the_legend_says_what_of_memory_was_measured_where(rows):
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("mps", "cpu"), ("NVIDIA H100", "cuda")])
 def test_where_memory_is_the_processs_and_where_the_allocators(device, kind):
-    assert table.kind_of(device) == kind
+    assert kind_of(device) == kind
 
 
 def test_csv_has_plain_numbers(rows):

@@ -1,6 +1,7 @@
 """A rehearsal's figures beside those of the allocator in a real run on the embedded base."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ def test_modules_are_rehearsed_one_after_the_other_as_if_alone():
     found = open_base("tiny", "int8")
     alone = [rehearse([METHODS[name]("int8")], found, 64)[0] for name in METHODS]
     assert rehearse([make("int8") for make in METHODS.values()], found, 64) == alone
+
+
+def test_what_others_froze_stays_frozen_and_nothing_else_does():
+    def frozen_after() -> int:
+        rehearse([METHODS["textual_inversion"]("int8")], open_base("tiny", "int8"), 64)
+        return gc.get_freeze_count()
+
+    gc.freeze()
+    try:
+        assert frozen_after() > 0
+        gc.unfreeze()
+        assert frozen_after() == 0
+    finally:
+        gc.freeze()  # as the other tests have it
 
 
 def test_a_rehearsal_leaves_compilation_to_the_run(monkeypatch):
