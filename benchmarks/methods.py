@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     recipe: str
     precision: str = "int8"
     checkpointing: bool | None = None
-    cuda_graph: bool = False
+    cuda_graph: bool | Literal["auto"] = "auto"
 
 
 CASES: dict[str, Case] = {
@@ -46,12 +46,10 @@ CASES: dict[str, Case] = {
     "selective": Case("selective"),
 }
 ON_GPU: dict[str, Case] = {
-    "zoodip, graph": Case("zoodip", cuda_graph=True),
-    "zoodip_fast, graph": Case("zoodip_fast", cuda_graph=True),
-    "gf_ti, graph": Case("gf_ti", cuda_graph=True),
+    "zoodip, launched one by one": Case("zoodip", cuda_graph=False),
     "dreambooth": Case("dreambooth", "fp32"),
 }
-"""What needs a GPU, or the room there."""
+"""What a GPU alone tells apart, or has the room for."""
 BESIDE = "zoodip"
 """What the others' training steps stand beside, and whose base draws alone, without an adapter in its layers."""
 ALONE = "int8 the base alone"

@@ -194,11 +194,22 @@ def methods(rows: list[Row]) -> str:
             row["metric"].removeprefix("seconds a "),
             f"{row['value']:.3g}",
             f"{1 / row['value']:.3g}",
-            f"{row['ratio']:.2f}",
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
         ]
         for row in rows
     ]
     return markdown(["method", "step", "s", "a second", "times as fast as the first"], lines)
+
+
+def rates(rows: list[Row]) -> str:
+    """Training steps a second beside the paper's."""
+    steps = {row["case"].split()[-1]: 1 / row["value"] for row in rows if row["metric"] == "seconds a training step"}
+    told = [
+        {"case": method, "metric": "steps_per_second", "value": steps[method]}
+        for method in papers.SPEED.rows
+        if method in steps
+    ]
+    return beside(papers.SPEED, told)
 
 
 def operations(rows: list[Row]) -> str:
@@ -355,11 +366,13 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/step-sd15": real_speeds,
     "methods-sd15": methods,
     "cuda/methods-sd15": methods,
+    "cuda/methods-sd15:paper": rates,
     "memory-sd15:planned": planned,
     "memory-sd15:measured": measured,
     "memory-sd21:planned": planned,
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
+    "cuda/memory-sd15-h100:measured": measured,
     "published": published,
     "several": batched,
     "cuda/profile-sd15": profiled,
