@@ -21,13 +21,19 @@ GROUP = 8  # tiles of rows that share their columns in L2
 WIDE = knobs.runtime.interpret  # the interpreter multiplies bf16's bits: it is given fp32
 
 
-def tiles() -> list[triton.Config]:
-    """What an autotuner may choose from; in the interpreter, which cannot time, one small tile."""
+def tiles(largest: int | None = None) -> list[triton.Config]:
+    """What an autotuner may choose from; in the interpreter, which cannot time, one small tile.
+
+    Args:
+        largest: outputs of a tile at most; all of them are compiled before the first product, which takes minutes where
+            tiles are large and much is done in registers.
+    """
     if knobs.runtime.interpret:
         return [triton.Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16})]
     return [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in CANDIDATES
+        if largest is None or m * n <= largest
     ]
 
 

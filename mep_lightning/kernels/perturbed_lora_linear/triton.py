@@ -17,6 +17,7 @@ from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
 
 ROWS = 64  # of a member, a program of the first launch
 DEPTH = 64  # of its inner dimension at a time
+LARGEST = 64 * 64  # outputs of the second launch's tiles: with r = 128 larger ones take a compiler 180 s, these 15
 
 
 @triton.jit
@@ -91,8 +92,8 @@ def _down_kernel(
     tl.store(h + at[:, None] * R + rank[None, :], total, mask=(row[:, None] < N) & (rank[None, :] < R))
 
 
-@triton.autotune(configs=tiles(), key=["M", "N", "K", "RANK"], cache_results=True)
-@triton.jit(do_not_specialize=["seed", "step", "param_id"])
+@triton.autotune(configs=tiles(LARGEST), key=["M", "N", "K", "RANK"], cache_results=True)
+@triton.jit(do_not_specialize=["seed", "step", "param_id", "M"])
 def _up_kernel(
     x,  # [V * M, K]
     q,  # int8 [N, K]
