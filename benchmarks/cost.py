@@ -29,7 +29,7 @@ NODE, NODES = 8, 100
 """GPUs of a node, and nodes."""
 STEP = "sd15 int8 n=2, fp16 activations, graph"
 """The measured step: as a run takes it on a GPU."""
-TIMED = ("zoodip", "zoodip_fast", "textual_inversion")
+TIMED = ("zoodip", "zoodip_fast", "textual_inversion", "textual_inversion_lite")
 """Methods that are told from the suite `methods`."""
 HOUR, DAY = 3600, 86_400
 
