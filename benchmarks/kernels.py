@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import kernels
 from mep_lightning.bases.cuda_graph import CUDAGraphed
+from mep_lightning.bases.weights import memory_format
 from mep_lightning.errors import UserError
 from mep_lightning.kernels.dispatch import SWITCH
 from mep_lightning.kernels.products import linear
@@ -169,9 +170,10 @@ def convolutions(dtype: torch.dtype, device: str) -> Iterator[Case]:
         (2560, 1280, 16, 3),
         (640, 320, 64, 1),
     ):
+        layout = memory_format(torch.device(device), dtype)  # a base's
         x = torch.randn(MEMBERS, inner, side, side, device=device, dtype=dtype)
+        x = x.contiguous(memory_format=layout) if x.is_cuda else x
         q, scale = kernels.quantize_rows(torch.randn(out, inner, kernel, kernel, device=device))
-        layout = torch.contiguous_format if q.is_cuda else torch.channels_last  # a base's
         kept = q.contiguous(memory_format=layout)
         bias = torch.zeros(out, device=device, dtype=dtype)
         pad = kernel // 2

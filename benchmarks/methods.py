@@ -84,6 +84,8 @@ def _loaded(name: str, about: Case, device: str) -> Iterator[PersonalizationModu
     module.cuda_graph = about.cuda_graph
     base = made_up.load(made_up.found(name, about.precision, device), module, device)
     module.take(base)
+    if module.graphed is not None:
+        module.graphed.insists = True  # what cannot be captured has no figure
     try:
         yield module
     finally:

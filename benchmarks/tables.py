@@ -62,8 +62,11 @@ def scores(rows: list[Row]) -> str:
     return markdown([*header, "training, s"] if timed else header, lines)
 
 
-def beside(paper: papers.Table, rows: list[Row]) -> str:
-    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order."""
+def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
+    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order.
+
+    Not `ordered`, that line is left out: of figures without seeds nobody knows which differ.
+    """
     ours = {name: {row["metric"]: row for row in rows if row["case"] == name} for name in paper.rows}
     metrics = list(next(iter(paper.rows.values())))
     lines = [
@@ -73,6 +76,9 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     ]
     if len(lines) < len(paper.rows):
         return "Not measured yet.\n"
+    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
+    if not ordered:
+        return table
     counts = []
     for metric in metrics:
         pairs = [
@@ -88,7 +94,6 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
             sum(theirs * (a["value"] - b["value"]) > 0 for theirs, a, b in some) for some in (pairs, plain)
         )
         counts.append(f"{NAMES[metric]} {same} of {len(pairs)} ({of_plain} of {len(plain)})")
-    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     note = "Pairs in the paper's order, and of them those that differ by more than the spread over seeds: "
     return f"{table}\n{note}{', '.join(counts)}.\n"
 
@@ -187,14 +192,14 @@ def _times(row: Row) -> list[str]:
 
 
 def methods(rows: list[Row]) -> str:
-    """A method a line: seconds of a step, and how fast that is beside the first of its kind."""
+    """A method a line: seconds of a step, and how fast that is beside the first of its kind, or what is said."""
     lines = [
         [
             row["case"],
             row["metric"].removeprefix("seconds a "),
             f"{row['value']:.3g}",
             f"{1 / row['value']:.3g}",
-            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            f"{row['ratio']:.2f}{', beside ' * ('beside' in row)}{row.get('beside', '')}",
         ]
         for row in rows
     ]
@@ -203,13 +208,10 @@ def methods(rows: list[Row]) -> str:
 
 def rates(rows: list[Row]) -> str:
     """Training steps a second beside the paper's."""
-    steps = {row["case"].split()[-1]: 1 / row["value"] for row in rows if row["metric"] == "seconds a training step"}
-    told = [
-        {"case": method, "metric": "steps_per_second", "value": steps[method]}
-        for method in papers.SPEED.rows
-        if method in steps
-    ]
-    return beside(papers.SPEED, told)
+    timed = [row for row in rows if row["metric"] == "seconds a training step"]
+    named = [(row["case"].split(maxsplit=2)[-1], 1 / row["value"]) for row in timed]
+    told = [{"case": name, "metric": "steps_per_second", "value": rate} for name, rate in named]
+    return beside(papers.SPEED, told, ordered=False)
 
 
 def operations(rows: list[Row]) -> str:

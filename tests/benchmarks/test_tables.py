@@ -55,6 +55,28 @@ def test_a_papers_table_stands_beside_ours():
     assert tables.beside(paper, rows[:2]) == "Not measured yet.\n"
 
 
+def test_a_step_is_told_by_what_it_stood_beside_and_by_the_papers_rate():
+    seconds = {
+        "zoodip": 0.02,
+        "zoodip, launched one by one": 0.1,
+        "textual_inversion": 0.2,
+        "tuneqdm": 0.25,
+        "gf_ti": 0.5,
+    }
+    rows = [
+        {"case": f"sd15 int8 {case}", "metric": "seconds a training step", "value": value, "ratio": 0.02 / value}
+        for case, value in seconds.items()
+    ]
+    rows[2] |= {"ratio": 0.5, "beside": "zoodip, launched one by one"}
+    text = tables.methods(rows)
+    assert "| sd15 int8 zoodip | training step | 0.02 | 50 | 1.00 |\n" in text
+    assert "| training step | 0.2 | 5 | 0.50, beside zoodip, launched one by one |\n" in text
+    text = tables.rates(rows)
+    assert "| zoodip | 50 (16.1) |\n" in text and "| textual_inversion | 5 (9.42) |\n" in text
+    assert "order" not in text  # single timings have no spread that tells which differ
+    assert tables.rates(rows[:3]) == "Not measured yet.\n"
+
+
 @pytest.mark.parametrize("place", papers.TABLES)
 def test_a_papers_variants_are_those_of_the_suite(place):
     known = SUITES | {"compare": dict.fromkeys(METHODS)}

@@ -16,7 +16,12 @@ from mep_lightning.plan.workspaces import WORKSPACES, workspaces
 
 MIB = 2**20
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda"
-MEASURED = [row for path in sorted(RESULTS.glob("memory-sd15*.json")) for row in json.loads(path.read_text())["rows"]]
+MEASURED = [
+    row
+    for path in sorted(RESULTS.glob("memory-sd15*.json"))
+    for row in json.loads(path.read_text())["rows"]
+    if row["metric"].startswith("peak on cuda")
+]
 AUTOENCODER = {"encode": (321, 643), "decode": (385, 771)}
 """Activations that are planned for SD1.5's at 512 px, MiB: in half precision and in fp32."""
 

@@ -17,7 +17,7 @@ from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
 
 ROWS = 64  # of a member, a program of the first launch
 DEPTH = 64  # of its inner dimension at a time
-LARGEST = 64 * 64  # outputs of the second launch's tiles: with r = 128 larger ones take a compiler 180 s, these 15
+LARGEST = 64 * 64  # outputs of the second launch's tiles: all larger ones take a compiler minutes with r = 128
 
 
 @triton.jit
