@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from benchmarks.rows import Row, measured_with, row
 from mep_lightning import defaults
 from mep_lightning.commands import compare
 from mep_lightning.commands.recipes import find_recipe
+from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
-from mep_lightning.comparison.planned import PLANNED
-from mep_lightning.comparison.table import COLUMNS, MEANS
+from mep_lightning.comparison.planned import PLANNED, planned
+from mep_lightning.comparison.table import COLUMNS
 from mep_lightning.run_folder import write_atomically
 
 METHODS = (
@@ -44,7 +46,7 @@ KEYS = "keys.json"
 def run(
     folder: Path, kept: Path, *, subjects: int = 10, seeds: int = 3, images: int = 2, workers: int = 2
 ) -> list[Row]:
-    """Run the cells that are missing.
+    """Run the cells that are missing; what stops before the last (Ctrl-C) has figures of what all methods have.
 
     Args:
         folder: of the comparison.
@@ -54,8 +56,8 @@ def run(
         workers: processes of one thread each.
 
     Returns:
-        A row for each of a method's columns: `value`, and of scores `spread`; `subjects` and `seeds` are how many there
-        are of its cells.
+        A row for each of a method's columns: `value`, and of scores from several seeds `spread`; `cells` is how many
+        there are of its cells, and `failed` how many came to nothing.
     """
     known, comparison = keys(images), ComparisonFolder(folder)
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
@@ -63,11 +65,21 @@ def run(
     comparison.claim(compare.shared(words))
     forget(comparison, known)
     restore(comparison, kept, known)
-    try:
-        compare.run(words)
-    finally:
-        keep(comparison, kept, known)
-    return rows(json.loads(comparison.table.with_suffix(".json").read_text()))
+    with suppress(KeyboardInterrupt):
+        try:
+            compare.run(words)
+        finally:
+            keep(comparison, kept, known)
+    return figures(comparison)
+
+
+def figures(comparison: ComparisonFolder) -> list[Row]:
+    """The rows of the subjects and seeds that every method has a cell of: no other would be fair."""
+    records = comparison.records()
+    by_method = [{(subject, seed) for method, subject, seed in records if method == name} for name in METHODS]
+    shared = set.intersection(*by_method)
+    even = [record for (_, *which), record in records.items() if tuple(which) in shared]
+    return rows(table.rows(even, METHODS, planned(comparison, even, "tiny")))
 
 
 def keys(images: int) -> dict[str, str]:
@@ -129,14 +141,14 @@ def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["method"], record["subject"], record["seed"]
 
 
-def rows(content: dict[str, Any]) -> list[Row]:
-    """The rows of a comparison's table.json, a row a figure."""
+def rows(told: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The lines of a comparison's table, a row a figure."""
     found = []
-    for line in content["rows"]:
+    for line in told:
         size = {"cells": line["cells"], "failed": line["failed"]}
         for key in COLUMNS:
             if line[key] is not None:
-                spread = {"spread": line["spread"][key] or 0.0} if key in MEANS else {}
+                spread = {"spread": line["spread"][key]} if line["spread"].get(key) is not None else {}
                 found.append(row("compare", line["method"], key, line[key], "") | spread | size)
     return found
 

@@ -13,7 +13,7 @@ from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.tiny.subjects import style
 
 
-def content(*methods):
+def told(*methods):
     records = [
         {"method": method, "subject": subject, "seed": seed, "training_bytes": 2**20 * (1 + number)}
         | dict.fromkeys(("clip_t", "clip_i", "dino", "dino_inter"), number + seed / 10)
@@ -22,19 +22,31 @@ def content(*methods):
         for seed in (0, 1)
     ]
     records.append({"method": methods[0], "subject": "c", "seed": 0, "error": "out of memory", "kind": "memory"})
-    return {"rows": table.rows(records, methods, {})}
+    return table.rows(records, methods, {})
 
 
 def test_lines_are_those_of_the_table():
-    rows = content("zoodip", "lora")["rows"]
-    found = comparison.lines(comparison.rows({"rows": rows}))
-    assert table.as_markdown(found) == table.as_markdown(rows)
+    lines = told("zoodip", "lora")
+    found = comparison.lines(comparison.rows(lines))
+    assert table.as_markdown(found) == table.as_markdown(lines)
     assert found[0]["spread"]["dino"] == pytest.approx(0.0707, abs=1e-4)
-    assert tables.compared(comparison.rows({"rows": rows})).count("\n") == 4
+    assert tables.compared(comparison.rows(lines)).count("\n") == 4
 
 
 def test_a_method_without_a_cell_has_no_row():
-    assert comparison.rows(content("zoodip") | {"rows": table.rows([], ["zoodip"], {})}) == []
+    assert comparison.rows(table.rows([], ["zoodip"], {})) == []
+
+
+def test_figures_are_of_what_every_method_has(tmp_path, monkeypatch):
+    folder = ComparisonFolder(tmp_path)
+    for method, subject, dino in (("lora", "a", 0.1), ("lora", "b", 0.9), ("zoodip", "a", 0.3), ("zoodip", "c", 0.9)):
+        scores = dict.fromkeys(("clip_t", "clip_i", "dino", "dino_inter"), dino)
+        folder.keep({"method": method, "subject": subject, "seed": 0, **scores})
+    monkeypatch.setattr(comparison, "METHODS", ("lora", "zoodip"))
+    monkeypatch.setattr(comparison, "planned", lambda *_: {})
+    found = [row for row in comparison.figures(folder) if row["metric"] == "dino"]
+    assert [(row["case"], row["value"], row["cells"]) for row in found] == [("lora", 0.1, 1), ("zoodip", 0.3, 1)]
+    assert "spread" not in found[0]  # of a single seed nobody knows it
 
 
 def drawn(folder, method, seed, *pictures):
@@ -130,7 +142,6 @@ def compared(monkeypatch):
                 folder.keep({"method": "lora", "subject": "dog", "seed": seed, **came})
                 if fails.get(seed) == "interrupted":
                     raise KeyboardInterrupt
-        folder.table.with_suffix(".json").write_text('{"rows": []}')
 
     monkeypatch.setattr(comparison.compare, "run", compare)
     return ran, fails
@@ -141,8 +152,7 @@ def test_records_outlive_their_folder(tmp_path, compared):
     kept, (ran, fails) = tmp_path / "compare.jsonl", compared
     comparison.run(tmp_path / "first", kept, seeds=2)
     fails[2] = "interrupted"
-    with pytest.raises(KeyboardInterrupt):
-        comparison.run(tmp_path / "second", kept, seeds=4)
+    comparison.run(tmp_path / "second", kept, seeds=4)
     fails.clear()
     comparison.run(tmp_path / "third", kept, seeds=4)
     assert ran == [0, 1, 2, 2, 3]
