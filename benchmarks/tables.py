@@ -79,7 +79,7 @@ def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
     table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     if not ordered:
         return table
-    counts = []
+    counts, spreads = [], any("spread" in row for by_metric in ours.values() for row in by_metric.values())
     for metric in metrics:
         pairs = [
             (paper.rows[one][metric] - paper.rows[two][metric], ours[one][metric], ours[two][metric])
@@ -93,9 +93,10 @@ def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
         same, of_plain = (
             sum(theirs * (a["value"] - b["value"]) > 0 for theirs, a, b in some) for some in (pairs, plain)
         )
-        counts.append(f"{NAMES[metric]} {same} of {len(pairs)} ({of_plain} of {len(plain)})")
-    note = "Pairs in the paper's order, and of them those that differ by more than the spread over seeds: "
-    return f"{table}\n{note}{', '.join(counts)}.\n"
+        bracket = f" ({of_plain} of {len(plain)})" if spreads else ""
+        counts.append(f"{NAMES[metric]} {same} of {len(pairs)}{bracket}")
+    of_plain_ones = ", and of them those that differ by more than the spread over seeds" if spreads else ""
+    return f"{table}\nPairs in the paper's order{of_plain_ones}: {', '.join(counts)}.\n"
 
 
 def _figure(value: float) -> str:

@@ -53,6 +53,8 @@ def test_a_papers_table_stands_beside_ours():
     assert "| ours (Table 9) | DINO |\n" in text and "| b | 0.120 (0.600) |\n" in text
     assert text.endswith("DINO 1 of 3 (0 of 1).\n")  # a < b is chance, c < a too, c < b is plainly the other way round
     assert tables.beside(paper, rows[:2]) == "Not measured yet.\n"
+    alone = [{key: value for key, value in row.items() if key != "spread"} for row in rows]
+    assert tables.beside(paper, alone).endswith("Pairs in the paper's order: DINO 1 of 3.\n")  # one seed has no spread
 
 
 def test_a_step_is_told_by_what_it_stood_beside_and_by_the_papers_rate():
