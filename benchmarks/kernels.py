@@ -172,8 +172,9 @@ def convolutions(dtype: torch.dtype, device: str) -> Iterator[Case]:
     ):
         layout = memory_format(torch.device(device), dtype)  # a base's
         x = torch.randn(MEMBERS, inner, side, side, device=device, dtype=dtype)
-        x = x.contiguous(memory_format=layout) if x.is_cuda else x
         q, scale = kernels.quantize_rows(torch.randn(out, inner, kernel, kernel, device=device))
+        if x.is_cuda:  # on a CPU PyTorch is given the order that it takes by itself
+            x, q = (tensor.contiguous(memory_format=layout) for tensor in (x, q))
         kept = q.contiguous(memory_format=layout)
         bias = torch.zeros(out, device=device, dtype=dtype)
         pad = kernel // 2

@@ -62,11 +62,8 @@ def scores(rows: list[Row]) -> str:
     return markdown([*header, "training, s"] if timed else header, lines)
 
 
-def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
-    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order.
-
-    Not `ordered`, that line is left out: of figures without seeds nobody knows which differ.
-    """
+def beside(paper: papers.Table, rows: list[Row]) -> str:
+    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order."""
     ours = {name: {row["metric"]: row for row in rows if row["case"] == name} for name in paper.rows}
     metrics = list(next(iter(paper.rows.values())))
     lines = [
@@ -76,9 +73,6 @@ def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
     ]
     if len(lines) < len(paper.rows):
         return "Not measured yet.\n"
-    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
-    if not ordered:
-        return table
     counts, spreads = [], any("spread" in row for by_metric in ours.values() for row in by_metric.values())
     for metric in metrics:
         pairs = [
@@ -95,6 +89,7 @@ def beside(paper: papers.Table, rows: list[Row], ordered: bool = True) -> str:
         )
         bracket = f" ({of_plain} of {len(plain)})" if spreads else ""
         counts.append(f"{NAMES[metric]} {same} of {len(pairs)}{bracket}")
+    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     of_plain_ones = ", and of them those that differ by more than the spread over seeds" if spreads else ""
     return f"{table}\nPairs in the paper's order{of_plain_ones}: {', '.join(counts)}.\n"
 
@@ -200,7 +195,7 @@ def methods(rows: list[Row]) -> str:
             row["metric"].removeprefix("seconds a "),
             f"{row['value']:.3g}",
             f"{1 / row['value']:.3g}",
-            f"{row['ratio']:.2f}{', beside ' * ('beside' in row)}{row.get('beside', '')}",
+            f"{row['ratio']:.2f}" + (f", beside {row['beside']}" if "beside" in row else ""),
         ]
         for row in rows
     ]
@@ -212,7 +207,7 @@ def rates(rows: list[Row]) -> str:
     timed = [row for row in rows if row["metric"] == "seconds a training step"]
     named = [(row["case"].split(maxsplit=2)[-1], 1 / row["value"]) for row in timed]
     told = [{"case": name, "metric": "steps_per_second", "value": rate} for name, rate in named]
-    return beside(papers.SPEED, told, ordered=False)
+    return beside(papers.SPEED, told)
 
 
 def operations(rows: list[Row]) -> str:
