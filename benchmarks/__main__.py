@@ -88,8 +88,9 @@ def parser() -> argparse.ArgumentParser:
     precision = suites.add_parser("precision", help="ZOODiP on the base in every precision, likewise")
     forward = suites.add_parser("forward", help="finite differences and tangents in half precision, likewise")
     estimators = suites.add_parser("estimators", help="ways to a token in as many forward passes, likewise")
+    search = suites.add_parser("search", help="gradient-free search as it is and as its public code does, likewise")
     loras = suites.add_parser("loras", help="LoRA whole, hollowed and selectively optimised, likewise")
-    for suite in (quality, ablation, subspace, timesteps, precision, forward, estimators, loras):
+    for suite in (quality, ablation, subspace, timesteps, precision, forward, estimators, search, loras):
         suite.add_argument(
             "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
         )
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
         (ablation, 3, 3, 2),
         (subspace, 3, 1, 2),
         (timesteps, 3, 3, 2),
+        (search, 3, 1, 2),
         (estimators, 4, 2, 2),
         (tune, 3, 1, 2),
         (compare, 10, 3, 2),
@@ -276,6 +278,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "precision": _cells,
     "forward": _cells,
     "estimators": _cells,
+    "search": _cells,
     "loras": _cells,
     "tune": _cells,
     "compare": _compare,

@@ -1,4 +1,4 @@
-"""What the literature has against slow zeroth-order training, for the suite `estimators`, beside what is shipped.
+"""What the literature does otherwise than what is shipped, for the suites `estimators` and `search`.
 
 Parts that proved no better are here alone, so that their figures can be had again.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from mep_lightning import PersonalizationModule
+from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import RandomGradientEstimator
+from mep_lightning.estimators import CMAES, RandomGradientEstimator
 from mep_lightning.estimators.subspace import Subspace
 from mep_lightning.kernels import philox_normal
 
@@ -93,6 +97,57 @@ class ScalarMoment(RandomGradientEstimator):
         self.moment = self.beta * self.moment + (1 - self.beta) * weights.square().mean().item()
         mean = self.moment / (1 - self.beta**self.told)
         return weights / math.sqrt(mean) if mean else weights
+
+
+class RandomDirections(CMAES):
+    """Searches along normal directions, so long that sigma 1 draws entries that vary as the vocabulary's do.
+
+    As in the public code of gradient-free textual inversion (github.com/feizc/Gradient-Free-Textual-Inversion).
+    """
+
+    def _principal(self, width: int) -> Tensor:
+        assert self._vocabulary is not None
+        deviation = self._vocabulary().float().std().item()
+        return philox_normal(self.seed or 0, 0, range(int(self.dims)), 1, width) * deviation / math.sqrt(self.dims)
+
+
+class BestOfPopulation(CMAES):
+    """Ends every step, and so the search, at the best of its population instead of the search's mean, as that code."""
+
+    @torch.no_grad()
+    def estimate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _, losses = super().estimate(*args, **kwargs)
+        theta = args[1]
+        (best,) = self._tokens(self.best[None], theta)
+        return theta - best, losses
+
+    def _tell(self, drawn: list[Any], losses: Tensor) -> None:
+        self.best = drawn[int(losses.argmin())]
+        super()._tell(drawn, losses)
+
+
+class PublicCMAES(RandomDirections, BestOfPopulation):
+    """Both."""
+
+
+class OwnNoise(PersonalizationModule):
+    """Hears every member's loss under a noise of its own, as that code, where members share it otherwise.
+
+    For bases that predict the noise; not resumed.
+    """
+
+    def losses(self, members: Any, draw: Draw) -> Tensor:
+        rest = 1 - self.loaded().scheduler.alphas_cumprod[draw.timestep.cpu()].to(draw.noisy)[:, None, None, None]
+        told = []
+        for member in members.split(1):
+            noise = torch.randn(draw.target.shape, generator=self.noises).to(draw.target)
+            noisy = draw.noisy + rest.sqrt() * (noise - draw.target).to(draw.noisy)
+            told.append(super().losses(member, replace(draw, noisy=noisy, target=noise)))
+        return torch.cat(told)
+
+    @cached_property
+    def noises(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
 
 class PromptSearch(Callback):

@@ -67,7 +67,8 @@ def train(
         return part(getattr(estimators, name, None) or getattr(literature, name))
 
     selector = settings.get("selector")
-    module = PersonalizationModule(
+    kind = literature.OwnNoise if settings.get("own_noise") else PersonalizationModule
+    module = kind(
         precision=settings["precision"],
         adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
         estimator=way(settings["estimator"]),

@@ -351,6 +351,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "precision": scores,
     "forward": scores,
     "estimators": scores,
+    "search": scores,
     "loras": scores,
     "paths": travelled,
     "paths:dims": truncated,

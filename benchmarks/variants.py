@@ -131,6 +131,15 @@ ESTIMATORS: dict[str, Settings] = {
     "conditioning subspace, tangents": NARROW | {"estimator": "ForwardGradientEstimator"},
 }
 """Ways to a token in 9,000 forward passes, the search's among them; the first is what the others vary."""
+SEARCH: dict[str, Settings] = {
+    "CMA-ES": BASELINES["gf_ti"],
+    "a third of the dimensions": BASELINES["gf_ti"] | {"dims": 43},
+    "a third, random ones": BASELINES["gf_ti"] | {"dims": 43, "estimator": "RandomDirections"},
+    "noise of each member's own": BASELINES["gf_ti"] | {"own_noise": True},
+    "to the best of the last population": BASELINES["gf_ti"] | {"estimator": "BestOfPopulation"},
+    "all of these": BASELINES["gf_ti"] | {"dims": 43, "estimator": "PublicCMAES", "own_noise": True},
+}
+"""GF-TI as it is shipped, and with what its public code does otherwise; a third of 128 as 256 are of 768."""
 FRACTIONS = (0.202, 0.43, 0.502, 0.702, 0.901)
 """Cuts of tiny's U-Net (`bases.units.cuts`), as shares of its parameters."""
 FALLING = {"selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1, "falling": True}]}
@@ -162,6 +171,7 @@ SUITES = {
     "precision": PRECISIONS,
     "forward": FORWARD,
     "estimators": ESTIMATORS,
+    "search": SEARCH,
     "loras": LORAS,
 }
 SWITCHES = {"sg": ("tau", "nu"), "conditioning": ("share", "every"), "puts": ("puts_low", "puts_high")}

@@ -4,7 +4,15 @@ import pytest
 import torch
 from lightning import Trainer
 
-from benchmarks.literature import GuidedSearch, PromptSearch, ScalarMoment, words
+from benchmarks.literature import (
+    BestOfPopulation,
+    GuidedSearch,
+    OwnNoise,
+    PromptSearch,
+    RandomDirections,
+    ScalarMoment,
+    words,
+)
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.tiny.subjects import subject
@@ -63,3 +71,55 @@ def test_a_search_starts_from_the_word_with_the_least_loss(tmp_path):
     nearest = (table - module.adapter.theta.detach()).norm(dim=1).min()
     assert nearest < 1e-4
     assert found.item() <= some.min().item() + 1e-5
+
+
+def test_a_search_along_random_directions_draws_entries_that_vary_as_the_vocabularys():
+    table = 0.3 + 0.02 * torch.randn(400, 96, generator=torch.Generator().manual_seed(0))
+    search = RandomDirections(population=4, dims=32, sigma=1.0, seed=0)
+    search.follow(lambda: table)
+    search.estimate(lambda values: values.flatten(1).sum(1), table[:1])
+    z = torch.randn(4_000, 32, generator=torch.Generator().manual_seed(1)).double().numpy()
+    moved = search._tokens(z, table[:1]) - table[:1]
+    assert moved.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.linalg.matrix_rank(search._basis) == 32
+
+
+def test_the_best_of_a_population_is_one_of_its_members_and_leaves_the_search_as_it_was():
+    table = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    theta, heard, means = table[:1], [], []
+
+    def loss_fn(values):
+        heard.append(values)
+        return values.pow(2).flatten(1).sum(1)
+
+    for kind in (BestOfPopulation, BestOfPopulation.__base__):
+        search = kind(population=6, dims=4, sigma=1.0, seed=0)
+        search.follow(lambda: table)
+        here = theta
+        for _ in range(3):
+            grad, losses = search.estimate(loss_fn, here)
+            here = here - grad
+        means.append(search._search.mean)
+        if kind is BestOfPopulation:
+            torch.testing.assert_close(here, heard[-1][losses.argmin()])
+    assert (means[0] == means[1]).all()
+
+
+def test_every_member_hears_a_noise_of_its_own_on_the_same_latents(tmp_path, tiny_base, monkeypatch):
+    who = subject(0)
+    for number, photo in enumerate(who.photos()):
+        photo.save(tmp_path / f"{number}.png")
+    module = OwnNoise(adapter=TokenEmbedding(init="!"), method="gf_ti")
+    module.class_word = who.class_word
+    module.take(tiny_base)
+    data = SubjectData(tmp_path, class_word=who.class_word)
+    data.encode(tiny_base)
+    draw, told = module.draw_at(data.batch(0), 0), []
+    monkeypatch.setattr(PersonalizationModule, "losses", lambda self, member, own: told.append(own) or torch.zeros(1))
+    assert module.losses(torch.zeros(3, 1, 128), draw).shape == (3,)
+    kept = tiny_base.scheduler.alphas_cumprod[draw.timestep][:, None, None, None]
+    latents = [(own.noisy - (1 - kept).sqrt() * own.target) / kept.sqrt() for own in (draw, *told)]
+    assert len(told) == 3
+    assert len({own.target.sum().item() for own in (draw, *told)}) == 4
+    for own in latents[1:]:
+        torch.testing.assert_close(own, latents[0], rtol=0, atol=1e-3)
