@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
     suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
     suites.add_parser("pairs", help="whether antithetic draws or control variates could help, on tiny")
+    suites.add_parser("heard", help="what a step hears of the way to go, by where its timestep lies, on tiny")
     several = suites.add_parser("several", help="subjects an hour, one at a time and several in a batch, on tiny")
     several.add_argument("--rounds", type=int, default=3)
     suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
@@ -190,6 +191,12 @@ def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return fidelity.run(device=args.device)
 
 
+def _heard(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    from benchmarks import heard
+
+    return heard.run()
+
+
 def _branches(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import branches
 
@@ -266,6 +273,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "fidelity": _fidelity,
     "published": _published,
     "branches": _branches,
+    "heard": _heard,
     "pairs": _pairs,
     "paths": _paths,
     "several": _several,

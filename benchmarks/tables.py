@@ -142,6 +142,14 @@ def branches(rows: list[Row]) -> str:
     return markdown(["gradient", *timesteps], lines)
 
 
+def heard(rows: list[Row]) -> str:
+    """A range of timesteps a line."""
+    wholes = list(dict.fromkeys(row["metric"] for row in rows))
+    values = {(row["case"], row["metric"]): f"{row['value']:.3f} ± {row['spread']:.3f}" for row in rows}
+    lines = [[case, *(values[case, what] for what in wholes)] for case in dict.fromkeys(case for case, _ in values)]
+    return markdown(["timesteps", *wholes], lines)
+
+
 def listened(rows: list[Row]) -> str:
     """A share a line: how many dimensions hold it, and how much of a gradient is in them."""
     values = {(row["case"], row["metric"]): row["value"] for row in rows if row["case"].startswith("share ")}
@@ -356,6 +364,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "paths": travelled,
     "paths:dims": truncated,
     "branches": branches,
+    "heard": heard,
     "conditioning": listened,
     "pairs": paired,
     **{name: partial(beside, table) for name, table in papers.TABLES.items()},
