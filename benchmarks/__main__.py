@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +19,29 @@ PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity", "profile")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training; on a CPU no profile."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
+ALONE = {
+    "published": "ZOODiP's column of training memory, planned for public scripts of its methods",
+    "branches": "where the steps of selective optimisation point, on tiny",
+    "conditioning": "where a token's gradient lies, on tiny",
+    "pairs": "whether antithetic draws or control variates could help, on tiny",
+    "heard": "what a step hears of the way to go, by where its timestep lies, on tiny",
+    "paths": "how fast tokens learn, and in how few dimensions, on tiny",
+}
+"""Suites without options; each is the `run` of the module of its name."""
+TRAINED = {
+    "quality": ("methods on subjects of the tiny world", 8, 3),
+    "ablation": ("ZOODiP with one part changed, on subjects of the tiny world", 3, 3),
+    "subspace": ("ZOODiP with other settings of Subspace Gradient, likewise", 3, 1),
+    "timesteps": ("Textual Inversion on part of the timesteps, likewise", 3, 3),
+    "precision": ("ZOODiP on the base in every precision, likewise", 8, 3),
+    "forward": ("finite differences and tangents in half precision, likewise", 8, 3),
+    "estimators": ("ways to a token in as many forward passes, likewise", 4, 2),
+    "search": ("gradient-free search as it is and as its public code does, likewise", 3, 1),
+    "loras": ("LoRA whole, hollowed and selectively optimised, likewise", 8, 3),
+    "tune": ("a method's values for the embedded base, on subjects that are not reported", 3, 1),
+    "compare": ("all methods of the papers' tables, through `mep compare`, on tiny", 10, 3),
+}
+"""Suites of trained cells: what each is of, and how many subjects and seeds the whole of it has."""
 UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "folder", "device", "base")
 """Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
 
@@ -81,49 +105,24 @@ def parser() -> argparse.ArgumentParser:
         suite.add_argument("--resolution", type=int, default=None)
         suite.add_argument("--plan-only", action="store_true", help="measure no memory: a large base takes a CPU long")
 
-    quality = suites.add_parser("quality", help="methods on subjects of the tiny world")
-    ablation = suites.add_parser("ablation", help="ZOODiP with one part changed, on subjects of the tiny world")
-    subspace = suites.add_parser("subspace", help="ZOODiP with other settings of Subspace Gradient, likewise")
-    timesteps = suites.add_parser("timesteps", help="Textual Inversion on part of the timesteps, likewise")
-    precision = suites.add_parser("precision", help="ZOODiP on the base in every precision, likewise")
-    forward = suites.add_parser("forward", help="finite differences and tangents in half precision, likewise")
-    estimators = suites.add_parser("estimators", help="ways to a token in as many forward passes, likewise")
-    search = suites.add_parser("search", help="gradient-free search as it is and as its public code does, likewise")
-    loras = suites.add_parser("loras", help="LoRA whole, hollowed and selectively optimised, likewise")
-    for suite in (quality, ablation, subspace, timesteps, precision, forward, estimators, search, loras):
-        suite.add_argument(
-            "--variants", nargs="+", metavar="NAME", choices=SUITES[suite.prog.split()[-1]], default=None
-        )
-        suite.add_argument("--split", choices=["test", "tune"], default="test")
-        suite.add_argument("--device", default="cpu", help="cpu or cuda")
-    suites.add_parser("published", help="ZOODiP's column of training memory, planned for public scripts of its methods")
-    suites.add_parser("branches", help="where the steps of selective optimisation point, on tiny")
-    suites.add_parser("conditioning", help="where a token's gradient lies, on tiny")
-    suites.add_parser("pairs", help="whether antithetic draws or control variates could help, on tiny")
-    suites.add_parser("heard", help="what a step hears of the way to go, by where its timestep lies, on tiny")
-    several = suites.add_parser("several", help="subjects an hour, one at a time and several in a batch, on tiny")
-    several.add_argument("--rounds", type=int, default=3)
-    suites.add_parser("paths", help="how fast tokens learn, and in how few dimensions, on tiny")
-    tune = suites.add_parser("tune", help="a method's values for the embedded base, on subjects that are not reported")
-    tune.add_argument("--method", choices=list(AXES), required=True)
-    compare = suites.add_parser("compare", help="all methods of the papers' tables, through `mep compare`, on tiny")
-    compare.add_argument(
-        "--folder", type=Path, default=Path("runs/compare"), help="of the comparison, to carry on with"
-    )
-    sizes = [(suite, 8, 3, 2) for suite in (quality, precision, forward, loras)] + [
-        (ablation, 3, 3, 2),
-        (subspace, 3, 1, 2),
-        (timesteps, 3, 3, 2),
-        (search, 3, 1, 2),
-        (estimators, 4, 2, 2),
-        (tune, 3, 1, 2),
-        (compare, 10, 3, 2),
-    ]
-    for suite, subjects, seeds, images in sizes:
+    for name, (what, subjects, seeds) in TRAINED.items():
+        suite = suites.add_parser(name, help=what)
         suite.add_argument("--subjects", type=int, default=subjects)
         suite.add_argument("--seeds", type=int, default=seeds)
-        suite.add_argument("--images", type=int, default=images, help="pictures a prompt")
+        suite.add_argument("--images", type=int, default=2, help="pictures a prompt")
         suite.add_argument("--workers", type=int, default=2)
+        if name in SUITES:
+            suite.add_argument("--variants", nargs="+", metavar="NAME", choices=SUITES[name], default=None)
+            suite.add_argument("--split", choices=["test", "tune"], default="test")
+            suite.add_argument("--device", default="cpu", help="cpu or cuda")
+    suites.choices["tune"].add_argument("--method", choices=list(AXES), required=True)
+    suites.choices["compare"].add_argument(
+        "--folder", type=Path, default=Path("runs/compare"), help="of the comparison, to carry on with"
+    )
+    for name, what in ALONE.items():
+        suites.add_parser(name, help=what)
+    several = suites.add_parser("several", help="subjects an hour, one at a time and several in a batch, on tiny")
+    several.add_argument("--rounds", type=int, default=3)
     tiny = suites.add_parser("tiny", help="how good the embedded base is: prompt-following, reconstruction, a sheet")
     tiny.add_argument("--sets", type=int, default=4, help="sets of 32 captions")
     tiny.add_argument("--sheet", type=Path, default=None, help="PNG of the first set's pictures")
@@ -191,46 +190,15 @@ def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return fidelity.run(device=args.device)
 
 
-def _heard(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import heard
-
-    return heard.run()
-
-
-def _branches(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import branches
-
-    return branches.run()
-
-
-def _conditioning(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import conditioning
-
-    return conditioning.run()
-
-
-def _pairs(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import pairs
-
-    return pairs.run()
-
-
-def _paths(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import paths
-
-    return paths.run()
+def _alone(args: argparse.Namespace, _: Path) -> list[rows.Row]:
+    measured: list[rows.Row] = import_module(f"benchmarks.{args.suite}").run()
+    return measured
 
 
 def _several(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import several
 
     return several.run(args.rounds)
-
-
-def _published(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import published
-
-    return published.run()
 
 
 def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
@@ -271,24 +239,10 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "kernels": _kernels,
     "profile": _profile,
     "fidelity": _fidelity,
-    "published": _published,
-    "branches": _branches,
-    "heard": _heard,
-    "pairs": _pairs,
-    "paths": _paths,
     "several": _several,
-    "conditioning": _conditioning,
     "tiny": _tiny,
-    "quality": _cells,
-    "ablation": _cells,
-    "subspace": _cells,
-    "timesteps": _cells,
-    "precision": _cells,
-    "forward": _cells,
-    "estimators": _cells,
-    "search": _cells,
-    "loras": _cells,
-    "tune": _cells,
+    **dict.fromkeys(ALONE, _alone),
+    **dict.fromkeys(TRAINED, _cells),
     "compare": _compare,
 }
 
