@@ -193,13 +193,20 @@ def run_cells(
     path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
         jobs = {pool.submit(cell, n, variants[n], split, i, s, images, device): (n, i, s) for n, i, s in todo}
-        for count, job in enumerate(as_completed(jobs), 1):
-            result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]} | about
-            done.append(result)
-            log.write(json.dumps(result) + "\n")
-            log.flush()
-            shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
-            print(f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}", flush=True)
+        try:
+            for count, job in enumerate(as_completed(jobs), 1):
+                result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]} | about
+                done.append(result)
+                log.write(json.dumps(result) + "\n")
+                log.flush()
+                shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
+                print(
+                    f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}",
+                    flush=True,
+                )
+        except BaseException:  # cells that have not begun are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     wanted = [c for c in done if c["key"] == keys.get(c["variant"])]
     return [c for c in wanted if c["index"] < subjects and c["seed"] < seeds]
 

@@ -83,8 +83,11 @@ TIMESTEPS: dict[str, Settings] = RANGES | {
     "dreambooth": BACKPROP | {"method": "dreambooth", "adapter": "FullUNet"},
     "dreambooth, 500..1000": BACKPROP
     | {"method": "dreambooth", "adapter": "FullUNet", "puts": True, "puts_low": 500, "puts_high": 1000},
+    "zoodip_fast": FAST,
+    "zoodip_fast, 500..900": FAST | PUTS,
 }
-"""Textual Inversion on part of the timesteps (ZOODiP's Figures 4 and 7), and DreamBooth (its Table S7)."""
+"""Textual Inversion on part of the timesteps (ZOODiP's Figures 4 and 7), DreamBooth (its Table S7), and PUTS where it
+has as many forward passes as the subject takes."""
 PRECISIONS: dict[str, Settings] = {
     precision: SHORT | {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")
 }
