@@ -132,6 +132,7 @@ ESTIMATORS: dict[str, Settings] = {
     "conditioning subspace, n=4": NARROW | {"n": 4, "max_steps": 1_800},
     "conditioning subspace, n=16": NARROW | {"n": 16, "max_steps": 529, "lr": 2e-2},
     "conditioning subspace, tangents": NARROW | {"estimator": "ForwardGradientEstimator"},
+    "conditioning subspace, prompt search first": NARROW | {"searched": True, "max_steps": 800},
 }
 """Ways to a token in 9,000 forward passes, the search's among them; the first is what the others vary."""
 SEARCH: dict[str, Settings] = {
