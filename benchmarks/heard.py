@@ -20,51 +20,53 @@ from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimators import RandomGradientEstimator
 
 EDGES = (0, 250, 500, 750, 1000)
-RANGES = [*pairwise(EDGES), (500, 900)]
-"""Quarters of the timesteps, and those that PUTS leaves in the paper."""
+RANGES = [(0, 1000), *pairwise(EDGES), (500, 900)]
+"""All timesteps, their quarters, and those that PUTS leaves in the paper."""
 N = 8
+OTHERS = 10_000
+"""Draws from here on are in no range's mean."""
 
 
 def run(subjects: int = 4, draws: int = 128, single: int = 32) -> list[Row]:
     """Means over subjects and places on the path, with the deviation over subjects."""
-    found: dict[tuple[str, str], list[list[float]]] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for index in range(subjects):
         of_subject: dict[tuple[str, str], list[float]] = {}
-        for steps in STEPS:
+        for place, steps in enumerate(STEPS):
             module, data = trained(index, steps)
-            means = {}
+            everywhere = _exact(module, data, *RANGES[0], range(OTHERS, OTHERS + draws)).mean(0)
             for low, high in RANGES:
-                name = f"{low}..{high}"
-                exact = torch.stack([gradient_of(module, _draw(module, data, low, high, i)) for i in range(draws)])
-                means[name] = exact.mean(0)
-                cosines: dict[str, list[float]] = {}
-                for i in range(draws, draws + single):
-                    draw = _draw(module, data, low, high, i)
-                    for way, one in (
-                        ("exact", gradient_of(module, draw)),
-                        ("zeroth order", _estimated(module, draw, i)),
-                    ):
-                        cosines.setdefault(way, []).append(torch.cosine_similarity(one, means[name], dim=0).item())
-                figures = {"mean's share of squared length": share(exact)} | {
-                    f"cosine of one step with the mean, {way}": statistics.mean(some) for way, some in cosines.items()
+                exact = _exact(module, data, low, high, range(draws))
+                mean, numbers = exact.mean(0), range(draws, draws + single)
+                cosines = {
+                    "exact": torch.cosine_similarity(_exact(module, data, low, high, numbers), mean[None], dim=1),
+                    "zeroth order": torch.stack(
+                        [
+                            torch.cosine_similarity(
+                                _estimated(module, _draw(module, data, low, high, i), i, 10 * index + place),
+                                mean,
+                                dim=0,
+                            )
+                            for i in numbers
+                        ]
+                    ),
                 }
+                figures = {"mean's share of squared length": share(exact)}
+                figures |= {f"cosine of one step with the mean, {way}": c.mean().item() for way, c in cosines.items()}
+                figures["cosine of the mean with all timesteps'"] = torch.cosine_similarity(
+                    mean, everywhere, dim=0
+                ).item()
                 for what, value in figures.items():
-                    of_subject.setdefault((name, what), []).append(value)
-            everywhere = torch.stack([means[f"{low}..{high}"] for low, high in RANGES[:-1]]).mean(0)
-            for name, mean in means.items():
-                cosine = torch.cosine_similarity(mean, everywhere, dim=0).item()
-                of_subject.setdefault((name, "cosine of the mean with all timesteps'"), []).append(cosine)
-        for key, values in of_subject.items():
-            found.setdefault(key, []).append(values)
-        print(
-            f"subject {index}: { ({key: round(statistics.mean(v), 3) for key, v in of_subject.items()}) }", flush=True
-        )
-    rows = []
-    for (name, what), by_subject in found.items():
-        own = [statistics.mean(values) for values in by_subject]
-        spread = statistics.stdev(own) if len(own) > 1 else 0.0
-        rows.append(row("heard", name, what, statistics.mean(own), "") | {"spread": spread})
-    return rows
+                    of_subject.setdefault((f"{low}..{high}", what), []).append(value)
+        means = {key: statistics.mean(values) for key, values in of_subject.items()}
+        for key, value in means.items():
+            found.setdefault(key, []).append(value)
+        print(f"subject {index}: { ({key: round(value, 3) for key, value in means.items()}) }", flush=True)
+    return [
+        row("heard", name, what, statistics.mean(values), "")
+        | {"spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+        for (name, what), values in found.items()
+    ]
 
 
 def share(gradients: Tensor) -> float:
@@ -73,15 +75,20 @@ def share(gradients: Tensor) -> float:
     return ((total - squares) / (len(gradients) - 1) / squares).item()
 
 
+def _exact(module: PersonalizationModule, data: SubjectData, low: int, high: int, numbers: range) -> Tensor:
+    """Gradients of those draws, float64 [len(numbers), d]."""
+    return torch.stack([gradient_of(module, _draw(module, data, low, high, i)) for i in numbers])
+
+
 def _draw(module: PersonalizationModule, data: SubjectData, low: int, high: int, number: int) -> Draw:
     generator = step_generator(1, number)
     timestep = torch.randint(low, high, (1,), generator=generator)
     return module.draw_for(data.batch(number), True, generator, timestep)
 
 
-def _estimated(module: PersonalizationModule, draw: Draw, step: int) -> Tensor:
-    """By one-sided differences along N directions, float64 [d]."""
-    estimator = RandomGradientEstimator(n=N, mu=1e-3, standardize=False, seed=0)
+def _estimated(module: PersonalizationModule, draw: Draw, step: int, seed: int) -> Tensor:
+    """By one-sided differences along N directions of (seed, step), float64 [d]."""
+    estimator = RandomGradientEstimator(n=N, mu=1e-3, standardize=False, seed=seed)
     theta = module.adapter.numbered()[0].detach()
     grad, _ = estimator.estimate(lambda values: module.losses(values, draw), theta, step)
     return grad.flatten().double()

@@ -1,6 +1,6 @@
 """What the literature does otherwise than what is shipped, for the suites `estimators` and `search`.
 
-Parts that proved no better are here alone, so that their figures can be had again.
+They are here alone, so that their figures can be had again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mep_lightning import PersonalizationModule
 from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import CMAES, RandomGradientEstimator
+from mep_lightning.estimators.estimator import LossFn
 from mep_lightning.estimators.subspace import Subspace
 from mep_lightning.kernels import philox_normal
 
@@ -99,10 +100,26 @@ class ScalarMoment(RandomGradientEstimator):
         return weights / math.sqrt(mean) if mean else weights
 
 
+class UnitComponents(CMAES):
+    """Searches along the vocabulary's principal components as they are, of length 1, from init plus its mean.
+
+    As the public code of gradient-free textual inversion (github.com/feizc/Gradient-Free-Textual-Inversion) does by
+    default: sigma 1 draws tokens sqrt(dims) away, where words are a vocabulary's deviation apart.
+    """
+
+    def _begin(self, theta: Tensor, population: int) -> None:
+        super()._begin(theta, population)
+        assert self._vocabulary is not None and self._start is not None
+        self._start = self._start + self._vocabulary().float().mean(0).cpu()
+
+    def _principal(self, width: int) -> Tensor:
+        return torch.nn.functional.normalize(super()._principal(width), dim=1)
+
+
 class RandomDirections(CMAES):
     """Searches along normal directions, so long that sigma 1 draws entries that vary as the vocabulary's do.
 
-    As in the public code of gradient-free textual inversion (github.com/feizc/Gradient-Free-Textual-Inversion).
+    That code's option `prior_normal`.
     """
 
     def _principal(self, width: int) -> Tensor:
@@ -115,19 +132,18 @@ class BestOfPopulation(CMAES):
     """Ends every step, and so the search, at the best of its population instead of the search's mean, as that code."""
 
     @torch.no_grad()
-    def estimate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        _, losses = super().estimate(*args, **kwargs)
-        theta = args[1]
+    def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
+        _, losses = super().estimate(loss_fn, theta, step, dims)
         (best,) = self._tokens(self.best[None], theta)
         return theta - best, losses
 
     def _tell(self, drawn: list[Any], losses: Tensor) -> None:
-        self.best = drawn[int(losses.argmin())]
+        self.best = drawn[int(losses.nan_to_num(nan=math.inf).argmin())]
         super()._tell(drawn, losses)
 
 
-class PublicCMAES(RandomDirections, BestOfPopulation):
-    """Both."""
+class PublicCMAES(UnitComponents, BestOfPopulation):
+    """Components of length 1, and the best of the last population."""
 
 
 class OwnNoise(PersonalizationModule):

@@ -15,10 +15,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ def train(
         return part(getattr(estimators, name, None) or getattr(literature, name))
 
     selector = settings.get("selector")
-    kind = literature.OwnNoise if settings.get("own_noise") else PersonalizationModule
-    module = kind(
+    made_by = literature.OwnNoise if settings.get("own_noise") else PersonalizationModule
+    module = made_by(
         precision=settings["precision"],
         adapter=part(getattr(adapters, settings.get("adapter", "TokenEmbedding"))),
         estimator=way(settings["estimator"]),
@@ -191,22 +192,30 @@ def run_cells(
     ]
     about = measured_with(device, threads=1)
     path.parent.mkdir(parents=True, exist_ok=True)
+    left = iter(todo)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
-        jobs = {pool.submit(cell, n, variants[n], split, i, s, images, device): (n, i, s) for n, i, s in todo}
-        try:
-            for count, job in enumerate(as_completed(jobs), 1):
-                result = job.result() | {"index": jobs[job][1], "key": keys[jobs[job][0]]} | about
+        jobs: dict[Future[dict[str, Any]], tuple[str, int, int]] = {}
+
+        def begin(count: int) -> None:
+            """No more than there are workers: what a stopped suite waits for."""
+            for n, i, s in islice(left, count):
+                jobs[pool.submit(cell, n, variants[n], split, i, s, images, device)] = n, i, s
+
+        begin(workers)
+        count = 0
+        while jobs:
+            ended, _ = wait(jobs, return_when=FIRST_COMPLETED)
+            for job in ended:
+                name, index, _ = jobs.pop(job)
+                result = job.result() | {"index": index, "key": keys[name]} | about
                 done.append(result)
                 log.write(json.dumps(result) + "\n")
                 log.flush()
+                count += 1
                 shown = " ".join(f"{k} {result[k]:.4f}" for k in SCORES)
-                print(
-                    f"{count}/{len(todo)} {result['variant']} {result['subject']} #{result['seed']}: {shown}",
-                    flush=True,
-                )
-        except BaseException:  # cells that have not begun are not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                told = f"{count}/{len(todo)} {name} {result['subject']} #{result['seed']}: {shown}"
+                print(told, flush=True)
+            begin(len(ended))
     wanted = [c for c in done if c["key"] == keys.get(c["variant"])]
     return [c for c in wanted if c["index"] < subjects and c["seed"] < seeds]
 
