@@ -242,7 +242,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "several": _several,
     "tiny": _tiny,
     **dict.fromkeys(ALONE, _alone),
-    **dict.fromkeys(TRAINED, _cells),
+    **dict.fromkeys((*SUITES, "tune"), _cells),
     "compare": _compare,
 }
 

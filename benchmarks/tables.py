@@ -51,12 +51,14 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def scores(rows: list[Row]) -> str:
-    """A variant a line: mean ± spread over seeds of every score, and what its training took, where that was kept."""
+    """A variant a line: every score's mean ± spread over seeds, if there are some, and what its training took."""
     lines, timed = [], any(row["metric"] == "seconds" for row in rows)
     for case in dict.fromkeys(row["case"] for row in rows):
         by = {row["metric"]: row for row in rows if row["case"] == case}
         size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
-        line = [case, size, *(f"{by[name]['value']:.3f} ± {by[name]['spread']:.3f}" for name in SCORES)]
+        several = by["dino"]["seeds"] > 1
+        spreads = [f" ± {by[name]['spread']:.3f}" if several else "" for name in SCORES]
+        line = [case, size, *(f"{by[name]['value']:.3f}{s}" for name, s in zip(SCORES, spreads, strict=True))]
         lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
     header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
     return markdown([*header, "training, s"] if timed else header, lines)

@@ -2,12 +2,16 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from inspect import signature
 
 import pytest
 import torch
 
 from benchmarks import quality, rows, step, tune, variants
-from benchmarks.__main__ import PERFORMANCE, RESULTS, RUN, default_path, main, parser
+from benchmarks.__main__ import ALONE, PERFORMANCE, RESULTS, RUN, default_path, main, parser
 from benchmarks.ordinary import as_it_comes_
 from mep_lightning import defaults, load_base
 
@@ -181,3 +185,42 @@ def test_all_writes_a_file_a_suite(monkeypatch, tmp_path):
 def test_a_search_tries_only_settings_that_there_are(method):
     known = variants.resolve((variants.METHODS | variants.BASELINES)[method]).keys()
     assert all(change.keys() <= known for axis in tune.AXES[method] for change in (*axis, tune.START[method]))
+
+
+class Cells:
+    """Stands in for training: notes which cells begin, and how many at once; one of them is a mistake."""
+
+    def __init__(self, mistake=None):
+        self.begun, self.now, self.most, self.mistake = [], 0, 0, mistake
+
+    def __call__(self, variant, settings, split, index, seed, images, device):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.begun.append((variant, index, seed))
+        time.sleep(0.02)
+        self.now -= 1
+        if (variant, index, seed) == self.mistake:
+            raise ValueError("no such cell")
+        scores = dict.fromkeys(quality.SCORES, 0.5)
+        return {"variant": variant, "subject": f"s{index}", "split": split, "seed": seed, "seconds": 1.0} | scores
+
+
+def test_a_stopped_suite_has_what_was_done_and_carries_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    path, named = tmp_path / "cells.jsonl", {"zoodip": variants.ZOODIP, "textual_inversion": variants.BACKPROP}
+    stopped = Cells(mistake=("zoodip", 2, 0))
+    monkeypatch.setattr(quality, "cell", stopped)
+    with pytest.raises(ValueError, match="no such cell"):
+        quality.run_cells(named, path, subjects=8, seeds=1, workers=2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert stopped.most <= 2 and len(stopped.begun) <= 7 and 3 <= len(kept) <= 6
+    whole = Cells()
+    monkeypatch.setattr(quality, "cell", whole)
+    cells = quality.run_cells(named, path, subjects=8, seeds=1, workers=2)
+    assert len(cells) == 16 and len(whole.begun) == 16 - len(kept)
+    assert not {(c["variant"], c["index"], c["seed"]) for c in kept} & set(whole.begun)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_suite_without_options_is_a_module_of_its_name(name):
+    signature(import_module(f"benchmarks.{name}").run).bind()

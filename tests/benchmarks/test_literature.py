@@ -11,10 +11,12 @@ from benchmarks.literature import (
     PromptSearch,
     RandomDirections,
     ScalarMoment,
+    UnitComponents,
     words,
 )
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.estimators import CMAES
 from mep_lightning.tiny.subjects import subject
 
 
@@ -84,6 +86,20 @@ def test_a_search_along_random_directions_draws_entries_that_vary_as_the_vocabul
     assert torch.linalg.matrix_rank(search._basis) == 32
 
 
+def test_components_of_length_one_lead_far_from_where_words_are():
+    table = 0.3 + 0.02 * torch.randn(400, 96, generator=torch.Generator().manual_seed(0))
+    search = UnitComponents(population=4, dims=32, sigma=1.0, seed=0)
+    search.follow(lambda: table)
+    search.estimate(lambda values: values.flatten(1).sum(1), table[:1])
+    torch.testing.assert_close(search._basis @ search._basis.T, torch.eye(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(search._start, table[:1] + table.mean(0))
+    plain = CMAES(population=4, dims=32, sigma=1.0, seed=0)
+    plain.follow(lambda: table)
+    plain.estimate(lambda values: values.flatten(1).sum(1), table[:1])
+    cosines = (plain._basis * search._basis).sum(1) / plain._basis.norm(dim=1)
+    torch.testing.assert_close(cosines, torch.ones(32))
+
+
 def test_the_best_of_a_population_is_one_of_its_members_and_leaves_the_search_as_it_was():
     table = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     theta, heard, means = table[:1], [], []
@@ -92,7 +108,7 @@ def test_the_best_of_a_population_is_one_of_its_members_and_leaves_the_search_as
         heard.append(values)
         return values.pow(2).flatten(1).sum(1)
 
-    for kind in (BestOfPopulation, BestOfPopulation.__base__):
+    for kind in (BestOfPopulation, CMAES):
         search = kind(population=6, dims=4, sigma=1.0, seed=0)
         search.follow(lambda: table)
         here = theta

@@ -18,17 +18,12 @@ def value(name, case, metric):
     return found
 
 
-def score(variant, metric):
-    return value("quality", variant, metric)
+def ratio(one, other, metric):
+    return f"{value('quality', one, metric) / value('quality', other, metric):.0%}".replace("%", " %")
 
 
-def ratio(one, other, metric, name="quality"):
-    return f"{value(name, one, metric) / value(name, other, metric):.0%}".replace("%", " %")
-
-
-def planned(case, name="memory-sd15", drawing=False):
-    of = " of drawing" if drawing else ""
-    return f"{value(name, case, f'planned peak{of} on a GPU') / GIB:.2f}"
+def planned(case):
+    return f"{value('memory-sd15', case, 'planned peak on a GPU') / GIB:.2f}"
 
 
 def run_peak(recipe):
@@ -101,7 +96,9 @@ SENTENCES = [
 ]
 
 
-@pytest.mark.parametrize(("document", "sentence"), SENTENCES)
+@pytest.mark.parametrize(
+    ("document", "sentence"), SENTENCES, ids=[f"{one.stem} {n}" for n, (one, _) in enumerate(SENTENCES)]
+)
 def test_a_sentence_has_the_committed_figures(document, sentence):
     plain = re.sub(r"\s+", " ", document.read_text()).replace(" %", "%")
     assert sentence().replace(" %", "%") in plain

@@ -39,8 +39,9 @@ def test_the_line_is_there_on_a_terminal_of_any_size(rows, columns, monkeypatch)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     with open(theirs, "w") as terminal, open(ours, "rb", buffering=0) as screen:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        three_steps()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            three_steps()
         terminal.write("done")
         terminal.flush()
         shown = b""
