@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.rows import Row, measured_with, row
 from benchmarks.variants import PROJECTIONS, SUITES, Settings, resolve
+from mep_lightning.comparison.engines.local import end_with_parent
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
 
@@ -193,7 +194,8 @@ def run_cells(
     about = measured_with(device, threads=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     left = iter(todo)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as log:
+    spawning = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawning, initializer=end_with_parent) as pool, path.open("a") as log:
         jobs: dict[Future[dict[str, Any]], tuple[str, int, int]] = {}
 
         def begin(count: int) -> None:

@@ -206,7 +206,7 @@ class Cells:
 
 
 def test_a_stopped_suite_has_what_was_done_and_carries_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
     path, named = tmp_path / "cells.jsonl", {"zoodip": variants.ZOODIP, "textual_inversion": variants.BACKPROP}
     stopped = Cells(mistake=("zoodip", 2, 0))
     monkeypatch.setattr(quality, "cell", stopped)

@@ -158,7 +158,7 @@ def _death(status: int | None) -> dict[str, Any]:
 def _work(connection: Connection, logs: Path, threads: int | None) -> None:
     """What a process does: batches as they come, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told as well, and says when to stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if threads is not None:
         import torch
 
@@ -179,8 +179,16 @@ def _log_to(logs: Path, cell: Cell) -> None:
         os.dup2(log.fileno(), 2)
 
 
-def _end_with_parent() -> None:
-    """Nobody would hear of the cell, and the next try may begin at once in the same folder: what is saved is saved."""
+def end_with_parent() -> None:
+    """From here on this process is killed once the one that started it is gone.
+
+    Nobody would hear of what it trains, and the next try may begin at once in the same folder: what is saved is saved.
+    A Trainer answers SIGTERM itself, so that a process group's end does not reach it.
+    """
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()

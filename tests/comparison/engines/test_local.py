@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
+import mep_lightning
 from mep_lightning.comparison.cells import Cell
 from mep_lightning.comparison.engines.local import LocalEngine, Worker
 
@@ -95,3 +100,52 @@ def test_who_goes_away_leaves_what_was_trained(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), closing(LocalEngine(threads=1).run_all([[one]], tmp_path / "logs")) as ended:
         next(ended)
     assert (one.run / "checkpoints" / "last.ckpt").is_file()
+
+
+PARENT = """
+import os, signal, sys, time
+from multiprocessing import get_context
+from mep_lightning.comparison.engines.local import end_with_parent
+
+def child(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a Trainer answers it
+    end_with_parent()
+    with open(path + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path + ".new", path)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    get_context("spawn").Process(target=child, args=(sys.argv[1],)).start()
+    time.sleep(120)
+"""
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    script, number = tmp_path / "parent.py", tmp_path / "number"
+    script.write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, script, number], env=os.environ | {"PYTHONPATH": str(Path(mep_lightning.__file__).parents[1])}
+    )
+    child = None
+    try:
+        deadline = time.monotonic() + 60
+        while not number.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = psutil.Process(int(number.read_text()))
+        parent.kill()
+        while lives(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not lives(child)
+    finally:
+        parent.kill()
+        parent.wait()
+        if child is not None and lives(child):
+            child.kill()
+
+
+def lives(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
