@@ -57,8 +57,11 @@ def scores(rows: list[Row]) -> str:
         by = {row["metric"]: row for row in rows if row["case"] == case}
         size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
         several = by["dino"]["seeds"] > 1
-        spreads = [f" ± {by[name]['spread']:.3f}" if several else "" for name in SCORES]
-        line = [case, size, *(f"{by[name]['value']:.3f}{s}" for name, s in zip(SCORES, spreads, strict=True))]
+        line = [case, size]
+        for name in SCORES:
+            places = 4 if name == "heldout_loss" else 3
+            spread = f" ± {by[name]['spread']:.{places}f}" if several else ""
+            line.append(f"{by[name]['value']:.{places}f}{spread}")
         lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
     header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
     return markdown([*header, "training, s"] if timed else header, lines)
