@@ -103,7 +103,7 @@ def test_scores_come_with_their_spread():
     ]
     lines = tables.scores(rows).splitlines()
     assert lines[0].startswith("| variant | subjects × seeds | CLIP-T | CLIP-I | DINO |")
-    told = {name: "0.250 ± 0.013" for name in SCORES} | {"heldout_loss": "0.2500 ± 0.0125"}
+    told = dict.fromkeys(SCORES, "0.250 ± 0.013") | {"heldout_loss": "0.2500 ± 0.0125"}
     assert lines[2] == "| zo | 4 × 3 | " + " | ".join(told.values()) + " |"
     assert lines[3].startswith("| zo+sg | 4 × 3 | 0.500")
     alone = tables.scores([row | {"seeds": 1} for row in rows]).splitlines()
