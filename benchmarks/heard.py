@@ -11,7 +11,7 @@ import statistics
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, cosine_similarity
 
 from benchmarks.conditioning import STEPS, gradient_of, trained
 from benchmarks.rows import Row, row
@@ -36,26 +36,8 @@ def run(subjects: int = 4, draws: int = 128, single: int = 32) -> list[Row]:
             module, data = trained(index, steps)
             everywhere = _exact(module, data, *RANGES[0], range(OTHERS, OTHERS + draws)).mean(0)
             for low, high in RANGES:
-                exact = _exact(module, data, low, high, range(draws))
-                mean, numbers = exact.mean(0), range(draws, draws + single)
-                cosines = {
-                    "exact": torch.cosine_similarity(_exact(module, data, low, high, numbers), mean[None], dim=1),
-                    "zeroth order": torch.stack(
-                        [
-                            torch.cosine_similarity(
-                                _estimated(module, _draw(module, data, low, high, i), i, 10 * index + place),
-                                mean,
-                                dim=0,
-                            )
-                            for i in numbers
-                        ]
-                    ),
-                }
-                figures = {"mean's share of squared length": share(exact)}
-                figures |= {f"cosine of one step with the mean, {way}": c.mean().item() for way, c in cosines.items()}
-                figures["cosine of the mean with all timesteps'"] = torch.cosine_similarity(
-                    mean, everywhere, dim=0
-                ).item()
+                mean, figures = _within(module, data, low, high, draws, single, seed=10 * index + place)
+                figures["cosine of the mean with all timesteps'"] = cosine_similarity(mean, everywhere, dim=0).item()
                 for what, value in figures.items():
                     of_subject.setdefault((f"{low}..{high}", what), []).append(value)
         means = {key: statistics.mean(values) for key, values in of_subject.items()}
@@ -67,6 +49,23 @@ def run(subjects: int = 4, draws: int = 128, single: int = 32) -> list[Row]:
         | {"spread": statistics.stdev(values) if len(values) > 1 else 0.0}
         for (name, what), values in found.items()
     ]
+
+
+def _within(
+    module: PersonalizationModule, data: SubjectData, low: int, high: int, draws: int, single: int, seed: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The mean of a range's exact gradients [d], and what of it single steps on other draws hear."""
+    gradients, others = _exact(module, data, low, high, range(draws)), range(draws, draws + single)
+    mean = gradients.mean(0)
+    steps = {
+        "exact": _exact(module, data, low, high, others),
+        "zeroth order": torch.stack([_estimated(module, _draw(module, data, low, high, i), i, seed) for i in others]),
+    }
+    figures = {"mean's share of squared length": share(gradients)}
+    for way, some in steps.items():
+        heard = cosine_similarity(some, mean[None], dim=1).mean().item()
+        figures[f"cosine of one step with the mean, {way}"] = heard
+    return mean, figures
 
 
 def share(gradients: Tensor) -> float:

@@ -14,6 +14,7 @@ from benchmarks.literature import (
     UnitComponents,
     words,
 )
+from benchmarks.quality import photos_of
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.estimators import CMAES
@@ -121,15 +122,14 @@ def test_the_best_of_a_population_is_one_of_its_members_and_leaves_the_search_as
     assert (means[0] == means[1]).all()
 
 
-def test_every_member_hears_a_noise_of_its_own_on_the_same_latents(tmp_path, tiny_base, monkeypatch):
+def test_every_member_hears_a_noise_of_its_own_on_the_same_latents(tiny_base, monkeypatch):
     who = subject(0)
-    for number, photo in enumerate(who.photos()):
-        photo.save(tmp_path / f"{number}.png")
     module = OwnNoise(adapter=TokenEmbedding(init="!"), method="gf_ti")
     module.class_word = who.class_word
     module.take(tiny_base)
-    data = SubjectData(tmp_path, class_word=who.class_word)
-    data.encode(tiny_base)
+    with photos_of(who) as folder:
+        data = SubjectData(folder, class_word=who.class_word)
+        data.encode(tiny_base)
     draw, told = module.draw_at(data.batch(0), 0), []
     monkeypatch.setattr(PersonalizationModule, "losses", lambda self, member, own: told.append(own) or torch.zeros(1))
     assert module.losses(torch.zeros(3, 1, 128), draw).shape == (3,)
