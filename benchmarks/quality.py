@@ -14,9 +14,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from inspect import signature
 from itertools import islice
@@ -24,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.differences import difference
 from benchmarks.rows import Row, measured_with, row
 from benchmarks.variants import PROJECTIONS, SUITES, Settings, resolve
 from mep_lightning.comparison.engines.local import end_with_parent
@@ -180,10 +182,10 @@ def run_cells(
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """All cells that `path` (JSON lines) lacks, in worker processes of one thread each; returns every cell."""
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     variants = {name: resolve(settings) for name, settings in variants.items()}
     keys = {name: fingerprint(settings, split, images) for name, settings in variants.items()}
-    have = {(c["variant"], c["index"], c["seed"]) for c in done if c["key"] == keys.get(c["variant"])}
+    done = _kept(path, keys)
+    have = {(c["variant"], c["index"], c["seed"]) for c in done}
     todo = [
         (name, index, seed)
         for seed in range(seeds)
@@ -218,8 +220,18 @@ def run_cells(
                 told = f"{count}/{len(todo)} {name} {result['subject']} #{result['seed']}: {shown}"
                 print(told, flush=True)
             begin(len(ended))
-    wanted = [c for c in done if c["key"] == keys.get(c["variant"])]
-    return [c for c in wanted if c["index"] < subjects and c["seed"] < seeds]
+    return [c for c in done if c["index"] < subjects and c["seed"] < seeds]
+
+
+def committed(suite: str, path: Path) -> list[dict[str, Any]]:
+    """The cells of a suite as it is today that `path` (JSON lines) has, on the reported subjects."""
+    return _kept(path, {name: fingerprint(resolve(settings), "test", 2) for name, settings in SUITES[suite].items()})
+
+
+def _kept(path: Path, keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Cells in a file that were made with these variants' settings."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [cell for cell in map(json.loads, lines) if cell["key"] == keys.get(cell["variant"])]
 
 
 def fingerprint(settings: Settings, split: str, images: int) -> str:
@@ -241,9 +253,12 @@ def _weights() -> hashlib._Hash:
 
 
 def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[str]) -> list[Row]:
-    """Mean over subjects and seeds, and the spread over seeds of the mean over subjects; the median of seconds."""
-    rows, cells = [], list(cells)
-    for name in variants:
+    """Mean over subjects and seeds, and the spread over seeds of the mean over subjects; the median of seconds.
+
+    Of all variants but the first also the difference from it, paired by subject and seed, and its standard error.
+    """
+    rows, cells, names = [], list(cells), list(variants)
+    for name in names:
         mine = [c for c in cells if c["variant"] == name]
         if not mine:
             continue
@@ -253,6 +268,8 @@ def summarise(suite: str, cells: Iterable[dict[str, Any]], variants: Iterable[st
             rows.append(row(suite, name, metric, round(statistics.mean(means), 5), ""))
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             rows[-1] |= {"spread": round(spread, 5), "subjects": len({c["subject"] for c in mine}), "seeds": len(seeds)}
+            if name != names[0] and (beyond := difference(cells, name, names[0], metric)):
+                rows[-1]["beyond_first"] = asdict(beyond)
         rows.append(row(suite, name, "seconds", round(statistics.median(c["seconds"] for c in mine), 1), "s"))
     return rows
 

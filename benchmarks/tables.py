@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cost, papers, plots
+from benchmarks.differences import Difference
 from benchmarks.fidelity import CARRIED
 from benchmarks.paths import DIMS, MARKS, RUNS
 from benchmarks.published import OURS, USED
@@ -65,6 +66,17 @@ def scores(rows: list[Row]) -> str:
         lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
     header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
     return markdown([*header, "training, s"] if timed else header, lines)
+
+
+def differences(rows: list[Row]) -> str:
+    """A variant a line: what it scores beyond the first, paired by subject and seed, ± one standard error."""
+    beyond = {(row["case"], row["metric"]): Difference(**row["beyond_first"]) for row in rows if "beyond_first" in row}
+    lines = []
+    for case in dict.fromkeys(case for case, _ in beyond):
+        mine = [beyond[case, name] for name in SCORES]
+        told = [one.told(4 if name == "heldout_loss" else 3) for name, one in zip(SCORES, mine, strict=True)]
+        lines.append([case, str(mine[0].cells), *told])
+    return markdown([f"beyond {rows[0]['case']}", "cells", *(NAMES[name] for name in SCORES)], lines)
 
 
 def beside(paper: papers.Table, rows: list[Row]) -> str:
@@ -364,6 +376,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "precision": scores,
     "forward": scores,
     "estimators": scores,
+    "estimators:differences": differences,
     "search": scores,
     "loras": scores,
     "paths": travelled,

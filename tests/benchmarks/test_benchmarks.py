@@ -10,8 +10,9 @@ from inspect import signature
 import pytest
 import torch
 
-from benchmarks import quality, rows, step, tune, variants
+from benchmarks import quality, rows, step, tables, tune, variants
 from benchmarks.__main__ import ALONE, PERFORMANCE, RESULTS, RUN, default_path, main, parser
+from benchmarks.differences import Difference, difference
 from benchmarks.ordinary import as_it_comes_
 from mep_lightning import defaults, load_base
 
@@ -49,7 +50,9 @@ def test_both_sides_run_in_turn():
 
 def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
     cells = [
-        dict.fromkeys(quality.SCORES, value) | {"variant": "zo", "subject": subject, "seed": seed, "seconds": 9 * value}
+        dict.fromkeys(quality.SCORES, value)
+        | {"variant": "zo", "subject": subject, "index": "ab".index(subject)}
+        | {"seed": seed, "seconds": 9 * value}
         for seed, subject, value in [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 4.0)]
     ]
     rows = quality.summarise("quality", cells, ["zo", "absent"])
@@ -57,7 +60,26 @@ def test_the_summary_is_the_mean_over_subjects_and_the_spread_over_seeds():
     (seconds,) = [r for r in rows if r["metric"] == "seconds"]
     assert seconds["value"] == 22.5  # the median
     assert dino["value"] == 2.5 and dino["spread"] == pytest.approx(0.70711, abs=1e-5)
-    assert (dino["subjects"], dino["seeds"]) == (2, 2)
+    assert (dino["subjects"], dino["seeds"]) == (2, 2) and "beyond_first" not in dino
+
+
+def test_the_difference_of_two_variants_is_paired_by_subject_and_seed():
+    def cell(variant, index, seed, value):
+        told = dict.fromkeys(quality.SCORES, value)
+        return told | {"variant": variant, "subject": f"s{index}", "index": index, "seed": seed, "seconds": 1.0}
+
+    cells = [cell("a", 0, 0, 1.0), cell("a", 0, 1, 5.0), cell("b", 0, 1, 5.5), cell("b", 0, 0, 1.3), cell("b", 1, 0, 9)]
+    told = difference(cells, "b", "a", "dino")
+    assert told.cells == 2 and told.mean == pytest.approx(0.4) and told.error == pytest.approx(0.1)
+    assert told.told() == "+.400 ± .100"
+    assert difference(cells, "a", "b", "dino").told(2) == "−.40 ± .10"
+    assert difference(cells[:3], "b", "a", "dino").told() == "+.500"
+    assert difference(cells[:1], "b", "a", "dino") is None
+    assert Difference(-0.0001, 0.0, 9).told() == ".000 ± .000"
+
+    table = tables.differences(quality.summarise("estimators", cells, ["a", "b"])).splitlines()
+    assert table[0].startswith("| beyond a | cells |")
+    assert table[2].startswith("| b | 2 | +.400 ± .100 |") and table[2].endswith("| +.4000 ± .1000 |")
 
 
 def test_a_cell_counts_only_for_the_settings_it_was_measured_with():

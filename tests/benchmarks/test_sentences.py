@@ -2,9 +2,12 @@
 
 import json
 import re
+from functools import cache
 
 import pytest
 
+from benchmarks.differences import difference
+from benchmarks.quality import committed
 from benchmarks.tables import DOCS, results
 from mep_lightning.defaults import lookup
 
@@ -20,6 +23,16 @@ def value(name, case, metric):
 
 def ratio(one, other, metric):
     return f"{value('quality', one, metric) / value('quality', other, metric):.0%}"
+
+
+@cache
+def cells(suite):
+    return committed(suite, results(suite).with_suffix(".jsonl"))
+
+
+def beyond(suite, one, other, metric):
+    """What a variant scores beyond another, paired cell by cell."""
+    return difference(cells(suite), one, other, metric).told(4 if metric == "heldout_loss" else 3)
 
 
 def planned(case):
@@ -50,6 +63,7 @@ ZOODIP, TI, FAST = (
     "sd15 512 px zoodip_fast in int8",
 )
 SELECTIVE, LORA = "sd15 512 px selective in int8", "sd15 512 px lora in fp32"
+TANGENTS = ("forward", "bf16, tangents", "fp32, finite difference")
 SENTENCES = [
     (README, lambda: f"come to {ratio('zoodip', 'textual_inversion', 'clip_i')} of Textual Inversion's CLIP-I"),
     (README, lambda: f"and {ratio('zoodip', 'textual_inversion', 'dino')} of its DINO"),
@@ -87,6 +101,63 @@ SENTENCES = [
             f"on an int8 base, is planned at {planned(SELECTIVE)} GiB: "
             f"{1 - float(planned(SELECTIVE)) / float(planned(LORA)):.0%} below LoRA's backpropagation "
             f"at 512 px in fp32 ({planned(LORA)})"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"CLIP-I {beyond('quality', 'zoodip_fast', 'zoodip', 'clip_i')}, "
+            f"DINO {beyond('quality', 'zoodip_fast', 'zoodip', 'dino')}, "
+            f"CLIP-T {beyond('quality', 'zoodip_fast', 'zoodip', 'clip_t')}, "
+            f"held-out loss {beyond('quality', 'zoodip_fast', 'zoodip', 'heldout_loss')} (paired over the 24 cells"
+        ),
+    ),
+    (
+        DOCS / "conditioning-subspace.md",
+        lambda: (
+            f"CLIP-I {beyond('quality', 'zoodip_fast', 'zoodip', 'clip_i')}, "
+            f"DINO {beyond('quality', 'zoodip_fast', 'zoodip', 'dino')}"
+        ),
+    ),
+    (
+        DOCS / "forward-gradients.md",
+        lambda: (
+            f"CLIP-I {beyond(*TANGENTS, 'clip_i')}, DINO {beyond(*TANGENTS, 'dino')}, "
+            f"held-out loss {beyond(*TANGENTS, 'heldout_loss')}; on int8 weights with bf16 activations "
+            + ", ".join(
+                beyond("forward", "int8, bf16 activations, tangents", "fp32, finite difference", metric)
+                for metric in ("clip_i", "dino")
+            )
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"CLIP-I {beyond('ablation', 'SNR timesteps', 'SG', 'clip_i')}, "
+            f"DINO {beyond('ablation', 'SNR timesteps', 'SG', 'dino')} against uniform ones"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: f"PUTS is the worst in held-out loss ({beyond('ablation', 'SG, PUTS 500..900', 'SG', 'heldout_loss')})",
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"CLIP-I {beyond('loras', 'selective', 'BP-low alone', 'clip_i')}, "
+            f"DINO {beyond('loras', 'selective', 'BP-low alone', 'dino')}) whatever draws them"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: f"500..1000 against 0..1000: {beyond('timesteps', '500..1000', '0..1000', 'heldout_loss')}, paired",
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"has with PUTS {beyond('timesteps', 'zoodip_fast, 500..900', 'zoodip_fast', 'heldout_loss')} of it, "
+            f"CLIP-I {beyond('timesteps', 'zoodip_fast, 500..900', 'zoodip_fast', 'clip_i')} "
+            f"and DINO {beyond('timesteps', 'zoodip_fast, 500..900', 'zoodip_fast', 'dino')}"
         ),
     ),
     (

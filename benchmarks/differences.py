@@ -1,0 +1,54 @@
+"""Differences between two variants, cell by cell: subjects differ by more than methods do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean over paired cells of what one variant scores beyond another.
+
+    Attributes:
+        mean: of the differences.
+        error: its standard error; None with fewer than two cells.
+        cells: how many subjects and seeds both variants have.
+    """
+
+    mean: float
+    error: float | None
+    cells: int
+
+    def told(self, places: int = 3) -> str:
+        """As sentences and tables have it: `+.004 ± .020`."""
+        error = "" if self.error is None else f" ± {_plain(self.error, places)}"
+        return f"{_signed(self.mean, places)}{error}"
+
+
+def difference(cells: Iterable[Mapping[str, Any]], one: str, other: str, metric: str) -> Difference | None:
+    """What `one` scores beyond `other` in the subjects and seeds that both have; None where there are none."""
+    values: dict[str, dict[tuple[int, int], float]] = {one: {}, other: {}}
+    for cell in cells:
+        if cell["variant"] in values:
+            values[cell["variant"]][cell["index"], cell["seed"]] = cell[metric]
+    gaps = [value - values[other][pair] for pair, value in values[one].items() if pair in values[other]]
+    if not gaps:
+        return None
+    error = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 6) if len(gaps) > 1 else None
+    return Difference(round(statistics.mean(gaps), 6), error, len(gaps))
+
+
+def _plain(value: float, places: int) -> str:
+    """Without the zero before the point."""
+    return f"{value:.{places}f}".removeprefix("0")
+
+
+def _signed(value: float, places: int) -> str:
+    """With a sign; what rounds to nothing has none."""
+    plain = _plain(abs(value), places)
+    if not plain.strip(".0"):
+        return plain
+    return f"{'+' if value > 0 else '−'}{plain}"
