@@ -15,6 +15,7 @@ from benchmarks.rows import Row, row
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.skeleton import skeleton_vae
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.bases.weights import Half
 from mep_lightning.commands.budget import available_precisions, recipe
 from mep_lightning.defaults import METHODS
 from mep_lightning.estimators import ForwardGradientEstimator
@@ -101,7 +102,10 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     gc.collect()  # what an earlier recipe held lies in cycles
     found = made_up.found(planned.base, planned.precision, device, planned.offload)
     reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]
-    peaks = _autoencoder(found, planned.resolution)
+    peaks = {
+        "encode": _autoencoder(found, planned.resolution, "encoder"),
+        "decode": _autoencoder(found, planned.resolution, "decoder"),
+    }
     loading = peak_of(lambda: base.append(made_up.load(found, module)), found)
     on_cpu = found.device.type == "cpu"
     held = _held(base[0].unet, *base[0].text_encoders) if on_cpu else 0
@@ -150,20 +154,19 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 
 @torch.no_grad()
-def _autoencoder(found: BaseFolder, resolution: int) -> dict[str, int]:
-    vae = skeleton_vae(replace(found, device=found.weights_device), made_up.random_weights_on("cpu"))
+def _autoencoder(found: BaseFolder, resolution: int, half: Half) -> int:
+    """The peak of encoding a photo or decoding a picture with that half."""
+    vae = skeleton_vae(replace(found, device=found.weights_device), made_up.random_weights_on("cpu"), half)
     stream = found.placed(vae)
     held = _held(vae) if found.device.type == "cpu" else 0
     side = resolution // found.vae_factor
-    pixels = torch.rand(1, 3, resolution, resolution, dtype=vae.dtype, device=found.device)
-    latent = torch.randn(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device=found.device)
-    peaks = {
-        "encode": held + peak_of(lambda: vae.encode(pixels), found),
-        "decode": held + peak_of(lambda: vae.decode(latent), found),
-    }
+    seen = (3, resolution, resolution) if half == "encoder" else (vae.config.latent_channels, side, side)
+    picture = torch.rand(1, *seen, dtype=vae.dtype, device=found.device)
+    run = vae.encode if half == "encoder" else vae.decode
+    peak = held + peak_of(lambda: run(picture), found)
     if stream is not None:
         stream.close()
-    return peaks
+    return peak
 
 
 def _held(*modules: nn.Module) -> int:

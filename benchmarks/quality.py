@@ -122,7 +122,7 @@ def heldout_loss(module: Any, subject: Any, draws: int = 64) -> float:
 
     base = module.base
     generator = torch.Generator().manual_seed(77)
-    with torch.no_grad(), base.borrowed_vae() as vae:
+    with torch.no_grad(), base.borrowed_vae("encoder") as vae:
         posterior = vae.encode((other_photos(subject, draws) * 2 - 1).to(base.device, base.dtype)).latent_dist
         latents = sample_latents(posterior.mean, posterior.std, torch.zeros_like(posterior.mean), base.scaling_factor)
         noise = torch.randn(latents.shape, generator=generator).to(base.device)

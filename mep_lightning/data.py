@@ -187,7 +187,7 @@ class SubjectData(LightningDataModule):
 
         Args:
             base: what `open_base` or `load_base` returns; needed are `.vae` (an AutoencoderKL; where there is none,
-                `.borrowed_vae()` is used), `.resolution` and `.vae_factor`.
+                `.borrowed_vae("encoder")` is used), `.resolution` and `.vae_factor`.
             resolutions: sides in px; batches take the highest. Default: the `resolution` this was made with.
 
         Raises:
@@ -226,7 +226,7 @@ class SubjectData(LightningDataModule):
         small = []
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {resolution: [] for resolution in resolutions}
         kept = getattr(base, "vae", None)
-        with base.borrowed_vae() if kept is None else nullcontext(kept) as vae:
+        with base.borrowed_vae("encoder") if kept is None else nullcontext(kept) as vae:
             for photo in photos:
                 image = photo.read(at_least=2 * max(resolutions))
                 if (min if self.crop == "center" else max)(image.size) < max(resolutions):

@@ -162,7 +162,7 @@ class SubjectBatch(LightningModule):
             found = self.first.base or self.first.open(device)
             for module in self.each:
                 module.fill_in_defaults(found.family)
-            with found.borrowed_vae() as vae:
+            with found.borrowed_vae("encoder") as vae:
                 about = {"resolution": found.resolution, "vae_factor": found.vae_factor, "family": found.family}
                 lender: Any = SimpleNamespace(vae=vae, device=found.device, **about)
                 for module, photos in zip(self.each, data.subjects.values(), strict=True):

@@ -111,15 +111,15 @@ def test_encode_borrows_a_vae_that_has_left(folder, base):
     returned = []
 
     @contextmanager
-    def borrowed_vae():
+    def borrowed_vae(half):
         yield base.vae
-        returned.append(True)
+        returned.append(half)
 
     away = SimpleNamespace(vae=None, borrowed_vae=borrowed_vae, resolution=32, vae_factor=2)
     data = SubjectData(folder, class_word="ball")
     data.encode(away)
     assert torch.equal(data.latents[32][0][0], direct_encode(base, folder / "a.png").mean[0])
-    assert returned == [True]
+    assert returned == ["encoder"]
 
 
 def test_resolution_of_the_user_beats_the_base_and_the_module_beats_both(folder, base):

@@ -28,7 +28,7 @@ from mep_lightning.bases.single_file import SingleFile
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
 from mep_lightning.bases.vocabulary import find_vocabulary, load_tokenizer, tokenizer_for
-from mep_lightning.bases.weights import Tensors, build_vae, load_vae, memory_format, stored, vae_dtype
+from mep_lightning.bases.weights import Half, Tensors, build_vae, memory_format, stored, vae_dtype
 
 
 @dataclass(eq=False, kw_only=True)
@@ -88,7 +88,7 @@ class BaseFolder:
 
     def tensors(self, module: nn.Module, part: str) -> Tensors:
         """The stored weights of a module that was built from a part of `folder`, one at a time."""
-        return stored(self.folder / part) if self.file is None else converted(self.file, module, part)
+        return stored(self.folder / part, module) if self.file is None else converted(self.file, module, part)
 
     def source(self, part: str) -> Path:
         """What holds a part's weights, for messages."""
@@ -106,18 +106,18 @@ class BaseFolder:
         encoder = TEXT_ENCODERS[TOKENIZERS.index(part)]
         return tokenizer_for(self.file, find_vocabulary(self.file), encoder, length)
 
-    def read_vae(self) -> AutoencoderKL:
-        """The autoencoder, read from disk, where weights wait."""
-        if self.file is None:
-            return load_vae(self.folder, self.weights_device, self.dtype)
-        dtype = vae_dtype(self.folder, self.dtype)
-        tensors = partial(self.tensors, part="vae")
-        return build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype)
+    def read_vae(self, half: Half | None = None) -> AutoencoderKL:
+        """The autoencoder, read from disk, where weights wait; all of it, or the half that encodes or decodes."""
+        dtype, tensors = vae_dtype(self.folder, self.dtype), partial(self.tensors, part="vae")
+        return build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype, half)
 
     @contextmanager
-    def borrowed_vae(self) -> Iterator[AutoencoderKL]:
-        """The autoencoder for the length of a `with`, read from disk; `SubjectData.encode` needs no more of a base."""
-        vae = self.read_vae()
+    def borrowed_vae(self, half: Half | None = None) -> Iterator[AutoencoderKL]:
+        """The autoencoder, or half of it, for the length of a `with`, read from disk.
+
+        `SubjectData.encode` needs no more of a base than the encoder.
+        """
+        vae = self.read_vae(half)
         stream = self.placed(vae)
         try:
             yield vae
@@ -241,12 +241,12 @@ class Base(BaseFolder):
         self.vae = None
 
     @contextmanager
-    def borrowed_vae(self) -> Iterator[AutoencoderKL]:
-        """The autoencoder for the length of a `with`; read from disk again, and freed, where there is none."""
+    def borrowed_vae(self, half: Half | None = None) -> Iterator[AutoencoderKL]:
+        """As of a `BaseFolder`; where the base has one that is lent, and nothing is read or freed."""
         if self.vae is not None:
             yield self.vae
             return
-        with super().borrowed_vae() as self.vae:
+        with super().borrowed_vae(half) as self.vae:
             try:
                 yield self.vae
             finally:

@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 
 from mep_lightning.bases.single_file import CUT, SingleFile, read_header
-from mep_lightning.bases.weights import read
+from mep_lightning.bases.weights import read, takes
 from mep_lightning.errors import UserError
 
 
@@ -70,7 +70,7 @@ class Stored:
 
 
 def converted(file: SingleFile, module: nn.Module, part: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a part, one at a time, as `weights.stored` gives those of a folder.
+    """The tensors of a part that a module has places for, one at a time, as `weights.stored` gives those of a folder.
 
     Args:
         file: that holds them.
@@ -82,8 +82,10 @@ def converted(file: SingleFile, module: nn.Module, part: str) -> Iterator[tuple[
     """
     made_of = defaultdict(list)
     for name, stand_in in names(file, module, part).items():
+        if not takes(module, name):
+            continue
         made_of[stand_in.key].append((name, stand_in))
-    for key, tensor in read(file.path, made_of):
+    for key, tensor in read(file.path, made_of.__contains__):
         for name, stand_in in made_of[key]:
             yield name, stand_in.taken_from(tensor)
 

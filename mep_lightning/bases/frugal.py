@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from mep_lightning.bases.bands import BANDED
 from mep_lightning.kernels import attention, geglu, group_norm
 from mep_lightning.kernels.dispatch import needs_reference
 from mep_lightning.tangents import Dual
@@ -110,7 +111,8 @@ def compute_frugally_(module: nn.Module) -> None:
     """Let a U-Net's or an autoencoder's layers compute as ours do."""
     if isinstance(module, UNet2DConditionModel):
         module.set_attn_processor(AttentionProcessor())
+    replaced = REPLACED | BANDED if isinstance(module, AutoencoderKL) else REPLACED
     for part in module.modules():
-        ours = REPLACED.get(type(part))
+        ours = replaced.get(type(part))
         if ours is not None and not (isinstance(part, FeedForward) and not isinstance(part.net[-1], nn.Linear)):
             part.__class__ = ours

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from mep_lightning.bases.base import Base, BaseFolder
 from mep_lightning.bases.families import ARCHITECTURES, TINY_FOLDER, describe, locate
 from mep_lightning.bases.load import activation_dtype, assemble, exact_device
-from mep_lightning.bases.weights import Tensors, build_vae, vae_dtype
+from mep_lightning.bases.weights import Half, Tensors, build_vae, vae_dtype
 from mep_lightning.quantization import QuantizedWeight
 
 Maker = Callable[[str, tuple[int, ...]], Tensor]
@@ -80,10 +80,10 @@ def skeleton(
     )
 
 
-def skeleton_vae(found: BaseFolder, make: Maker) -> AutoencoderKL:
-    """An autoencoder with made-up weights, where and in what a base is wanted."""
+def skeleton_vae(found: BaseFolder, make: Maker, half: Half | None = None) -> AutoencoderKL:
+    """An autoencoder, or half of it, with made-up weights, where and in what a base is wanted."""
     dtype, folder = vae_dtype(found.folder, found.dtype), found.folder / "vae"
-    return build_vae(folder, lambda module: made_up(module, make), folder, found.device, dtype)
+    return build_vae(folder, lambda module: made_up(module, make), folder, found.device, dtype, half)
 
 
 def made_up(module: nn.Module, make: Maker) -> Tensors:

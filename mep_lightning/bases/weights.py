@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -21,6 +21,14 @@ from mep_lightning.errors import UserError, reason
 from mep_lightning.quantization import QuantizedWeight
 
 Tensors = Iterable[tuple[str, Tensor]]
+Half = Literal["encoder", "decoder"]
+OTHER_HALF: Mapping[Half, tuple[str, ...]] = {
+    "encoder": ("decoder", "post_quant_conv"),
+    "decoder": ("encoder", "quant_conv"),
+}
+"""What of an autoencoder is not needed with one half of it."""
+OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Of an autoencoder's attention, as files of SD1's days have them."""
 TILE, LARGEST_TILE = 512, 768
 """px a side, the least and the most that an autoencoder sees at once."""
 
@@ -53,7 +61,7 @@ def fill_(
         if owner is None:
             continue  # such as position_ids, which older files hold and newer models make
         if isinstance(owner, QuantizedWeight) and name == "weight":
-            owner.quantize_(tensor.to(device, torch.float32))
+            owner.quantize_(tensor, device)
             owner.weight = _formatted(owner.weight, memory_format)
             continue
         expected = getattr(owner, name)
@@ -95,25 +103,28 @@ def vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if upcast else dtype
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The autoencoder, which stays in floats: in `dtype`, or in fp32 where it needs that."""
-    dtype = vae_dtype(folder, dtype)
-    frugal = is_accelerate_available()  # without accelerate diffusers would say that it goes on without
-    module = read_part(
-        lambda path: AutoencoderKL.from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal
-        ),
-        folder / "vae",
-    )
-    return made_frugal(module.eval().requires_grad_(False).to(device, memory_format=memory_format(device, dtype)))
-
-
 def build_vae(
-    folder: Path, tensors: Callable[[nn.Module], Tensors], source: Path, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    tensors: Callable[[nn.Module], Tensors],
+    source: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    half: Half | None = None,
 ) -> AutoencoderKL:
-    """The autoencoder that a folder describes, as `load_vae` gives it, with other tensors than that folder's."""
+    """The autoencoder that a folder describes, which stays in floats.
+
+    Args:
+        folder: holds its config.json.
+        tensors: the weights of a module, such as `stored(folder)`.
+        source: the folder or single file that messages name.
+        device: where everything goes.
+        dtype: of all of it; see `vae_dtype`.
+        half: where one is enough, the other is not there.
+    """
     with torch.device("meta"):
         module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder))
+    for name in OTHER_HALF[half] if half else ():
+        setattr(module, name, None)
     fill_(module, tensors(module), source, dtype, device, memory_format(device, dtype))
     return made_frugal(module.eval().requires_grad_(False))
 
@@ -159,8 +170,9 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _find(module: nn.Module, key: str) -> tuple[nn.Module | None, str]:
-    """The submodule that a key of a file belongs to, and its name there; with and without the `text_model.` prefix."""
-    for candidate in (key, key.removeprefix("text_model."), f"text_model.{key}"):
+    """The submodule that a key of a file belongs to, and its name there, also under the names of other days."""
+    newer = ".".join(OLDER_NAMES.get(word, word) for word in key.split("."))
+    for candidate in (key, key.removeprefix("text_model."), f"text_model.{key}", newer):
         path, _, name = candidate.rpartition(".")
         try:
             owner = module.get_submodule(path)
@@ -179,27 +191,31 @@ def _make_position_ids(module: nn.Module, device: torch.device) -> None:
             part._buffers["position_ids"] = torch.arange(ids.shape[-1], device=device).expand(ids.shape)
 
 
-def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder's safetensors, in one file or in shards.
+def takes(module: nn.Module, key: str) -> bool:
+    """Whether a module has a place for the tensor of that name."""
+    return _find(module, key)[0] is not None
+
+
+def stored(folder: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder's safetensors, in one file or in shards, that a module has places for.
 
     Raises:
         UserError: there are none, or a file is damaged.
     """
     for path in _files(folder):
-        yield from read(path)
+        yield from read(path, partial(takes, module))
 
 
-def read(path: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, all or those under some keys.
+def read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file under the keys that are wanted.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        if keys is None:
-            with safe_open(path, "pt") as tensors:
-                keys = list(tensors.keys())
-        for key in keys:
+        with safe_open(path, "pt") as tensors:
+            keys = list(tensors.keys())
+        for key in filter(wanted, keys):
             with safe_open(path, "pt") as tensors:  # opened anew, or the pages already read would stay mapped
                 yield key, tensors.get_tensor(key)
     except (OSError, SafetensorError) as error:

@@ -16,7 +16,6 @@ NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jso
 OPTIONAL = {
     "bitsandbytes": "--model.precision int4",
     "triton": "the kernels on a GPU",
-    "accelerate": "faster loading of large bases",
     "tensorboard": "--trainer.logger TensorBoardLogger",
     "wandb": "--trainer.logger WandbLogger",
 }

@@ -157,7 +157,7 @@ def _decode(base: Any, latents: list[Tensor]) -> list[Image.Image]:
 
 def _decode_alone(base: Any, latents: list[Tensor]) -> list[Image.Image]:
     images = []
-    with base.borrowed_vae() as vae:
+    with base.borrowed_vae("decoder") as vae:
         for latent in latents:
             scaled = latent[None].to(base.device, vae.dtype) / vae.config.scaling_factor
             images.append(_to_image(vae.decode(scaled, return_dict=False)[0][0]))

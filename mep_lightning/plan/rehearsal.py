@@ -21,6 +21,7 @@ from mep_lightning.bases import Base, BaseFolder, predict_noise, remember
 from mep_lightning.bases.load import assemble
 from mep_lightning.bases.skeleton import made_up, skeleton_vae, tokenizer, unwritten
 from mep_lightning.bases.streaming import streamed_bytes
+from mep_lightning.bases.weights import Half
 from mep_lightning.distributed import ALONE, Ranks
 from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimation import shared_losses
@@ -168,7 +169,8 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
     live = setting.live
     readers = {id(module): module.adapter.trains_text for module in modules}
     found: dict[int, dict[str, Phases]] = {}
-    encode, decode, vae_arena = _autoencoder(setting, host)
+    encode, encoder_arena = _autoencoder(setting, host, "encoder")
+    decode, decoder_arena = _autoencoder(setting, host, "decoder")
     gc.collect()
     live.reset_peak()
     base = assemble(host, tensors=lambda part, _: made_up(part, unwritten), tokenizer=tokenizer, vae=None)
@@ -188,12 +190,12 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
             beside = 0 if setting.on_gpu else training["denoise"].weights
             whole = {**before, **training, "decode": _decoding(decode, training["denoise"], beside)}
             streamed = {
-                "encode": replace(encode, weights=vae_arena),
+                "encode": replace(encode, weights=encoder_arena),
                 **{name: replace(peak, weights=text_arena) for name, peak in text.items()},
                 "load": Peak(arena, 0),
                 **waiting,
             }
-            vae = replace(decode, weights=vae_arena)
+            vae = replace(decode, weights=decoder_arena)
             streamed["decode"] = _decoding(vae, waiting["denoise"], waiting["denoise"].weights)
             # A CPU's weights are in its own memory either way, as long as there is room.
             ways = {"none": whole, "stream": streamed if setting.on_gpu else whole}
@@ -202,15 +204,18 @@ def _rehearse(setting: _Setting, host: BaseFolder, modules: list[Personalization
 
 
 @torch.no_grad()
-def _autoencoder(setting: _Setting, host: BaseFolder) -> tuple[Peak, Peak, int]:
-    """Encoding a photo and decoding a picture, and what streamed weights take on the device."""
-    vae = skeleton_vae(host, unwritten)
-    weights, resolution, side = setting.live.now, setting.resolution, setting.resolution // host.vae_factor
-    pixels = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype)
-    latent = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype)
-    encode = setting.peak(lambda: vae.encode(pixels), weights=weights)
-    decode = setting.peak(lambda: vae.decode(latent), weights=weights)
-    return encode, decode, streamed_bytes(vae)
+def _autoencoder(setting: _Setting, host: BaseFolder, half: Half) -> tuple[Peak, int]:
+    """Encoding a photo or decoding a picture with that half, and what its streamed weights take on the device."""
+    gc.collect()
+    before = setting.live.now
+    vae = skeleton_vae(host, unwritten, half)
+    weights, side = setting.live.now - before, setting.resolution // host.vae_factor
+    seen = (
+        (3, setting.resolution, setting.resolution) if half == "encoder" else (vae.config.latent_channels, side, side)
+    )
+    picture = torch.empty(1, *seen, dtype=vae.dtype)
+    run = vae.encode if half == "encoder" else vae.decode
+    return setting.peak(lambda: run(picture), weights=weights), streamed_bytes(vae)
 
 
 def _decoding(decode: Peak, denoise: Peak, beside: int) -> Peak:

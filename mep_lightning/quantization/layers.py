@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
+PORTION = 2**22
+"""Weights that are packed at once, which takes several times their bytes."""
+ROWS = 64
+"""A portion has so many rows, or a multiple: no block of weights that share a scale lies in two."""
 
 
 class QuantizedWeight(nn.Module):
@@ -48,11 +52,25 @@ class QuantizedWeight(nn.Module):
         values = nn.Parameter(torch.zeros(self.weight_shape[0], device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", values)
 
-    def quantize_(self, weight: Tensor) -> Self:
-        """Take a float weight [O, ...], on the weight's own device, and hold it packed; returns the layer."""
+    def quantize_(self, weight: Tensor, device: torch.device | None = None) -> Self:
+        """Take a float weight [O, ...] and hold it packed, a portion of rows after the other; returns the layer.
+
+        Args:
+            weight: of the layer's shape.
+            device: where it is packed and stays; by default the weight's own.
+
+        Raises:
+            ValueError: it has another shape.
+        """
         if weight.shape != self.weight_shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but the layer has {tuple(self.weight_shape)}")
-        for name, value in zip(self.packed, self.pack(weight.detach()), strict=True):
+        held = self.empty(self.weight_shape, device or weight.device)
+        done = [0] * len(held)
+        for rows in weight.detach().split(max(PORTION // weight[0].numel() // ROWS, 1) * ROWS):
+            for i, part in enumerate(self.pack(rows.to(device or weight.device))):
+                held[i][done[i] : done[i] + len(part)] = part
+                done[i] += len(part)
+        for name, value in zip(self.packed, held, strict=True):
             setattr(self, name, value)
         return self
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import base as base_module
 from mep_lightning.bases import encode_prompts, identify, load_base, open_base, predict_noise
-from mep_lightning.bases.weights import made_frugal
+from mep_lightning.bases.weights import build_vae, made_frugal, stored
 from mep_lightning.errors import UserError
 from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear
 from mep_lightning.tiny import BASE
@@ -141,6 +142,46 @@ def test_the_vae_can_be_freed_and_borrowed_again():
     assert base.vae is None
 
 
+@pytest.mark.parametrize(
+    ("half", "there", "gone"),
+    [
+        ("encoder", ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]),
+        ("decoder", ["decoder", "post_quant_conv"], ["encoder", "quant_conv"]),
+    ],
+)
+def test_half_an_autoencoder_can_be_borrowed(half, there, gone, tiny_base):
+    whole = tiny_base.read_vae()
+    with load_base("tiny", vae=False).borrowed_vae(half) as vae:
+        assert [name for name, part in vae.named_children() if part is not None] == there
+        assert all(getattr(vae, name) is None for name in gone)
+        for key, value in vae.state_dict().items():
+            assert torch.equal(value, whole.state_dict()[key])
+        with torch.no_grad():
+            if half == "encoder":
+                photo = torch.rand(1, 3, 32, 32)
+                assert torch.equal(vae.encode(photo).latent_dist.mean, whole.encode(photo).latent_dist.mean)
+            else:
+                latents = torch.randn(1, 4, 8, 8)
+                assert torch.equal(vae.decode(latents).sample, whole.decode(latents).sample)
+
+
+def test_an_autoencoder_of_sd1s_days_is_read(tmp_path):
+    """diffusers has renamed the layers of its attention since."""
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae.save_config(tmp_path)
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(key):
+        for now, then in older.items():
+            key = key.replace(f".{now}.", f".{then}.")
+        return key
+
+    assert sum(renamed(key) != key for key in vae.state_dict()) == 16
+    save_file({renamed(key): value for key, value in vae.state_dict().items()}, tmp_path / "weights.safetensors")
+    read = build_vae(tmp_path, partial(stored, tmp_path), tmp_path, torch.device("cpu"), torch.float32).state_dict()
+    assert all(torch.equal(read[key], value) for key, value in vae.state_dict().items())
+
+
 def test_identify_reads_families_from_json(tmp_path):
     assert identify("tiny") == identify(BASE)
     assert identify("tiny").family == "tiny" and identify("tiny").resolution == 64
@@ -250,7 +291,7 @@ def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
             lambda f: (f / "unet/a.safetensors.index.json").write_text("{}"),
             "a.safetensors.index.json has no weight_map",
         ),
-        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae cannot be read"),
+        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae holds no safetensors"),
         (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer"),
     ],
 )

@@ -56,7 +56,8 @@ class StandIn:
         self.events: list[str] = []
 
     @contextmanager
-    def borrowed_vae(self) -> Any:
+    def borrowed_vae(self, half: str) -> Any:
+        assert half == "decoder"
         self.events.append("vae borrowed")
         yield self.spare_vae
         self.events.append("vae returned")

@@ -95,8 +95,9 @@ def test_subjects_that_cannot_be_batched_have_no_plan():
 def test_encoding_and_decoding_take_what_was_planned():
     found = open_base("tiny")
     (planned,) = rehearse([METHODS["textual_inversion"]("fp32")], found, 64)
-    with torch.no_grad(), found.borrowed_vae() as vae:
+    with torch.no_grad(), found.borrowed_vae("encoder") as vae:
         encoded = held([vae]) + allocated_peak(lambda: vae.encode(torch.zeros(1, 3, 64, 64)))
+    with torch.no_grad(), found.borrowed_vae("decoder") as vae:
         decoded = held([vae]) + allocated_peak(lambda: vae.decode(torch.zeros(1, 4, 16, 16)))
     assert planned["encode"].total == pytest.approx(encoded, rel=0.1)
     base = planned["load"].weights
@@ -172,7 +173,7 @@ def test_streamed_weights_take_an_arena():
     on_device = sum(map(held_by_stream, (base.unet, *base.text_encoders)))
     assert streamed["load"].weights == on_device
     token = streamed["denoise"].weights - on_device
-    with here.borrowed_vae() as vae:  # beside the arenas, which are not parked
+    with here.borrowed_vae("decoder") as vae:  # beside the arenas, which are not parked
         assert streamed["decode"].weights == on_device + held_by_stream(vae) + token
     assert token == 4 * 128
 
@@ -187,7 +188,7 @@ def test_what_is_trained_and_its_moments_stay_while_pictures_are_decoded():
     moments = on_cpu["step"].optimizer
     for phases in (on_cpu, on_gpu, streamed):
         assert phases["decode"].optimizer == phases["denoise"].optimizer == moments > 0
-    with here.borrowed_vae() as vae:
+    with here.borrowed_vae("decoder") as vae:
         assert on_gpu["decode"].weights == held([vae])  # what is trained is parked with the U-Net
         assert on_cpu["decode"].weights == held([vae]) + on_cpu["denoise"].weights
         assert streamed["decode"].weights == held_by_stream(vae) + streamed["load"].weights + moments // 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear, why_not_int4
+from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear, layers, why_not_int4
 
 LINEAR, IMAGE = torch.Size([3, 7]), torch.Size([2, 5, 9, 8])
 
@@ -193,6 +193,19 @@ def test_autocast_decides_the_activations_dtype(kind, dtype):
 def test_integer_activations_are_refused_with_the_cause(kind):
     with pytest.raises(TypeError, match=r"casts them to `weight.dtype`"):
         kind()(kind.input().to(torch.uint8))
+
+
+def test_a_weight_is_packed_in_portions_as_it_is_whole(kind, monkeypatch):
+    layer, rows = kind(), []
+    weight = torch.randn(130, *layer.weight_shape[1:])
+    layer.weight_shape = weight.shape
+    whole = kind.cls.pack(layer, weight)
+    pack = kind.cls.pack
+    monkeypatch.setattr(kind.cls, "pack", lambda self, part: (rows.append(len(part)), pack(self, part))[1])
+    monkeypatch.setattr(layers, "PORTION", 1)
+    layer.quantize_(weight.double(), torch.device("cpu"))
+    assert rows == [64, 64, 2]
+    assert all(torch.equal(getattr(layer, name), value) for name, value in zip(layer.packed, whole, strict=True))
 
 
 def test_a_weight_of_another_shape_is_refused(kind):
