@@ -18,7 +18,7 @@ from benchmarks import quality
 from benchmarks.rows import Row, measured_with, row
 from mep_lightning import defaults
 from mep_lightning.commands import compare
-from mep_lightning.commands.recipes import find_recipe
+from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.planned import PLANNED, planned
@@ -39,6 +39,8 @@ METHODS = (
     "zoodip_fast",
 )
 """In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
+LATER = ("members_at_once",)
+"""Settings of a module that are younger than the first cells."""
 KEYS = "keys.json"
 """In the comparison's folder, what each method's cells were made with."""
 
@@ -87,12 +89,17 @@ def keys(images: int) -> dict[str, str]:
     kept_in = ("fp32", "int8", "int4")
     told = {
         name: {
-            "recipe": find_recipe(name).read_text(),
+            "recipe": _without_defaults(read_recipe(find_recipe(name))),
             "values": [defaults.lookup(name, "tiny", precision) for precision in kept_in],
         }
         for name in METHODS
     }
     return {name: quality.fingerprint(settings, "test", images) for name, settings in told.items()}
+
+
+def _without_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in recipe["model"].items() if value is not None or key not in LATER}
+    return recipe | {"model": own}
 
 
 def keep(comparison: ComparisonFolder, kept: Path, known: Mapping[str, str]) -> None:

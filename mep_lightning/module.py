@@ -80,6 +80,8 @@ class PersonalizationModule(LightningModule):
         optimizer: "adam", or "adam8bit", whose moments take a quarter (bitsandbytes, on a GPU).
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
+        members_at_once: how many members of a zeroth-order step, or of a search's population, go through the U-Net in
+            one batch; None takes all. Fewer take less memory and more time, and round otherwise in the last bits.
         cuda_graph: on a GPU, replay a token's forward-only step as one CUDA graph instead of launching its kernels one
             by one; it keeps the step's activations, and is captured anew after pictures were drawn. "auto" does so
             where it can be captured and nothing is compiled.
@@ -116,6 +118,7 @@ class PersonalizationModule(LightningModule):
         weight_decay: float = 0.0,
         optimizer: Literal["adam", "adam8bit"] = "adam",
         checkpointing: bool = False,
+        members_at_once: int | None = None,
         cuda_graph: bool | Literal["auto"] = "auto",
         compile: bool = False,
         activations: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
@@ -133,6 +136,8 @@ class PersonalizationModule(LightningModule):
         refuse_unless(optimizer in OPTIMIZERS, "model.optimizer", optimizer, f"one of {', '.join(OPTIMIZERS)}")
         refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
         refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
+        at_once = members_at_once
+        refuse_unless(at_once is None or at_once >= 1, "model.members_at_once", at_once, "1 or more, or null for all")
         refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
         self.automatic_optimization = False
         self.strict_loading = False
@@ -148,7 +153,7 @@ class PersonalizationModule(LightningModule):
         self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay, self.optimizer = betas, eps, weight_decay, optimizer
-        self.checkpointing, self.offload = checkpointing, offload
+        self.checkpointing, self.offload, self.members_at_once = checkpointing, offload, members_at_once
         self.cuda_graph: bool | str = cuda_graph
         self.predict_noise = predict_noise
         self.compiled = compile
@@ -391,7 +396,7 @@ class PersonalizationModule(LightningModule):
         return mean.to(device), std.to(device)
 
     def losses(self, members: Members | Tensor, draw: Draw) -> Tensor:
-        """Squared error of what each member predicts, in one forward.
+        """Squared error of what each member predicts, in one forward or, with `members_at_once`, a few.
 
         Args:
             members: where they stand, or values of a token, [V, vectors, D].

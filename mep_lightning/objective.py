@@ -1,7 +1,9 @@
-"""The denoising objective: the squared error of what each member's U-Net predicts, all of them in one forward."""
+"""The denoising objective: the squared error of what each member's U-Net predicts, in one forward or a few."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,21 @@ CARRIED = 4
 
 def losses(module: PersonalizationModule, members: Members | Tensor, draw: Draw) -> Tensor:
     """`PersonalizationModule.losses`: fp32 [V]."""
+    size = portion(len(members), module.members_at_once)
+    if size == len(members) or torch.is_grad_enabled():
+        return _together(module, members, draw)
+    parts: Iterable[Members | Tensor] = members.split(size)
+    return torch.cat([_together(module, part, draw) for part in parts])
+
+
+def portion(members: int, at_once: int | None) -> int:
+    """How many of a step's members go through the U-Net at once, at most so many; as alike from one to the next as can
+    be, since kernels may round otherwise in batches of another size."""
+    portions = math.ceil(members / at_once) if at_once else 1
+    return math.ceil(members / max(portions, 1))
+
+
+def _together(module: PersonalizationModule, members: Members | Tensor, draw: Draw) -> Tensor:
     base, adapter = module.loaded(), module.adapter
     if not adapter.trains_text:
         assert isinstance(members, Members)

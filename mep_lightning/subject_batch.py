@@ -41,7 +41,7 @@ from mep_lightning.timesteps import TimestepSampler
 
 ALIKE = (
     *("base_name", "precision", "activations", "offload", "method", "lr", "lr_scheduler", "betas", "eps"),
-    *("weight_decay", "optimizer", "checkpointing", "compiled", "cuda_graph"),
+    *("weight_decay", "optimizer", "checkpointing", "compiled", "cuda_graph", "members_at_once"),
 )
 """What subjects of a batch have in common, beside their estimators."""
 
@@ -268,7 +268,7 @@ class SubjectBatch(LightningModule):
         return torch.stack(losses, 1), sound
 
     def losses(self, members: Sequence[Members], batch: list[dict[str, Any]]) -> Tensor:
-        """What every subject's V members err by on its own draw, in one forward; of tangents a `Dual`.
+        """What every subject's V members err by on its own draw, in one forward or a few; of tangents a `Dual`.
 
         Args:
             members: of each of S subjects, where they stand.
@@ -291,10 +291,13 @@ class SubjectBatch(LightningModule):
         noisy, timestep, target = (
             torch.cat([getattr(draw, name) for draw in draws]) for name in ("noisy", "timestep", "target")
         )
-        arguments = (stacked.stack if isinstance(stacked, Dual) else stacked), ids, noisy, timestep, target
+        rest = ids, noisy, timestep, target
         replays = self.graphed is not None and not torch.is_grad_enabled()
         run: Any = self.graphed if replays else partial(objective.of_tokens, self.first)
-        return Dual(run(*arguments)) if isinstance(stacked, Dual) else run(*arguments)
+        if isinstance(stacked, Dual):
+            return Dual(run(stacked.stack, *rest))
+        parts = stacked.split(objective.portion(len(stacked), self.first.members_at_once))
+        return torch.cat([run(part, *rest) for part in parts])
 
     # -- after and between ---------------------------------------------------------------------------------------------
 

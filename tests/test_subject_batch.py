@@ -80,6 +80,10 @@ def test_each_learns_what_it_would_learn_alone(way, folders, tmp_path):
     are_what_they_are_alone(folders, tmp_path, way)
 
 
+def test_members_may_take_turns(folders, tmp_path):
+    are_what_they_are_alone(folders, tmp_path, "standardized", members_at_once=2)
+
+
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])
 def test_so_it_does_where_velocities_are_predicted_or_two_encoders_read(kind, folders, tmp_path, made_single_files):
     """Backpropagation, in fp32: differences of losses would be those of random weights, mostly rounding."""

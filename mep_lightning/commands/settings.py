@@ -31,10 +31,17 @@ AUTO_KEYS = {
 }
 """Setting -> its column in the table of defaults; those of parts are in their classes' `AUTO`."""
 PRECISION_SYNONYMS = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}
-FREE_TO_CHANGE = ("data.repeats", "model.checkpointing", "model.compile", "model.cuda_graph", "model.offload")
+FREE_TO_CHANGE = (
+    "data.repeats",
+    "model.checkpointing",
+    "model.compile",
+    "model.cuda_graph",
+    "model.members_at_once",
+    "model.offload",
+)
 """What a resumed run may change: an epoch's length draws nothing, and the others only change memory and speed.
 
-`model.compile` also changes the last bits of what is computed."""
+`model.compile` and `model.members_at_once` also change the last bits of what is computed."""
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 

@@ -26,8 +26,9 @@ from mep_lightning.estimators.subspace import Subspace
 from mep_lightning.kernels import philox_normal
 from mep_lightning.tangents import Dual, NoRuleError
 
-TOGETHER = 32
-"""Tangents that are carried in one pass: a text encoder's activations stay small beside a U-Net's."""
+TOGETHER, PASSES = 32, 8
+"""Tangents that are carried in one pass, at most, and the fewest passes of a large theta: a text encoder's activations
+stay small beside a U-Net's, also where both are small."""
 WIDTH = 4096
 """Numbers to which a tangent of the conditioning is sketched, at least: SDXL's 2,048 of 159,000 would take 1.3 GB."""
 PER_DIMENSION = 8
@@ -96,17 +97,17 @@ class ConditioningSubspace(Subspace):
 
     def _gram(self, theta: Tensor) -> Tensor:
         """J'J of the sketched conditioning, float64 [d, d], on the CPU."""
-        rows = [self._along(theta, first).cpu() for first in range(0, theta.numel(), TOGETHER)]
+        rows = [self._along(theta, first).cpu() for first in range(0, theta.numel(), _together(theta))]
         jacobian = torch.cat(rows).double()  # [d, widths added up]
         return jacobian @ jacobian.T
 
     @torch.no_grad()
     def _along(self, theta: Tensor, first: int) -> Tensor:
-        """Sketched derivatives of what is told along TOGETHER of theta's elements, fp32 [TOGETHER, widths added up]."""
+        """Sketched derivatives of what is told along some of theta's elements, fp32 [those, widths added up]."""
         if self._conditioned is None:
             raise UserError("ConditioningSubspace has nothing to follow: call begin(adapter, base) or follow()")
         d = theta.numel()
-        count = min(TOGETHER, d - first)
+        count = min(_together(theta), d - first)
         stack = theta.new_zeros(1 + count, d)
         stack[0] = theta.detach().flatten()
         stack[1:, first : first + count].fill_diagonal_(TANGENT)
@@ -175,6 +176,11 @@ class ConditioningSubspace(Subspace):
         self.refuse_another(state, ("share", "every"))
         self.seen, self._made = state["seen"], state["made"]
         self._basis = None if state["basis"] is None else state["basis"].clone()
+
+
+def _together(theta: Tensor) -> int:
+    """How many tangents of theta are carried in one pass."""
+    return min(TOGETHER, math.ceil(theta.numel() / PASSES))
 
 
 def sketch(x: Tensor, width: int, index: int = 0) -> Tensor:

@@ -292,13 +292,15 @@ def test_a_resumed_run_may_change_how_it_is_watched(trained, config_of, checkpoi
 def test_a_resumed_run_may_change_memory_and_speed(trained, config_of, checkpoint, monkeypatch):
     shutil.copytree(trained, "r")
     words = ["--model.cuda_graph", "true", "--model.checkpointing", "true", "--trainer.max_steps", "12"]
+    words += ["--model.members_at_once", "1"]
     noted = []
     monkeypatch.setattr("mep_lightning.advice.rank_zero_warn", noted.append)
     assert main(["fit", "--run", "r", "--resume", *words]) == 0
     idle = [f"model.{switch} does nothing here" for switch in ("cuda_graph", "checkpointing")]
     assert [note.partition(":")[0] for note in noted] == idle
     assert checkpoint("r")["global_step"] == 12
-    assert config_of("r")["model"]["cuda_graph"] and config_of("r")["model"]["checkpointing"]
+    model = config_of("r")["model"]
+    assert model["cuda_graph"] and model["checkpointing"] and model["members_at_once"] == 1
 
 
 def test_a_checkpoint_from_before_there_were_activations_goes_on(trained, checkpoint):
