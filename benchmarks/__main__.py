@@ -20,6 +20,7 @@ PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity", "profile")
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
 ALONE = {
+    "autoencoder": "SD1.5's autoencoder in bands of rows, beside diffusers' as it comes",
     "published": "ZOODiP's column of training memory, planned for public scripts of its methods",
     "branches": "where the steps of selective optimisation point, on tiny",
     "conditioning": "where a token's gradient lies, on tiny",
@@ -190,8 +191,8 @@ def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     return fidelity.run(device=args.device)
 
 
-def _alone(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    measured: list[rows.Row] = import_module(f"benchmarks.{args.suite}").run()
+def _alone(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
+    measured: Iterable[rows.Row] = import_module(f"benchmarks.{args.suite}").run()
     return measured
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep_lightning.bases import Base, Conditioning
+from mep_lightning.bases.bands import BANDED
 from mep_lightning.bases.frugal import REPLACED
 from mep_lightning.bases.tokens import token_ids
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
@@ -48,7 +49,7 @@ def as_it_comes_(module: nn.Module) -> None:
     """Take our ways of computing out of a U-Net or an autoencoder, channels last among them."""
     if isinstance(module, UNet2DConditionModel):
         module.set_attn_processor(AttnProcessor2_0())
-    plain = {ours: theirs for theirs, ours in REPLACED.items()}
+    plain = {ours: theirs for theirs, ours in (REPLACED | BANDED).items()}
     for part in module.modules():
         part.__class__ = plain.get(type(part), type(part))
     for tensor in (*module.parameters(), *module.buffers()):  # int8 weights are buffers

@@ -149,7 +149,9 @@ def rehearse(script: Script) -> dict[str, int]:
     gc.collect()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         base = skeleton("sd15", script.precision, dtype=script.dtype)
+        assert base.vae is not None
         as_it_comes_(base.unet)
+        as_it_comes_(base.vae)
         trained = script.prepare(base)
         resident = live.now
         optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=True) if trained else None

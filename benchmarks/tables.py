@@ -361,6 +361,16 @@ def profiled(rows: list[Row]) -> str:
     return markdown(["step", "ms", "of them at work", "kernels", "the kernels that take most, ms"], lines)
 
 
+def halves(rows: list[Row]) -> str:
+    """Half an autoencoder a line: seconds and activations, in bands and whole."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        seconds, peak = (row for row in rows if row["case"] == case)
+        times = [f"{seconds['value']:.1f}", f"{seconds['baseline']:.1f}", f"{seconds['ratio']:.2f}"]
+        lines.append([case, *times, *(f"{peak[key] / 2**20:.0f}" for key in ("value", "baseline"))])
+    return markdown(["", "in bands, s", "whole, s", "times as fast", "in bands, MiB", "whole, MiB"], lines)
+
+
 def plain(rows: list[Row]) -> str:
     """A figure a line."""
     lines = [[f"{row['case']}: {row['metric']}", f"{row['value']:.3g} {row['unit']}".strip()] for row in rows]
@@ -405,6 +415,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/profile-sd15:cost": cost.of_a_step,
     "cuda/methods-sd15:cost": cost.of_methods,
     "tiny": plain,
+    "autoencoder": halves,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,

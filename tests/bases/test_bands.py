@@ -12,6 +12,7 @@ from benchmarks.memory import allocated_peak
 from mep_lightning.bases import bands
 from mep_lightning.bases.bands import BandedConv2d, BandedDownsample, BandedResnet, BandedUpsample, moments
 from mep_lightning.bases.frugal import compute_frugally_
+from mep_lightning.bases.streaming import Stream
 from mep_lightning.kernels.stacks import is_channels_last
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
@@ -54,6 +55,22 @@ def test_pictures_that_are_no_larger_than_a_band_go_through_whole():
         encoded = vae.encode(photo).latent_dist.parameters
         compute_frugally_(vae)
         assert torch.equal(vae.encode(photo).latent_dist.parameters, encoded)
+
+
+def test_streamed_weights_serve_every_band_of_a_layer_in_one_visit(monkeypatch):
+    vae, latents = small_vae(), torch.randn(1, 4, 9, 11)
+    compute_frugally_(vae)
+    monkeypatch.setattr(bands, "BAND", 700)
+    with torch.no_grad():
+        decoded = vae.decode(latents).sample
+        stream, visits = Stream(vae, torch.device("cpu")), []
+        arrive = stream._arrive
+        monkeypatch.setattr(stream, "_arrive", lambda key: (visits.append(key[0].module), arrive(key))[1])
+        for _ in range(2):  # the second time the next layers are there ahead of use
+            visits.clear()
+            assert torch.equal(vae.decode(latents).sample, decoded)
+            assert len(set(visits)) == len(visits) > 10
+        stream.close()
 
 
 def test_blocks_with_attention_are_left_as_they_are(monkeypatch):

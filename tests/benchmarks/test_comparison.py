@@ -114,10 +114,14 @@ def test_a_methods_key_is_of_its_recipe_its_values_and_the_pictures(tmp_path, mo
     assert not set(comparison.keys(3).values()) & set(known.values())
     with monkeypatch.context() as patch:
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("model: {lr: 1.0}")
         find = comparison.find_recipe
-        patch.setattr(comparison, "find_recipe", lambda name: recipe if name == "lora" else find(name))
-        assert changed(known, comparison.keys(2)) == {"lora"}
+        patch.setattr(comparison, "find_recipe", lambda name: recipe if name == "zoodip" else find(name))
+        recipe.write_text("model: {lr: 1.0}")
+        assert changed(known, comparison.keys(2)) == {"zoodip"}
+        recipe.write_text(find("zoodip").read_text().replace("  members_at_once: null\n", "  # a comment\n"))
+        assert comparison.keys(2) == known  # a switch that is off is as one that was not known yet
+        recipe.write_text(find("zoodip").read_text().replace("members_at_once: null", "members_at_once: 1"))
+        assert changed(known, comparison.keys(2)) == {"zoodip"}
     lookup = comparison.defaults.lookup
     patched = lambda name, *of: lookup(name, *of) | ({"lr": 7.0} if name == "peqa" else {})  # noqa: E731
     monkeypatch.setattr(comparison.defaults, "lookup", patched)

@@ -1,0 +1,28 @@
+"""The suite's two sides answer the same, and what is compared is ours and diffusers'."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import autoencoder, tables
+from mep_lightning.bases import bands
+
+
+def test_a_row_of_seconds_and_one_of_bytes_for_each_half(monkeypatch):
+    monkeypatch.setattr(bands, "BAND", 2**16)
+    measured = list(autoencoder.run(rounds=1, side=64))
+    assert [row["case"] for row in measured] == ["encoding a photo"] * 2 + ["decoding a picture"] * 2
+    for seconds, peak in (measured[:2], measured[2:]):
+        assert seconds["ratio"] == pytest.approx(seconds["baseline"] / seconds["value"])
+        assert peak["ratio"] > 1
+    assert tables.halves(measured).count("\n") == 4
+
+
+def test_other_numbers_than_diffusers_give_no_figure(monkeypatch):
+    made = autoencoder._half
+    monkeypatch.setattr(
+        autoencoder, "_half", lambda half, side, plain: partial(torch.add, made(half, side, plain)(), plain)
+    )
+    with pytest.raises(AssertionError, match="encoding a photo: other numbers than diffusers'"):
+        next(autoencoder.run(rounds=1, side=64))
