@@ -89,7 +89,7 @@ def keys(images: int) -> dict[str, str]:
     kept_in = ("fp32", "int8", "int4")
     told = {
         name: {
-            "recipe": _without_defaults(read_recipe(find_recipe(name))),
+            "recipe": _without_later_nulls(read_recipe(find_recipe(name))),
             "values": [defaults.lookup(name, "tiny", precision) for precision in kept_in],
         }
         for name in METHODS
@@ -97,8 +97,9 @@ def keys(images: int) -> dict[str, str]:
     return {name: quality.fingerprint(settings, "test", images) for name, settings in told.items()}
 
 
-def _without_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    own = {key: value for key, value in recipe["model"].items() if value is not None or key not in LATER}
+def _without_later_nulls(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was before the settings in LATER came, where it leaves them off."""
+    own = {key: value for key, value in recipe.get("model", {}).items() if value is not None or key not in LATER}
     return recipe | {"model": own}
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+FEWEST = 3
+"""Cells from which on a standard error is told: of two it would hang on chance."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -14,7 +17,7 @@ class Difference:
 
     Attributes:
         mean: of the differences.
-        error: its standard error; None with fewer than two cells.
+        error: its standard error, as if a subject's seeds were independent; None with fewer than three cells.
         cells: how many subjects and seeds both variants have.
     """
 
@@ -37,7 +40,7 @@ def difference(cells: Iterable[Mapping[str, Any]], one: str, other: str, metric:
     gaps = [value - values[other][pair] for pair, value in values[one].items() if pair in values[other]]
     if not gaps:
         return None
-    error = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 6) if len(gaps) > 1 else None
+    error = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 6) if len(gaps) >= FEWEST else None
     return Difference(round(statistics.mean(gaps), 6), error, len(gaps))
 
 

@@ -362,13 +362,13 @@ def profiled(rows: list[Row]) -> str:
 
 
 def halves(rows: list[Row]) -> str:
-    """Half an autoencoder a line: seconds and activations, in bands and whole."""
+    """Half an autoencoder and what it stands beside a line: seconds and activations."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         seconds, peak = (row for row in rows if row["case"] == case)
         times = [f"{seconds['value']:.1f}", f"{seconds['baseline']:.1f}", f"{seconds['ratio']:.2f}"]
         lines.append([case, *times, *(f"{peak[key] / 2**20:.0f}" for key in ("value", "baseline"))])
-    return markdown(["", "in bands, s", "whole, s", "times as fast", "in bands, MiB", "whole, MiB"], lines)
+    return markdown(["", "in bands, s", "the other, s", "times as fast", "in bands, MiB", "the other, MiB"], lines)
 
 
 def plain(rows: list[Row]) -> str:

@@ -128,8 +128,10 @@ def warn_of_idle_switches(module: PersonalizationModule, base: Base) -> None:
         rank_zero_warn("model.compile does nothing here: model.offload is stream")
     if module.checkpointing and module.forward_only:
         rank_zero_warn("model.checkpointing does nothing here: there is no backward pass to keep activations for")
-    if module.members_at_once and not any(one.members > 1 for one in module.estimators):
-        rank_zero_warn("model.members_at_once does nothing here: a step has no members beside what is trained")
+    most = max(one.members for one in module.estimators)
+    if module.members_at_once and most <= module.members_at_once:
+        counted = "one member" if most == 1 else f"{most} members"
+        rank_zero_warn(f"model.members_at_once does nothing here: a step has {counted}; leave it null")
 
 
 def horizon(steps: float) -> int:

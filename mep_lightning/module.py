@@ -81,7 +81,8 @@ class PersonalizationModule(LightningModule):
         checkpointing: recompute the U-Net's activations in a backward pass instead of keeping them: less memory for a
             forward pass more. Methods without a backward pass have nothing to keep.
         members_at_once: how many members of a zeroth-order step, or of a search's population, go through the U-Net in
-            one batch; None takes all. Fewer take less memory and more time, and round otherwise in the last bits.
+            one batch; None takes all. Fewer take less memory and more time, and round otherwise in the last bits;
+            streamed weights visit once for each batch.
         cuda_graph: on a GPU, replay a token's forward-only step as one CUDA graph instead of launching its kernels one
             by one; it keeps the step's activations, and is captured anew after pictures were drawn. "auto" does so
             where it can be captured and nothing is compiled.
@@ -136,8 +137,8 @@ class PersonalizationModule(LightningModule):
         refuse_unless(optimizer in OPTIMIZERS, "model.optimizer", optimizer, f"one of {', '.join(OPTIMIZERS)}")
         refuse_unless(all(0 <= beta < 1 for beta in betas), "model.betas", betas, "two numbers from 0 to below 1")
         refuse_unless(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 or more")
-        at_once = members_at_once
-        refuse_unless(at_once is None or at_once >= 1, "model.members_at_once", at_once, "1 or more, or null for all")
+        fine = members_at_once is None or (type(members_at_once) is int and members_at_once >= 1)
+        refuse_unless(fine, "model.members_at_once", members_at_once, "1, 2, ... or null for all")
         refuse_unless(0 <= seed < SEEDS, "model.seed", seed, f"0 to {SEEDS - 1}")
         self.automatic_optimization = False
         self.strict_loading = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -26,18 +25,25 @@ CARRIED = 4
 
 def losses(module: PersonalizationModule, members: Members | Tensor, draw: Draw) -> Tensor:
     """`PersonalizationModule.losses`: fp32 [V]."""
-    size = portion(len(members), module.members_at_once)
-    if size == len(members) or torch.is_grad_enabled():
+    count = len(members)
+    if module.members_at_once is None or count <= module.members_at_once or torch.is_grad_enabled():
         return _together(module, members, draw)
-    parts: Iterable[Members | Tensor] = members.split(size)
-    return torch.cat([_together(module, part, draw) for part in parts])
+    parts = (_chosen(members, places) for places in portions(count, module.members_at_once))
+    return torch.cat([_together(module, part, draw) for part in parts])[:count]
 
 
-def portion(members: int, at_once: int | None) -> int:
-    """How many of a step's members go through the U-Net at once, at most so many; as alike from one to the next as can
-    be, since kernels may round otherwise in batches of another size."""
-    portions = math.ceil(members / at_once) if at_once else 1
-    return math.ceil(members / max(portions, 1))
+def portions(count: int, at_once: int) -> list[list[int]]:
+    """Which of a step's members go through the U-Net together, at most so many.
+
+    All portions are of one size, the last filled up with the last member again: in batches of another size kernels
+    round otherwise, which a finite difference would divide by mu.
+    """
+    size = math.ceil(count / math.ceil(count / at_once))
+    return [[min(first + i, count - 1) for i in range(size)] for first in range(0, count, size)]
+
+
+def _chosen(members: Members | Tensor, places: list[int]) -> Members | Tensor:
+    return members.chosen(places) if isinstance(members, Members) else members[places]
 
 
 def _together(module: PersonalizationModule, members: Members | Tensor, draw: Draw) -> Tensor:

@@ -296,8 +296,9 @@ class SubjectBatch(LightningModule):
         run: Any = self.graphed if replays else partial(objective.of_tokens, self.first)
         if isinstance(stacked, Dual):
             return Dual(run(stacked.stack, *rest))
-        parts = stacked.split(objective.portion(len(stacked), self.first.members_at_once))
-        return torch.cat([run(part, *rest) for part in parts])
+        count = len(stacked)
+        parts = objective.portions(count, self.first.members_at_once or count)
+        return torch.cat([run(stacked[places], *rest) for places in parts])[:count]
 
     # -- after and between ---------------------------------------------------------------------------------------------
 

@@ -81,7 +81,22 @@ def test_each_learns_what_it_would_learn_alone(way, folders, tmp_path):
 
 
 def test_members_may_take_turns(folders, tmp_path):
-    are_what_they_are_alone(folders, tmp_path, "standardized", members_at_once=2)
+    rows = []
+
+    class Counted(Callback):
+        def on_train_start(self, trainer, module):
+            unet = module.first.base.unet
+            unet.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+
+    subjects = [module_of(i, "standardized", members_at_once=3) for i in range(3)]
+    batch = SubjectBatch(subjects)
+    trainer_of(tmp_path, 4, enable_checkpointing=False, callbacks=[Counted()]).fit(
+        batch, SubjectBatchData(data_of(folders))
+    )
+    assert rows == [2 * 3, 2 * 3] * 4  # four members of three subjects
+    whole, _ = together(folders, tmp_path, "standardized")
+    for apart, beside in zip(tokens_of(batch), tokens_of(whole), strict=True):
+        assert (apart - beside).norm() <= 0.02 * apart.norm()
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])

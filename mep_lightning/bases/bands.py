@@ -1,7 +1,7 @@
 """Large pictures through an autoencoder in bands of rows, so that no layer's picture is in memory beside a copy of it.
 
-diffusers' decoder holds six times what its largest layer holds in half: the layer before, the norm of that, what the
-activation makes of it. Here a convolution normalises and activates its own input a band at a time, writes over what
+diffusers' decoder holds its largest layer's input three times over: itself, the norm of it, and what the activation
+makes of that. Here a convolution normalises and activates its own input a band at a time, writes over what
 nobody reads again, and a block lets go of what the one before it made. The numbers are those of the layers as they are,
 but for rounding.
 """
@@ -30,7 +30,10 @@ Before = Callable[[Tensor], Tensor]
 
 
 class BandedConv2d(nn.Conv2d):
-    """A convolution that may take its input in bands, and prepare each of them first."""
+    """A convolution that may take its input in bands, and prepare each of them first.
+
+    Padded with zeros, neither dilated nor in groups, as all of an autoencoder's are.
+    """
 
     def forward(
         self,
@@ -211,7 +214,7 @@ def activated(norm: nn.GroupNorm, activation: nn.Module, picture: Tensor) -> Bef
 
 
 def moments(picture: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every group of channels, fp64 [B, groups], without a copy of the picture.
+    """Mean and variance of every group of channels, [B, groups], summed in fp64, without a copy of the picture.
 
     Sums of squares are taken around each channel's mean in the first rows, so that a large mean drowns nothing.
     """
@@ -219,7 +222,8 @@ def moments(picture: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(picture.dtype, torch.float32)
     at_once = _rows_at_once(batch * channels * width)
     middle = picture[:, :, :at_once].to(wide).mean((2, 3), keepdim=True)
-    total, squares = (torch.zeros(batch, channels, dtype=torch.float64, device=picture.device) for _ in range(2))
+    exact = torch.float32 if picture.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    total, squares = (torch.zeros(batch, channels, dtype=exact, device=picture.device) for _ in range(2))
     for band in picture.split(at_once, 2):
         around = band.to(wide) - middle
         total += around.sum((2, 3))

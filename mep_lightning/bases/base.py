@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,14 +21,25 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer
 
-from mep_lightning.bases.conversion import converted
+from mep_lightning.bases.conversion import converted, names
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.bases.families import TEXT_ENCODERS, TOKENIZERS, Family
 from mep_lightning.bases.single_file import SingleFile
 from mep_lightning.bases.streaming import Stream, map_to_disk
 from mep_lightning.bases.tokens import with_tokens
 from mep_lightning.bases.vocabulary import find_vocabulary, load_tokenizer, tokenizer_for
-from mep_lightning.bases.weights import Half, Tensors, build_vae, memory_format, stored, vae_dtype
+from mep_lightning.bases.weights import (
+    HALVES,
+    Half,
+    Tensors,
+    build_vae,
+    empty_vae,
+    memory_format,
+    refuse_incomplete,
+    stored,
+    stored_names,
+    vae_dtype,
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -109,7 +120,14 @@ class BaseFolder:
     def read_vae(self, half: Half | None = None) -> AutoencoderKL:
         """The autoencoder, read from disk, where weights wait; all of it, or the half that encodes or decodes."""
         dtype, tensors = vae_dtype(self.folder, self.dtype), partial(self.tensors, part="vae")
-        return build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype, half)
+        vae = build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype, half)
+        if half == "encoder":  # pictures would miss the decoder after hours of training
+            refuse_incomplete(empty_vae(self.folder / "vae"), self.vae_names, self.source("vae"))
+        return vae
+
+    def vae_names(self, module: nn.Module) -> Iterable[str]:
+        """Of the autoencoder's tensors that are stored, none of which is read."""
+        return stored_names(self.folder / "vae") if self.file is None else names(self.file, module, "vae")
 
     @contextmanager
     def borrowed_vae(self, half: Half | None = None) -> Iterator[AutoencoderKL]:
@@ -243,14 +261,15 @@ class Base(BaseFolder):
     @contextmanager
     def borrowed_vae(self, half: Half | None = None) -> Iterator[AutoencoderKL]:
         """As of a `BaseFolder`; where the base has one that is lent, and nothing is read or freed."""
-        if self.vae is not None:
+        if self.vae is not None and all(getattr(self.vae, one) is not None for one in ([half] if half else HALVES)):
             yield self.vae
             return
+        before = self.vae
         with super().borrowed_vae(half) as self.vae:
             try:
                 yield self.vae
             finally:
-                self.vae = None
+                self.vae = before
 
     @contextmanager
     def parked(self) -> Iterator[None]:

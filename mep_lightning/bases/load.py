@@ -219,7 +219,8 @@ def assemble(
 def build_unet(folder: Path) -> UNet2DConditionModel:
     """The U-Net that a folder describes, on the meta device."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(read_part(UNet2DConditionModel.load_config, folder / "unet"))
+        made = lambda path: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path))  # noqa: E731
+        return read_part(made, folder / "unet")
 
 
 def build_text_encoders(folder: Path) -> list[Any]:

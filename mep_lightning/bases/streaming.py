@@ -2,8 +2,8 @@
 
 Layers are those modules that own tensors. Which is called after which is remembered: from the second pass on the coming
 ones are copied while the present one computes, through an arena a few layers large. All members of a zeroth-order step
-share one pass, so the weights cross over once a step. A backward pass calls for them again: with every unit
-checkpointed they cross over three times in all.
+share one pass, so the weights cross over once a step, or with `members_at_once` once a portion. A backward pass calls
+for them again: with every unit checkpointed they cross over three times in all.
 """
 
 from __future__ import annotations

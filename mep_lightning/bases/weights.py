@@ -22,11 +22,14 @@ from mep_lightning.quantization import QuantizedWeight
 
 Tensors = Iterable[tuple[str, Tensor]]
 Half = Literal["encoder", "decoder"]
+HALVES: tuple[Half, ...] = ("encoder", "decoder")
 OTHER_HALF: Mapping[Half, tuple[str, ...]] = {
     "encoder": ("decoder", "post_quant_conv"),
     "decoder": ("encoder", "quant_conv"),
 }
 """What of an autoencoder is not needed with one half of it."""
+STEMS = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call their files."""
 OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Of an autoencoder's attention, as files of SD1's days have them."""
 TILE, LARGEST_TILE = 512, 768
@@ -77,7 +80,24 @@ def fill_(
             owner.register_buffer(name, value)
     give_back()
     _make_position_ids(module, device)
-    missing = [name for name, value in _values(module) if value.is_meta]
+    _refuse_missing([name for name, value in _values(module) if value.is_meta], source)
+
+
+def refuse_incomplete(module: nn.Module, names: Callable[[nn.Module], Iterable[str]], source: Path) -> None:
+    """Raise UserError where what is stored has no tensor for a part of a module on the meta device."""
+    found = [_find(module, key) for key in names(module)]
+    there = {(id(owner), name) for owner, name in found}
+    owned = [(path, part) for path, part in module.named_modules()]
+    missing = [
+        f"{path}.{name}"
+        for path, part in owned
+        for name in (*part._parameters, *part._buffers)
+        if getattr(part, name) is not None and (id(part), name) not in there
+    ]
+    _refuse_missing(missing, source)
+
+
+def _refuse_missing(missing: list[str], source: Path) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         incomplete = "its weights are incomplete, fetch the base again" if source.is_dir() else _misfit(source)
@@ -121,12 +141,17 @@ def build_vae(
         dtype: of all of it; see `vae_dtype`.
         half: where one is enough, the other is not there.
     """
-    with torch.device("meta"):
-        module = AutoencoderKL.from_config(read_part(AutoencoderKL.load_config, folder))
+    module = empty_vae(folder)
     for name in OTHER_HALF[half] if half else ():
         setattr(module, name, None)
     fill_(module, tensors(module), source, dtype, device, memory_format(device, dtype))
     return made_frugal(module.eval().requires_grad_(False))
+
+
+def empty_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder that a folder describes, on the meta device."""
+    with torch.device("meta"):
+        return read_part(lambda path: AutoencoderKL.from_config(AutoencoderKL.load_config(path)), folder)
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
@@ -206,6 +231,13 @@ def stored(folder: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from read(path, partial(takes, module))
 
 
+def stored_names(folder: Path) -> Iterator[str]:
+    """What the tensors of a folder's safetensors are called."""
+    for path in _files(folder):
+        with safe_open(path, "pt") as tensors:
+            yield from tensors.keys()
+
+
 def read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file under the keys that are wanted.
 
@@ -223,14 +255,19 @@ def read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tenso
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors to read: the shards of an index, or the one plain file, or the one variant there is."""
+    """The safetensors to read: the shards of an index, or the one plain file, or the one variant there is.
+
+    What the libraries name otherwise, such as a single-file copy beside, comes last.
+    """
     for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{index} has no weight_map: fetch the base again") from None
         return [folder / name for name in sorted(shards)]
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: (len(path.name), path.name))
+    files = sorted(
+        folder.glob("*.safetensors"), key=lambda path: (path.name.split(".")[0] not in STEMS, len(path.name), path.name)
+    )
     if not files:
         raise UserError(f"{folder} holds no safetensors: fetch the base again with safetensors weights")
     return files[:1]

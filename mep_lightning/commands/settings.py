@@ -39,9 +39,8 @@ FREE_TO_CHANGE = (
     "model.members_at_once",
     "model.offload",
 )
-"""What a resumed run may change: an epoch's length draws nothing, and the others only change memory and speed.
-
-`model.compile` and `model.members_at_once` also change the last bits of what is computed."""
+"""What a resumed run may change: an epoch's length draws nothing; the others change memory and speed, and
+`model.compile` and `model.members_at_once` also the last bits of what is computed."""
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 

@@ -117,14 +117,10 @@ class Members:
     def part(self, rank: int, world: int) -> tuple[Members, list[int]]:
         """Every `world`-th of them from `rank` on, and the places of their losses among all."""
         places = list(range(rank, len(self.probes), world))
-        return self._chosen(places), places
+        return self.chosen(places), places
 
-    def split(self, at_once: int) -> list[Members]:
-        """All of them in order, so many in each part, as `Tensor.split` does with their values."""
-        count = len(self.probes)
-        return [self._chosen(range(first, min(first + at_once, count))) for first in range(0, count, at_once)]
-
-    def _chosen(self, places: Iterable[int]) -> Members:
+    def chosen(self, places: Iterable[int]) -> Members:
+        """Those at some places."""
         chosen = replace(self, probes=[self.probes[place] for place in places], noise={})
         return replace(chosen, noise=self._noise_along(chosen.directions))
 

@@ -209,13 +209,14 @@ def _autoencoder(setting: _Setting, host: BaseFolder, half: Half) -> tuple[Peak,
     gc.collect()
     before = setting.live.now
     vae = skeleton_vae(host, unwritten, half)
-    weights, side = setting.live.now - before, setting.resolution // host.vae_factor
+    held, side = setting.live.now, setting.resolution // host.vae_factor
     seen = (
         (3, setting.resolution, setting.resolution) if half == "encoder" else (vae.config.latent_channels, side, side)
     )
     picture = torch.empty(1, *seen, dtype=vae.dtype)
     run = vae.encode if half == "encoder" else vae.decode
-    return setting.peak(lambda: run(picture), weights=weights), streamed_bytes(vae)
+    peak = setting.peak(lambda: run(picture), weights=held)
+    return replace(peak, weights=held - before), streamed_bytes(vae)
 
 
 def _decoding(decode: Peak, denoise: Peak, beside: int) -> Peak:

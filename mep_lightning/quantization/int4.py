@@ -18,10 +18,9 @@ from torch.nn.grad import conv2d_input
 from mep_lightning.errors import UserError, reason
 from mep_lightning.kernels.dispatch import autocast_activation, needs_op, needs_reference
 from mep_lightning.kernels.products import linear
-from mep_lightning.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedWeight
+from mep_lightning.quantization.layers import PORTION, QuantizedConv2d, QuantizedLinear, QuantizedWeight
 
-BLOCK = 64  # weights that share a scale
-PORTION = 2**22  # weights that are packed at once: bitsandbytes takes several times their bytes on a CPU
+BLOCK = 64  # weights that share a scale; `layers.ROWS` is a multiple
 
 Operation = Callable[..., Tensor]
 

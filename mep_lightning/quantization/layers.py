@@ -64,10 +64,11 @@ class QuantizedWeight(nn.Module):
         """
         if weight.shape != self.weight_shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but the layer has {tuple(self.weight_shape)}")
-        held = self.empty(self.weight_shape, device or weight.device)
+        device = device or weight.device
+        held = self.empty(self.weight_shape, device)
         done = [0] * len(held)
         for rows in weight.detach().split(max(PORTION // weight[0].numel() // ROWS, 1) * ROWS):
-            for i, part in enumerate(self.pack(rows.to(device or weight.device))):
+            for i, part in enumerate(self.pack(rows.to(device))):
                 held[i][done[i] : done[i] + len(part)] = part
                 done[i] += len(part)
         for name, value in zip(self.packed, held, strict=True):

@@ -107,11 +107,12 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["channels last", "channels first"])
+@pytest.mark.parametrize("size", [(14, 10), (15, 9)], ids=["even", "odd"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_keeps_its_input_its_answer_and_the_memory_format(monkeypatch, name, layout):
+def test_a_layer_keeps_its_input_its_answer_and_the_memory_format(monkeypatch, name, size, layout):
     plain, kind, channels = LAYERS[name]
     plain = plain.double().eval()
-    picture = torch.randn(2, channels, 14, 10, dtype=torch.float64).contiguous(memory_format=layout)
+    picture = torch.randn(2, channels, *size, dtype=torch.float64).contiguous(memory_format=layout)
     before, inputs = picture.clone(), (picture, None) if isinstance(plain, ResnetBlock2D) else (picture,)
     with torch.no_grad():
         expected = plain(*inputs)

@@ -165,6 +165,35 @@ def test_half_an_autoencoder_can_be_borrowed(half, there, gone, tiny_base):
                 assert torch.equal(vae.decode(latents).sample, whole.decode(latents).sample)
 
 
+def test_a_lent_half_is_not_taken_for_the_other():
+    base = load_base("tiny", vae=False)
+    with base.borrowed_vae("encoder") as encoding:
+        with base.borrowed_vae("decoder") as decoding:
+            assert decoding.decoder is not None and decoding.encoder is None
+        with base.borrowed_vae("encoder") as again:
+            assert again is encoding
+        with base.borrowed_vae() as whole:
+            assert whole.encoder is not None and whole.decoder is not None
+        assert base.vae is encoding
+    assert base.vae is None
+
+
+def test_a_decoder_that_is_not_there_is_told_when_photos_are_encoded(tmp_path):
+    folder = copy_of_tiny(tmp_path)
+    (path,) = (folder / "vae").glob("*.safetensors")
+    save_file({key: value for key, value in load_file(path).items() if "decoder.conv_out" not in key}, path)
+    sentence = r"vae lacks decoder.conv_out.weight and 1 more: its weights are incomplete, fetch the base again"
+    with pytest.raises(UserError, match=sentence), open_base(folder).borrowed_vae("encoder"):
+        pass
+
+
+def test_what_is_named_as_the_libraries_do_goes_before_a_shorter_name(tmp_path, tiny_base):
+    folder = copy_of_tiny(tmp_path)
+    save_file({"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}, folder / "vae" / "vae.safetensors")
+    ours = tiny_base.read_vae().state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in load_base(folder).vae.state_dict().items())
+
+
 def test_an_autoencoder_of_sd1s_days_is_read(tmp_path):
     """diffusers has renamed the layers of its attention since."""
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
@@ -262,6 +291,10 @@ def copy_of_tiny(tmp_path):
     return shutil.copytree(BASE, tmp_path / "base")
 
 
+def changed(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def without(path, key):
     content = json.loads(path.read_text())
     del content[key]
@@ -292,6 +325,8 @@ def test_a_copied_folder_is_the_same_base(tmp_path, tiny_base):
             "a.safetensors.index.json has no weight_map",
         ),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae holds no safetensors"),
+        (lambda f: changed(f / "vae/config.json", down_block_types=["Unheard"]), "vae cannot be read .*fetch the base"),
+        (lambda f: changed(f / "unet/config.json", down_block_types=["Unheard"]), "unet cannot be read .*fetch the"),
         (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer"),
     ],
 )

@@ -68,18 +68,19 @@ def test_the_difference_of_two_variants_is_paired_by_subject_and_seed():
         told = dict.fromkeys(quality.SCORES, value)
         return told | {"variant": variant, "subject": f"s{index}", "index": index, "seed": seed, "seconds": 1.0}
 
-    cells = [cell("a", 0, 0, 1.0), cell("a", 0, 1, 5.0), cell("b", 0, 1, 5.5), cell("b", 0, 0, 1.3), cell("b", 1, 0, 9)]
+    cells = [cell("a", 0, 0, 1.0), cell("a", 0, 1, 5.0), cell("b", 0, 1, 5.5), cell("b", 0, 0, 1.3)]
+    cells += [cell("b", 1, 0, 9.0), cell("a", 2, 0, 2.0), cell("b", 2, 0, 2.4)]
     told = difference(cells, "b", "a", "dino")
-    assert told.cells == 2 and told.mean == pytest.approx(0.4) and told.error == pytest.approx(0.1)
-    assert told.told() == "+.400 ± .100"
-    assert difference(cells, "a", "b", "dino").told(2) == "−.40 ± .10"
-    assert difference(cells[:3], "b", "a", "dino").told() == "+.500"
+    assert told.cells == 3 and told.mean == pytest.approx(0.4) and told.error == pytest.approx(0.1 / 3**0.5, abs=1e-6)
+    assert told.told() == "+.400 ± .058"
+    assert difference(cells, "a", "b", "dino").told(2) == "−.40 ± .06"
+    assert difference(cells[:4], "b", "a", "dino").told() == "+.400"  # of two cells an error would hang on chance
     assert difference(cells[:1], "b", "a", "dino") is None
     assert Difference(-0.0001, 0.0, 9).told() == ".000 ± .000"
 
     table = tables.differences(quality.summarise("estimators", cells, ["a", "b"])).splitlines()
     assert table[0].startswith("| beyond a | cells |")
-    assert table[2].startswith("| b | 2 | +.400 ± .100 |") and table[2].endswith("| +.4000 ± .1000 |")
+    assert table[2].startswith("| b | 3 | +.400 ± .058 |") and table[2].endswith("| +.4000 ± .0577 |")
 
 
 def test_a_cell_counts_only_for_the_settings_it_was_measured_with():

@@ -22,9 +22,9 @@ MEASURED = [
     for row in json.loads(path.read_text())["rows"]
     if row["metric"].startswith("peak on cuda")
 ]
-AUTOENCODER = {"encode": (321, 643), "decode": (385, 771)}
-"""Activations of SD1.5's at 512 px when those rows were measured, MiB: in half precision and in fp32. It went through
-whole then, and takes less in bands."""
+AUTOENCODER = {"encode": (155, 284), "decode": (217, 409)}
+"""Activations that are planned for SD1.5's at 512 px, MiB: in half precision and in fp32. Rows that were
+measured before it was taken in bands had more of them, and more beside them."""
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["case"])
@@ -35,12 +35,12 @@ def test_no_recipe_took_more_than_its_plan_and_the_workspaces(row):
 
 
 @pytest.mark.parametrize(("precision", "place"), [("int8", 0), ("fp32", 1)])
-def test_the_autoencoders_activations_are_no_more_than_those(precision, place):
+def test_the_autoencoders_activations_are_those(precision, place):
     (row,) = plan(
         {"zoodip": recipe("zoodip")}, "sd15", precisions=[precision], asked=lambda offload, _: offload == "none"
     )
     for phase, sizes in AUTOENCODER.items():
-        assert row.phases[phase].activations < 0.6 * sizes[place] * MIB
+        assert row.phases[phase].activations == pytest.approx(sizes[place] * MIB, rel=0.01)
 
 
 def test_only_a_gpus_libraries_hold_any():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear, layers, why_not_int4
+from mep_lightning.quantization import Int4Conv2d, Int4Linear, Int8Conv2d, Int8Linear, int4, layers, why_not_int4
 
 LINEAR, IMAGE = torch.Size([3, 7]), torch.Size([2, 5, 9, 8])
 
@@ -204,7 +204,7 @@ def test_a_weight_is_packed_in_portions_as_it_is_whole(kind, monkeypatch):
     monkeypatch.setattr(kind.cls, "pack", lambda self, part: (rows.append(len(part)), pack(self, part))[1])
     monkeypatch.setattr(layers, "PORTION", 1)
     layer.quantize_(weight.double(), torch.device("cpu"))
-    assert rows == [64, 64, 2]
+    assert rows == [64, 64, 2] and layers.ROWS % int4.BLOCK == 0
     assert all(torch.equal(getattr(layer, name), value) for name, value in zip(layer.packed, whole, strict=True))
 
 
