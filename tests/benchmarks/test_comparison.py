@@ -1,6 +1,7 @@
 """The benchmark that runs `mep compare`: its figures, and the pictures taken from its folder."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,26 @@ def test_figures_are_of_what_every_method_has(tmp_path, monkeypatch):
     found = [row for row in comparison.figures(folder) if row["metric"] == "dino"]
     assert [(row["case"], row["value"], row["cells"]) for row in found] == [("lora", 0.1, 1), ("zoodip", 0.3, 1)]
     assert "spread" not in found[0]  # of a single seed nobody knows it
+
+
+def test_a_seed_with_fewer_subjects_waits_for_the_rest(tmp_path, monkeypatch):
+    folder = ComparisonFolder(tmp_path)
+    monkeypatch.setattr(comparison, "METHODS", ("lora",))
+    monkeypatch.setattr(comparison, "planned", lambda *_: {})
+
+    def cells():
+        (row,) = [row for row in comparison.figures(folder) if row["metric"] == "dino"]
+        return row["value"], row["cells"], "spread" in row
+
+    def keep(subject, seed, dino):
+        scores = dict.fromkeys(("clip_t", "clip_i", "dino", "dino_inter"), dino)
+        folder.keep({"method": "lora", "subject": subject, "seed": seed, **scores})
+
+    for one in (("a", 0, 0.1), ("b", 0, 0.3), ("a", 1, 0.9)):
+        keep(*one)
+    assert cells() == (pytest.approx(0.2), 2, False)
+    keep("b", 1, 0.7)
+    assert cells() == (pytest.approx(0.5), 4, True)
 
 
 def drawn(folder, method, seed, *pictures):
@@ -126,6 +147,14 @@ def test_a_methods_key_is_of_its_recipe_its_values_and_the_pictures(tmp_path, mo
     patched = lambda name, *of: lookup(name, *of) | ({"lr": 7.0} if name == "peqa" else {})  # noqa: E731
     monkeypatch.setattr(comparison.defaults, "lookup", patched)
     assert changed(known, comparison.keys(2)) == {"peqa"}
+
+
+def test_the_committed_figures_are_of_todays_settings():
+    known, path = comparison.keys(2), tables.results("compare")
+    records = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    current = Counter(record["method"] for record in records if record["key"] == known[record["method"]])
+    cells = {row["case"]: row["cells"] for row in json.loads(path.read_text())["rows"]}
+    assert set(cells) == set(comparison.METHODS) and all(cells[name] <= current[name] for name in cells)
 
 
 def changed(before, after):
