@@ -21,8 +21,13 @@ def value(name, case, metric):
     return found
 
 
-def ratio(one, other, metric):
-    return f"{value('quality', one, metric) / value('quality', other, metric):.0%}"
+def ratio(one, other, metric, suite="quality"):
+    return f"{value(suite, one, metric) / value(suite, other, metric):.0%}"
+
+
+def share(one, metric):
+    """Of Textual Inversion's in the comparison of all methods."""
+    return ratio(one, "textual_inversion", metric, "compare")
 
 
 @cache
@@ -90,6 +95,10 @@ SENTENCES = [
         ),
     ),
     (
+        README,
+        lambda: f"a token on SD1.5 in int8 is planned at {planned(f'{ZOODIP} (streamed)')} GiB of a GPU's memory",
+    ),
+    (
         DOCS / "conditioning-subspace.md",
         lambda: (
             f"planned at {planned(FAST)} GiB, beside ZOODiP's {planned(ZOODIP)} and Textual Inversion's {planned(TI)}"
@@ -101,6 +110,13 @@ SENTENCES = [
             f"on an int8 base, is planned at {planned(SELECTIVE)} GiB: "
             f"{1 - float(planned(SELECTIVE)) / float(planned(LORA)):.0%} below LoRA's backpropagation "
             f"at 512 px in fp32 ({planned(LORA)})"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"ZOODiP comes to {share('zoodip', 'clip_i')} of Textual Inversion's CLIP-I and {share('zoodip', 'dino')} "
+            f"of its DINO, `zoodip_fast` to {share('zoodip_fast', 'clip_i')} and {share('zoodip_fast', 'dino')}"
         ),
     ),
     (
