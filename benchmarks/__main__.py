@@ -20,7 +20,7 @@ PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity", "profile")
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
 ALONE = {
-    "autoencoder": "SD1.5's autoencoder in bands of rows, beside diffusers' as it comes",
+    "autoencoder": "SD1.5's autoencoder in bands of rows, beside the same whole and diffusers'",
     "published": "ZOODiP's column of training memory, planned for public scripts of its methods",
     "branches": "where the steps of selective optimisation point, on tiny",
     "conditioning": "where a token's gradient lies, on tiny",

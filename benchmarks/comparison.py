@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,13 +78,14 @@ def run(
 def figures(comparison: ComparisonFolder) -> list[Row]:
     """The rows of the subjects and seeds that every method has a cell of: no other would be fair.
 
-    A seed that has fewer subjects than another waits: what differs between the two would be its subjects.
+    A seed that lacks subjects of another waits: what differs between the two would be those.
     """
     records = comparison.records()
     by_method = [{(subject, seed) for method, subject, seed in records if method == name} for name in METHODS]
     shared = set.intersection(*by_method)
-    sizes = Counter(seed for _, seed in shared)
-    whole = {(subject, seed) for subject, seed in shared if sizes[seed] == max(sizes.values())}
+    subjects = {seed: {subject for subject, other in shared if other == seed} for _, seed in shared}
+    most = max(subjects.values(), key=len, default=set())
+    whole = {(subject, seed) for subject, seed in shared if subjects[seed] == most}
     even = [record for (_, *which), record in records.items() if tuple(which) in whole]
     return rows(table.rows(even, METHODS, planned(comparison, even, "tiny")))
 

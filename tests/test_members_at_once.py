@@ -123,12 +123,14 @@ def test_where_there_are_no_members_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("mep_lightning.advice.rank_zero_warn", noted.append)
     fitted(1, tmp_path, module_one_at_a_time(ForwardGradientEstimator(n=2)))
     assert noted[-1] == "model.members_at_once does nothing here: a step has one member; leave it null"
+    fitted(1, tmp_path, module_one_at_a_time(RandomGradientEstimator(n=2, mu=1e-3), at_once=3))
+    assert noted[-1] == "model.members_at_once does nothing here: a step has 3 members; leave it null"
     noted.clear()
     fitted(1, tmp_path, module_one_at_a_time(RandomGradientEstimator(n=2, mu=1e-3)))
     assert not noted
 
 
-def module_one_at_a_time(estimator):
+def module_one_at_a_time(estimator, at_once=1):
     return PersonalizationModule(
-        adapter=TokenEmbedding(init="ball"), estimator=estimator, members_at_once=1, lr=1e-2, eps=1e-8
+        adapter=TokenEmbedding(init="ball"), estimator=estimator, members_at_once=at_once, lr=1e-2, eps=1e-8
     )

@@ -88,15 +88,18 @@ def test_members_may_take_turns(folders, tmp_path):
             unet = module.first.base.unet
             unet.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
 
-    subjects = [module_of(i, "standardized", members_at_once=3) for i in range(3)]
-    batch = SubjectBatch(subjects)
+    five = dict(estimator=RandomGradientEstimator(n=4, mu=1e-3, standardize=True))
+    batch = SubjectBatch([module_of(i, "standardized", members_at_once=3, **five) for i in range(3)])
     trainer_of(tmp_path, 4, enable_checkpointing=False, callbacks=[Counted()]).fit(
         batch, SubjectBatchData(data_of(folders))
     )
-    assert rows == [2 * 3, 2 * 3] * 4  # four members of three subjects
-    whole, _ = together(folders, tmp_path, "standardized")
+    assert rows == [3 * 3, 3 * 3] * 4  # five members of three subjects, and one of them again
+    whole, _ = together(folders, tmp_path, "standardized", **five)
+    start = module_of(0)
+    start.load()
     for apart, beside in zip(tokens_of(batch), tokens_of(whole), strict=True):
-        assert (apart - beside).norm() <= 0.02 * apart.norm()
+        moved = (beside - start.adapter.theta.detach()).norm()
+        assert moved > 0.01 and (apart - beside).norm() <= 0.02 * moved
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])

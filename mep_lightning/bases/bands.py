@@ -1,9 +1,9 @@
 """Large pictures through an autoencoder in bands of rows, so that no layer's picture is in memory beside a copy of it.
 
-diffusers' decoder holds its largest layer's input three times over: itself, the norm of it, and what the activation
-makes of that. Here a convolution normalises and activates its own input a band at a time, writes over what
-nobody reads again, and a block lets go of what the one before it made. The numbers are those of the layers as they are,
-but for rounding.
+diffusers' decoder holds nearly four times its largest layer's input: the block's, the layer's, the norm of that, and
+what the activation makes of it. Here a convolution normalises and activates its own input a band at a time, writes over
+what nobody reads again, and a block lets go of what the one before it made. The numbers are those of the layers as they
+are, but for rounding.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def activated(norm: nn.GroupNorm, activation: nn.Module, picture: Tensor) -> Bef
 
 
 def moments(picture: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every group of channels, [B, groups], summed in fp64, without a copy of the picture.
+    """Mean and variance of every group of channels, [B, groups], without a copy of the picture.
 
     Sums of squares are taken around each channel's mean in the first rows, so that a large mean drowns nothing.
     """
@@ -222,7 +222,7 @@ def moments(picture: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(picture.dtype, torch.float32)
     at_once = _rows_at_once(batch * channels * width)
     middle = picture[:, :, :at_once].to(wide).mean((2, 3), keepdim=True)
-    exact = torch.float32 if picture.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    exact = torch.float32 if picture.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
     total, squares = (torch.zeros(batch, channels, dtype=exact, device=picture.device) for _ in range(2))
     for band in picture.split(at_once, 2):
         around = band.to(wide) - middle

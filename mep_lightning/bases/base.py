@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +33,11 @@ from mep_lightning.bases.weights import (
     Half,
     Tensors,
     build_vae,
-    empty_vae,
+    described,
     memory_format,
     refuse_incomplete,
     stored,
-    stored_names,
+    stored_shapes,
     vae_dtype,
 )
 
@@ -122,12 +122,15 @@ class BaseFolder:
         dtype, tensors = vae_dtype(self.folder, self.dtype), partial(self.tensors, part="vae")
         vae = build_vae(self.folder / "vae", tensors, self.source("vae"), self.weights_device, dtype, half)
         if half == "encoder":  # pictures would miss the decoder after hours of training
-            refuse_incomplete(empty_vae(self.folder / "vae"), self.vae_names, self.source("vae"))
+            whole = described(AutoencoderKL, self.folder / "vae")
+            refuse_incomplete(whole, self.shapes(whole, "vae"), self.source("vae"))
         return vae
 
-    def vae_names(self, module: nn.Module) -> Iterable[str]:
-        """Of the autoencoder's tensors that are stored, none of which is read."""
-        return stored_names(self.folder / "vae") if self.file is None else names(self.file, module, "vae")
+    def shapes(self, module: nn.Module, part: str) -> Mapping[str, Sequence[int]]:
+        """As `tensors`, of which nothing is read but names and shapes."""
+        if self.file is None:
+            return stored_shapes(self.folder / part)
+        return {name: stand_in.shape for name, stand_in in names(self.file, module, part).items()}
 
     @contextmanager
     def borrowed_vae(self, half: Half | None = None) -> Iterator[AutoencoderKL]:

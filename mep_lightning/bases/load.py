@@ -19,7 +19,7 @@ from mep_lightning.bases.frugal import compute_frugally_
 from mep_lightning.bases.single_file import is_single_file, open_file
 from mep_lightning.bases.streaming import Stream
 from mep_lightning.bases.vocabulary import find_vocabulary
-from mep_lightning.bases.weights import Tensors, fill_, read_part
+from mep_lightning.bases.weights import Tensors, described, fill_, read_part
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.quantization import quantize_module_
@@ -218,9 +218,8 @@ def assemble(
 
 def build_unet(folder: Path) -> UNet2DConditionModel:
     """The U-Net that a folder describes, on the meta device."""
-    with torch.device("meta"):
-        made = lambda path: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path))  # noqa: E731
-        return read_part(made, folder / "unet")
+    unet: UNet2DConditionModel = described(UNet2DConditionModel, folder / "unet")
+    return unet
 
 
 def build_text_encoders(folder: Path) -> list[Any]:

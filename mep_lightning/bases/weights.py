@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -68,10 +68,7 @@ def fill_(
             owner.weight = _formatted(owner.weight, memory_format)
             continue
         expected = getattr(owner, name)
-        if expected.shape != tensor.shape:
-            raise UserError(
-                f"{key} in {source} is {list(tensor.shape)}, the model takes {list(expected.shape)}: {_misfit(source)}"
-            )
+        _refuse_misfit(key, tensor.shape, expected, source)
         value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         value = _formatted(value, memory_format)
         if name in owner._parameters:
@@ -83,18 +80,27 @@ def fill_(
     _refuse_missing([name for name, value in _values(module) if value.is_meta], source)
 
 
-def refuse_incomplete(module: nn.Module, names: Callable[[nn.Module], Iterable[str]], source: Path) -> None:
-    """Raise UserError where what is stored has no tensor for a part of a module on the meta device."""
-    found = [_find(module, key) for key in names(module)]
-    there = {(id(owner), name) for owner, name in found}
-    owned = [(path, part) for path, part in module.named_modules()]
-    missing = [
-        f"{path}.{name}"
-        for path, part in owned
-        for name in (*part._parameters, *part._buffers)
-        if getattr(part, name) is not None and (id(part), name) not in there
+def refuse_incomplete(module: nn.Module, shapes: Mapping[str, Sequence[int]], source: Path) -> None:
+    """Raise UserError where what is stored does not fit a module on the meta device, or lacks a part of it."""
+    there = set()
+    for key, shape in shapes.items():
+        owner, name = _find(module, key)
+        if owner is not None:
+            _refuse_misfit(key, shape, getattr(owner, name), source)
+            there.add((id(owner), name))
+    values = [
+        (f"{path}.{name}", part, name)
+        for path, part in module.named_modules()
+        for name, _ in part.named_parameters(recurse=False)
     ]
-    _refuse_missing(missing, source)
+    _refuse_missing([full for full, part, name in values if (id(part), name) not in there], source)
+
+
+def _refuse_misfit(key: str, shape: Sequence[int], expected: Tensor, source: Path) -> None:
+    if list(shape) != list(expected.shape):
+        raise UserError(
+            f"{key} in {source} is {list(shape)}, the model takes {list(expected.shape)}: {_misfit(source)}"
+        )
 
 
 def _refuse_missing(missing: list[str], source: Path) -> None:
@@ -141,17 +147,17 @@ def build_vae(
         dtype: of all of it; see `vae_dtype`.
         half: where one is enough, the other is not there.
     """
-    module = empty_vae(folder)
+    module = described(AutoencoderKL, folder)
     for name in OTHER_HALF[half] if half else ():
         setattr(module, name, None)
     fill_(module, tensors(module), source, dtype, device, memory_format(device, dtype))
     return made_frugal(module.eval().requires_grad_(False))
 
 
-def empty_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder that a folder describes, on the meta device."""
+def described(kind: type[Any], folder: Path) -> Any:
+    """One of diffusers' models as a folder's config.json describes it, on the meta device."""
     with torch.device("meta"):
-        return read_part(lambda path: AutoencoderKL.from_config(AutoencoderKL.load_config(path)), folder)
+        return read_part(lambda path: kind.from_config(kind.load_config(path)), folder)
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
@@ -231,11 +237,13 @@ def stored(folder: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from read(path, partial(takes, module))
 
 
-def stored_names(folder: Path) -> Iterator[str]:
-    """What the tensors of a folder's safetensors are called."""
+def stored_shapes(folder: Path) -> dict[str, Sequence[int]]:
+    """Names and shapes of the tensors of a folder's safetensors."""
+    found: dict[str, Sequence[int]] = {}
     for path in _files(folder):
         with safe_open(path, "pt") as tensors:
-            yield from tensors.keys()
+            found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    return found
 
 
 def read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:

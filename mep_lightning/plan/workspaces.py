@@ -15,7 +15,7 @@ from __future__ import annotations
 WORKSPACES = 160 * 2**20
 """Bytes, in every phase and precision."""
 CONVOLUTIONS = 1.0
-"""Of the autoencoder's activations, beside them."""
+"""Of the autoencoder's activations, beside them: what whole pictures took is within it, until bands are measured."""
 
 
 def workspaces(phase: str, activations: int) -> int:

@@ -187,6 +187,15 @@ def test_a_decoder_that_is_not_there_is_told_when_photos_are_encoded(tmp_path):
         pass
 
 
+def test_so_is_a_decoder_of_another_shape(tmp_path):
+    folder = copy_of_tiny(tmp_path)
+    (path,) = (folder / "vae").glob("*.safetensors")
+    save_file(load_file(path) | {"decoder.conv_out.bias": torch.zeros(5)}, path)
+    sentence = r"decoder.conv_out.bias in .*vae is \[5\], the model takes \[3\]: .*fetch the base again"
+    with pytest.raises(UserError, match=sentence), open_base(folder).borrowed_vae("encoder"):
+        pass
+
+
 def test_what_is_named_as_the_libraries_do_goes_before_a_shorter_name(tmp_path, tiny_base):
     folder = copy_of_tiny(tmp_path)
     save_file({"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}, folder / "vae" / "vae.safetensors")

@@ -1,4 +1,4 @@
-"""The suite's two sides answer the same, and what is compared is ours and diffusers'."""
+"""The suite's sides answer the same, or there is no figure."""
 
 from functools import partial
 

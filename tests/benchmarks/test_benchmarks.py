@@ -83,6 +83,22 @@ def test_the_difference_of_two_variants_is_paired_by_subject_and_seed():
     assert table[2].startswith("| b | 3 | +.400 ± .058 |") and table[2].endswith("| +.4000 ± .0577 |")
 
 
+@pytest.mark.parametrize("suite", [name for name in variants.SUITES if tables.results(name).exists()])
+def test_committed_figures_are_those_of_the_committed_cells(suite):
+    path = tables.results(suite)
+    rows = json.loads(path.read_text())["rows"]
+    subjects, seeds = (max(row.get(key, 0) for row in rows) for key in ("subjects", "seeds"))
+    cells = quality.committed(suite, path.with_suffix(".jsonl"))
+    cells = [cell for cell in cells if cell["index"] < subjects and cell["seed"] < seeds]
+    again = {
+        (made["case"], made["metric"]): made
+        for made in quality.summarise(suite, cells, dict.fromkeys(row["case"] for row in rows))
+    }
+    assert len(rows) >= len(quality.SCORES)
+    for row in rows:
+        assert {key: again[row["case"], row["metric"]][key] for key in row} == row
+
+
 def test_a_cell_counts_only_for_the_settings_it_was_measured_with():
     settings = variants.resolve(variants.ZOODIP)
     base = quality.fingerprint(settings, "test", 2)
