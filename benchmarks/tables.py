@@ -388,6 +388,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "estimators": scores,
     "estimators:differences": differences,
     "search": scores,
+    "search:differences": differences,
     "loras": scores,
     "paths": travelled,
     "paths:dims": truncated,
