@@ -15,12 +15,11 @@ from benchmarks.tune import AXES
 from benchmarks.variants import SUITES
 
 RESULTS = Path(__file__).parent / "results"
-PERFORMANCE = ("step", "methods", "memory", "kernels", "fidelity", "profile")
+PERFORMANCE = ("step", "methods", "memory", "kernels", "autoencoder", "fidelity", "profile")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training; on a CPU no profile."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
 """Bases whose figures have a file of their own."""
 ALONE = {
-    "autoencoder": "SD1.5's autoencoder in bands of rows, beside the same whole and diffusers'",
     "published": "ZOODiP's column of training memory, planned for public scripts of its methods",
     "branches": "where the steps of selective optimisation point, on tiny",
     "conditioning": "where a token's gradient lies, on tiny",
@@ -90,13 +89,15 @@ def parser() -> argparse.ArgumentParser:
     methods = suites.add_parser("methods", help="a training and a denoising step of every method at a base's real size")
     memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
     kernels = suites.add_parser("kernels", help="every operation at SD1.5's layer sizes beside a library's")
+    told = "SD1.5's autoencoder in bands of rows, beside the same whole and diffusers'"
+    autoencoder = suites.add_parser("autoencoder", help=told)
     fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
     profile = suites.add_parser("profile", help="where a GPU's time goes in a step at a base's real size")
     profile.set_defaults(device="cuda")
     everything = suites.add_parser("all", help=f"{', '.join(PERFORMANCE)}; --out is a folder")
     for suite in (step, methods, memory, profile, everything):
         suite.add_argument("--base", default="tiny" if suite is step else "sd15", help="tiny, sd15, sd21 or sdxl")
-    for suite in (step, methods, memory, kernels, fidelity, everything):
+    for suite in (step, methods, memory, kernels, autoencoder, fidelity, everything):
         suite.add_argument("--device", default="cpu", help="cpu or cuda")
     for suite in (step, methods, kernels, profile, everything):
         suite.add_argument("--rounds", type=int, default=15)
@@ -185,6 +186,12 @@ def _kernels(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
     return kernels.run(args.rounds, args.device)
 
 
+def _autoencoder(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
+    from benchmarks import autoencoder
+
+    return autoencoder.run(device=args.device)
+
+
 def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
     from benchmarks import fidelity
 
@@ -238,6 +245,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Path], Iterable[rows.Row]]] = {
     "methods": _methods,
     "memory": _memory,
     "kernels": _kernels,
+    "autoencoder": _autoencoder,
     "profile": _profile,
     "fidelity": _fidelity,
     "several": _several,

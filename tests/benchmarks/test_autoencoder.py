@@ -28,8 +28,6 @@ def test_a_row_of_seconds_and_one_of_bytes_for_each_half(monkeypatch):
 
 def test_other_numbers_than_diffusers_give_no_figure(monkeypatch):
     made = autoencoder._half
-    monkeypatch.setattr(
-        autoencoder, "_half", lambda half, side, plain: partial(torch.add, made(half, side, plain)(), plain)
-    )
+    monkeypatch.setattr(autoencoder, "_half", lambda *about: partial(torch.add, made(*about)(), about[-1]))
     with pytest.raises(AssertionError, match="encoding a photo: other numbers than diffusers'"):
         next(autoencoder.run(rounds=1, side=64))
