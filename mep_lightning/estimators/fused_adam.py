@@ -56,6 +56,7 @@ class FusedZOAdam(Adam):
         self._told: dict[Tensor, _Told] = {}
         self._left: dict[Tensor, Tensor | None] = {}
         self._clocks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # step and pace, on each parameter's device
+        self._counts: dict[Tensor, int] = {}  # of updates so far: state["step"], which a GPU may hold
 
     def receive(
         self,
@@ -89,6 +90,11 @@ class FusedZOAdam(Adam):
         """Let the next `step` know nothing of what it was told."""
         self._told.clear()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Adam's."""
+        super().load_state_dict(state_dict)
+        self._counts.clear()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update what `receive` was told of since the last step, and what has a `grad`; other parameters stay."""
@@ -107,15 +113,21 @@ class FusedZOAdam(Adam):
             made = {theta: theta.grad for theta in told}
             for theta in told:
                 theta.grad = None  # it is applied
-            super().step()
+            self._take_gradients()
         else:
             self._give_gradients({theta: this for theta, (this, _) in told.items()})
-            super().step()
+            self._take_gradients()
             made = {theta: theta.grad for theta in told}
         self._left = {theta: grad if told[theta][0].keep else None for theta, grad in made.items()}
         for theta, grad in self._left.items():
             theta.grad = grad
         return loss
+
+    def _take_gradients(self) -> None:
+        """Adam's own step, of what has a `grad`."""
+        for theta in self._counts:
+            self._counts[theta] += theta.grad is not None
+        super().step()
 
     def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [(theta, group) for group in self.param_groups for theta in group["params"]]
@@ -144,10 +156,14 @@ class FusedZOAdam(Adam):
     def _update(self, theta: Tensor, told: _Told, group: dict[str, Any]) -> None:
         state, device = self.state[theta], theta.device
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            place = device if group["fused"] else "cpu"  # where Adam looks for it
+            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
+        if theta not in self._counts:
+            self._counts[theta] = int(state["step"])
         state["step"] += 1
-        lr, betas, count = group["lr"], group["betas"], int(state["step"])
+        self._counts[theta] += 1
+        lr, betas, count = group["lr"], group["betas"], self._counts[theta]
         if theta not in self._clocks or self._clocks[theta][0].device != device:
             now = torch.empty(1, device=device, dtype=torch.int64)
             self._clocks[theta] = now, torch.empty(2, device=device, dtype=torch.float32)

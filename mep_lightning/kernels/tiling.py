@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -17,6 +20,10 @@ CANDIDATES = (  # rows, columns, depth, warps, stages
     (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3),
 )
+LAUNCHES = 8
+"""That an autotuner times together."""
+AHEAD = 2_000_000
+"""GPU cycles, about a millisecond, in which the host gets ahead: it may launch more slowly than a kernel runs."""
 GROUP = 8  # tiles of rows that share their columns in L2
 WIDE = knobs.runtime.interpret  # the interpreter multiplies bf16's bits: it is given fp32
 
@@ -35,6 +42,25 @@ def tiles(largest: int | None = None) -> list[triton.Config]:
         for m, n, k, warps, stages in CANDIDATES
         if largest is None or m * n <= largest
     ]
+
+
+def milliseconds(launch: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    """What a launch takes, for an autotuner's `do_bench`.
+
+    Triton's own writes 256 MiB before every launch, to empty the L2: a quarter of what a whole run takes here.
+    """
+    launch()
+    found = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+        for _ in range(LAUNCHES):
+            launch()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / LAUNCHES)
+    return torch.tensor(found).quantile(torch.tensor(quantiles)).tolist()
 
 
 @triton.jit

@@ -64,23 +64,32 @@ def test_what_is_neither_received_nor_has_a_gradient_does_not_move():
     assert torch.equal(moved.detach(), before)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("count", [2, 9])
-def test_steps_by_gradients_and_by_directions_share_one_state(count):
+@pytest.mark.parametrize(
+    ("device", "fused"), [("cpu", None), ("cpu", True), pytest.param("cuda", True, marks=pytest.mark.gpu)]
+)
+def test_steps_by_gradients_and_by_directions_share_one_state(device, fused, count, first):
     """What selective optimisation does: whichever way a gradient comes about, the moments are Adam's."""
-    ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 6 + i)) for i in range(count)] for _ in range(2))
-    fused, adam = FusedZOAdam(ours, lr=0.02), torch.optim.Adam(theirs, lr=0.02)
-    weights = torch.tensor([0.7, -0.2])
-    for step in range(6):
-        fused.zero_grad()
+    made = [torch.linspace(-1, 1, 6 + i, device=device) for i in range(count)]
+    ours, theirs = ([torch.nn.Parameter(one.clone()) for one in made] for _ in range(2))
+    optimizer, adam = FusedZOAdam(ours, lr=0.02, fused=fused), torch.optim.Adam(theirs, lr=0.02, fused=fused)
+    weights = torch.tensor([0.7, -0.2], device=device)
+    for step in range(first, first + 6):
+        optimizer.zero_grad()
         for param_id, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            noise = philox_normal(3, step, [0, 1], param_id, other.numel())
+            noise = philox_normal(3, step, [0, 1], param_id, other.numel(), torch.device(device))
             other.grad = weights @ noise if step % 2 else other.detach() - 0.5
             if step % 2:
-                fused.receive(mine, weights, 3, step, param_id, keep_grad=param_id == 0)
+                optimizer.receive(mine, weights, 3, step, param_id, keep_grad=param_id == 0)
             else:
                 mine.grad = mine.detach() - 0.5
-        fused.step()
+        optimizer.step()
         adam.step()
         for param_id, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
             assert (mine.grad is not None) == (step % 2 == 0 or param_id == 0)
+            assert optimizer.state[mine]["step"].device == adam.state[other]["step"].device
+        if step == first + 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert {int(optimizer.state[mine]["step"]) for mine in ours} == {6}

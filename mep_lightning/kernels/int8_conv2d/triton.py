@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mep_lightning.kernels.dispatch import launches
-from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
+from mep_lightning.kernels.tiling import GROUP, WIDE, milliseconds, place_of_tile, tiles
 
 
-@triton.autotune(configs=tiles(), key=["B", "OH", "OW", "N", "C"], cache_results=True)
+@triton.autotune(configs=tiles(), key=["B", "OH", "OW", "N", "C"], do_bench=milliseconds, cache_results=True)
 @triton.jit
 def _conv_kernel(
     x,  # [B, H, W, C]

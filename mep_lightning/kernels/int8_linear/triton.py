@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mep_lightning.kernels.dispatch import launches
-from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
+from mep_lightning.kernels.tiling import GROUP, WIDE, milliseconds, place_of_tile, tiles
 
 
-@triton.autotune(configs=tiles(), key=["M", "N", "K"], cache_results=True)
+@triton.autotune(configs=tiles(), key=["M", "N", "K"], do_bench=milliseconds, cache_results=True)
 @triton.jit
 def _linear_kernel(
     x,  # [M, K]

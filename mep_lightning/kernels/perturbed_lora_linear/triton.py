@@ -13,7 +13,7 @@ from torch import Tensor
 from mep_lightning.kernels.dispatch import launches
 from mep_lightning.kernels.perturbed_lora_linear.reference import Probe
 from mep_lightning.kernels.philox.triton import normals
-from mep_lightning.kernels.tiling import GROUP, WIDE, place_of_tile, tiles
+from mep_lightning.kernels.tiling import GROUP, WIDE, milliseconds, place_of_tile, tiles
 
 ROWS = 64  # of a member, a program of the first launch
 DEPTH = 64  # of its inner dimension at a time
@@ -92,7 +92,7 @@ def _down_kernel(
     tl.store(h + at[:, None] * R + rank[None, :], total, mask=(row[:, None] < N) & (rank[None, :] < R))
 
 
-@triton.autotune(configs=tiles(LARGEST), key=["M", "N", "K", "RANK"], cache_results=True)
+@triton.autotune(configs=tiles(LARGEST), key=["M", "N", "K", "RANK"], do_bench=milliseconds, cache_results=True)
 @triton.jit(do_not_specialize=["seed", "step", "param_id", "M"])
 def _up_kernel(
     x,  # [V * M, K]
