@@ -213,14 +213,14 @@ def _times(row: Row) -> list[str]:
 
 
 def methods(rows: list[Row]) -> str:
-    """A method a line: seconds of a step, and how fast that is beside the first of its kind, or what is said."""
+    """A method a line: seconds of a step, and how fast that is beside the first of its kind."""
     lines = [
         [
             row["case"],
             row["metric"].removeprefix("seconds a "),
             f"{row['value']:.3g}",
             f"{1 / row['value']:.3g}",
-            f"{row['ratio']:.2f}" + (f", beside {row['beside']}" if "beside" in row else ""),
+            f"{row['ratio']:.2f}",
         ]
         for row in rows
     ]
@@ -366,7 +366,7 @@ def halves(rows: list[Row]) -> str:
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         seconds, peak = (row for row in rows if row["case"] == case)
-        times = [f"{seconds['value']:.1f}", f"{seconds['baseline']:.1f}", f"{seconds['ratio']:.2f}"]
+        times = [f"{seconds['value']:.3g}", f"{seconds['baseline']:.3g}", f"{seconds['ratio']:.2f}"]
         lines.append([case, *times, *(f"{peak[key] / 2**20:.0f}" for key in ("value", "baseline"))])
     return markdown(["", "in bands, s", "the other, s", "times as fast", "in bands, MiB", "the other, MiB"], lines)
 
@@ -409,7 +409,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory-sd21:planned": planned,
     "memory-sdxl:planned": planned,
     "cuda/memory-sd15:measured": measured,
-    "cuda/memory-sd15-h100:measured": measured,
     "published": published,
     "several": batched,
     "cuda/profile-sd15": profiled,
@@ -417,6 +416,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda/methods-sd15:cost": cost.of_methods,
     "tiny": plain,
     "autoencoder": halves,
+    "cuda/autoencoder": halves,
     "kernels": operations,
     "cuda/kernels": operations,
     "fidelity": fidelities,

@@ -31,7 +31,7 @@ from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.answers import Answers
 from mep_lightning.plan.tracker import LiveBytes
-from mep_lightning.plan.workspaces import workspaces
+from mep_lightning.plan.workspaces import WORKSPACES
 from mep_lightning.subject_batch import SubjectBatch
 
 PROMPT = "a photo of {}"
@@ -100,7 +100,7 @@ class _Setting:
         """Phases beside which a GPU's libraries hold theirs."""
         if not self.on_gpu:
             return phases
-        return {name: replace(peak, workspaces=workspaces(name, peak.activations)) for name, peak in phases.items()}
+        return {name: replace(peak, workspaces=WORKSPACES) for name, peak in phases.items()}
 
 
 def rehearse(

@@ -9,38 +9,18 @@ import torch
 
 from mep_lightning import PersonalizationModule
 from mep_lightning.bases import open_base
-from mep_lightning.commands.budget import recipe
-from mep_lightning.plan import Budget, Peak, Row, plan, rehearse
+from mep_lightning.plan import Budget, Peak, Row, rehearse
 from mep_lightning.plan.budget import overhead
-from mep_lightning.plan.workspaces import WORKSPACES, workspaces
+from mep_lightning.plan.workspaces import WORKSPACES
 
 MIB = 2**20
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda"
-MEASURED = [
-    row
-    for path in sorted(RESULTS.glob("memory-sd15*.json"))
-    for row in json.loads(path.read_text())["rows"]
-    if row["metric"].startswith("peak on cuda")
-]
-AUTOENCODER = {"encode": (155, 284), "decode": (217, 409)}
-"""Activations that are planned for SD1.5's at 512 px, MiB: in half precision and in fp32. Rows that were
-measured before it was taken in bands had more of them, and more beside them."""
+FIGURES = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda" / "memory-sd15.json"
+MEASURED = [row for row in json.loads(FIGURES.read_text())["rows"] if row["metric"].startswith("peak on cuda")]
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["case"])
 def test_no_recipe_took_more_than_its_plan_and_the_workspaces(row):
-    phase = row["case"].rpartition(" ")[2]
-    activations = AUTOENCODER.get(phase, (0, 0))["fp32" in row["case"]] * MIB
-    assert row["value"] <= row["baseline"] + workspaces(phase, activations)
-
-
-@pytest.mark.parametrize(("precision", "place"), [("int8", 0), ("fp32", 1)])
-def test_the_autoencoders_activations_are_those(precision, place):
-    (row,) = plan(
-        {"zoodip": recipe("zoodip")}, "sd15", precisions=[precision], asked=lambda offload, _: offload == "none"
-    )
-    for phase, sizes in AUTOENCODER.items():
-        assert row.phases[phase].activations == pytest.approx(sizes[place] * MIB, rel=0.01)
+    assert row["value"] <= row["baseline"] + WORKSPACES
 
 
 def test_only_a_gpus_libraries_hold_any():
@@ -51,7 +31,7 @@ def test_only_a_gpus_libraries_hold_any():
         for device in ("cpu", "cuda")
     )
     assert {peak.workspaces for peak in on_cpu.values()} == {0}
-    assert on_gpu["step"].workspaces == WORKSPACES < on_gpu["decode"].workspaces
+    assert {peak.workspaces for peak in on_gpu.values()} == {WORKSPACES}
     assert on_gpu["step"].needed == on_gpu["step"].total + WORKSPACES
 
 
