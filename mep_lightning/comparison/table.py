@@ -88,17 +88,18 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         good = [record for record in mine if "error" not in record]
         row: dict[str, Any] = {"method": method, "cells": len(good), "failed": len(mine) - len(good)}
         row["spread"] = {}
-        on_cpu = all(kind_of(record.get("device") or "cuda") == "cpu" for record in good)
         together = max((record["batch"] for record in good if is_number(record.get("batch"))), default=1)
         as_many = [record for record in good if (record.get("batch") or 1) == together]
         for key in COLUMNS:
-            values = [record[key] for record in (as_many if key in GROWN else good) if is_number(record.get(key))]
+            told = [record for record in (as_many if key in GROWN else good) if is_number(record.get(key))]
+            values = [record[key] for record in told]
             if key in MEANS:
                 row[key], row["spread"][key] = _mean(good, key)
             elif key in planned.get(method, {}):
                 row[key] = planned[method][key]
             else:
-                middle = max if key in LARGEST and not (key in GROWN and on_cpu) else statistics.median
+                grown = key in GROWN and all(kind_of(record.get("device") or "cuda") == "cpu" for record in told)
+                middle = max if key in LARGEST and not grown else statistics.median
                 row[key] = middle(values) if values else None
         found.append(row)
     return found
