@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cost, rows, sheets, tables
-from benchmarks.tune import AXES
-from benchmarks.variants import SUITES
+from benchmarks import rows
+from benchmarks.documents import scores, sheets, tables
+from benchmarks.trained.tune import AXES
+from benchmarks.trained.variants import SUITES
 
-RESULTS = Path(__file__).parent / "results"
 PERFORMANCE = ("step", "methods", "memory", "kernels", "autoencoder", "fidelity", "profile")
 """What `all` runs: the suites of speed, memory and rounding, which need no hours of training; on a CPU no profile."""
 BASES = ("tiny", "sd15", "sd21", "sdxl")
@@ -53,7 +53,7 @@ def main() -> None:
         tables.write()
         return
     if args.suite == "cost":
-        print("\n".join(cost.printed()))
+        print("\n".join(tables.shown(name for name in tables.TABLES if name.endswith(":cost"))))
         return
     if args.suite == "precisions":
         sheets.precisions()
@@ -69,7 +69,7 @@ def main() -> None:
         suites.error(f"all writes a file a suite: {args.out} must be a folder")
     for name in names:
         if args.suite == "all":
-            path = (args.out or RESULTS) / default_path(name, args).relative_to(RESULTS)
+            path = (args.out or rows.RESULTS) / default_path(name, args).relative_to(rows.RESULTS)
         else:
             path = args.out or default_path(name, args)
         # A cell's worker has one thread; what all else is measured with is this process's.
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
 def default_path(suite: str, args: argparse.Namespace) -> Path:
     """Where a whole suite's figures are committed: a folder for GPUs, a name for a base other than tiny."""
-    folder = RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else RESULTS
+    folder = rows.RESULTS / "cuda" if getattr(args, "device", "cpu").startswith("cuda") else rows.RESULTS
     about = (
         args.method if suite == "tune" else args.base if suite in ("step", "methods", "memory", "profile") else "tiny"
     )
@@ -155,7 +155,7 @@ def _is_whole(args: argparse.Namespace, suites: argparse.ArgumentParser) -> bool
 
 
 def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import real_step, step
+    from benchmarks.performance import real_step, step
 
     if args.base == "tiny":
         return step.run(args.rounds, args.device)
@@ -163,58 +163,58 @@ def _step(args: argparse.Namespace, _: Path) -> list[rows.Row]:
 
 
 def _methods(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
-    from benchmarks import methods
+    from benchmarks.performance import methods
 
     return methods.run(args.base, args.rounds, args.device)
 
 
 def _memory(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
-    from benchmarks import memory
+    from benchmarks.performance import memory
 
     return memory.run(args.base, args.device, args.resolution, measured=not args.plan_only)
 
 
 def _profile(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import profiling
+    from benchmarks.performance import profiling
 
     return profiling.run(args.base, args.rounds, args.device)
 
 
 def _kernels(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
-    from benchmarks import kernels
+    from benchmarks.performance import kernels
 
     return kernels.run(args.rounds, args.device)
 
 
 def _autoencoder(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
-    from benchmarks import autoencoder
+    from benchmarks.performance import autoencoder
 
     return autoencoder.run(device=args.device)
 
 
 def _fidelity(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import fidelity
+    from benchmarks.performance import fidelity
 
     return fidelity.run(device=args.device)
 
 
 def _alone(args: argparse.Namespace, _: Path) -> Iterable[rows.Row]:
-    measured: Iterable[rows.Row] = import_module(f"benchmarks.{args.suite}").run()
+    measured: Iterable[rows.Row] = import_module(f"benchmarks.studies.{args.suite}").run()
     return measured
 
 
 def _several(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import several
+    from benchmarks.performance import several
 
     return several.run(args.rounds)
 
 
 def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
-    from benchmarks import comparison
+    from benchmarks.trained import comparison
 
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
     found = comparison.run(args.folder, path.with_suffix(".jsonl"), **size)
-    if path.parent == RESULTS:
+    if path.parent == rows.RESULTS:
         made_with = comparison.keys(args.images)
         sheets.methods(args.folder, made_with)
         sheets.diversity(args.folder, made_with, args.seeds, args.images)
@@ -222,21 +222,21 @@ def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
 
 
 def _tiny(args: argparse.Namespace, _: Path) -> list[rows.Row]:
-    from benchmarks import tiny
+    from benchmarks.studies import tiny
 
     return tiny.run(args.sets, args.sheet)
 
 
 def _cells(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     """Trained cells, kept line by line beside the figures."""
-    from benchmarks import quality, tune
+    from benchmarks.trained import quality, tune
 
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
     cells = path.with_suffix(".jsonl")
     if args.suite == "tune":
         return tune.run(args.method, cells, **size)
     measured = quality.run(args.suite, cells, args.variants, split=args.split, device=args.device, **size)
-    print(tables.scores(measured))
+    print(scores.scores(measured))
     return measured
 
 

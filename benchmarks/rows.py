@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents.markdown import markdown
+from benchmarks.documents.tables import PLACE
 from benchmarks.rows import Row
-from benchmarks.tables import PLACE, markdown
 from reliability.kill import PHASES, WHEN
 from reliability.mutate import OUTCOMES
 from reliability.soak import CHANGES, FLAT, UNDECIDED

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import made_up
+from benchmarks.performance import made_up
 from mep_lightning.bases import load_base
 from mep_lightning.commands.budget import available_precisions, recipe
 from mep_lightning.commands.recipes import find_recipe, read_recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from benchmarks.made_up import found
+from benchmarks.performance.made_up import found
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenAndLoRA, TokenEmbedding
 from mep_lightning.bases.skeleton import packaged

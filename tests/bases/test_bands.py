@@ -8,7 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from benchmarks.memory import allocated_peak
+from benchmarks.performance.memory import allocated_peak
 from mep_lightning.bases import bands
 from mep_lightning.bases.bands import BandedConv2d, BandedDownsample, BandedResnet, BandedUpsample, moments
 from mep_lightning.bases.frugal import compute_frugally_

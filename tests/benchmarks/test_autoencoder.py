@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import autoencoder, tables
+from benchmarks.documents import figures
+from benchmarks.performance import autoencoder
 from mep_lightning.bases import bands
 
 
@@ -22,7 +23,7 @@ def test_a_row_of_seconds_and_one_of_bytes_for_each_half(monkeypatch):
         assert seconds["ratio"] == pytest.approx(seconds["baseline"] / seconds["value"])
         assert peak["ratio"] == pytest.approx(peak["baseline"] / peak["value"])
         assert peak["ratio"] > 1 or "encoding" in peak["case"]  # of 64 px its attention takes most
-    assert tables.halves(measured).count("\n") == 6
+    assert figures.halves(measured).count("\n") == 6
     assert bands.BAND == 2**16
 
 

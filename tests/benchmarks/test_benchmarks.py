@@ -10,10 +10,13 @@ from inspect import signature
 import pytest
 import torch
 
-from benchmarks import quality, rows, step, tables, tune, variants
+from benchmarks import rows
 from benchmarks.__main__ import ALONE, PERFORMANCE, RESULTS, RUN, default_path, main, parser
-from benchmarks.differences import Difference, difference
-from benchmarks.ordinary import as_it_comes_
+from benchmarks.documents import scores, tables
+from benchmarks.performance import step
+from benchmarks.performance.ordinary import as_it_comes_
+from benchmarks.trained import quality, tune, variants
+from benchmarks.trained.differences import Difference, difference
 from mep_lightning import defaults, load_base
 
 
@@ -78,7 +81,7 @@ def test_the_difference_of_two_variants_is_paired_by_subject_and_seed():
     assert difference(cells[:1], "b", "a", "dino") is None
     assert Difference(-0.0001, 0.0, 9).told() == ".000 ± .000"
 
-    table = tables.differences(quality.summarise("estimators", cells, ["a", "b"])).splitlines()
+    table = scores.differences(quality.summarise("estimators", cells, ["a", "b"])).splitlines()
     assert table[0].startswith("| beyond a | cells |")
     assert table[2].startswith("| b | 3 | +.400 ± .058 |") and table[2].endswith("| +.4000 ± .0577 |")
 

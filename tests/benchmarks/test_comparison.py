@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks import comparison, sheets, tables
+from benchmarks.documents import scores, sheets, tables
+from benchmarks.trained import comparison
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.tiny.subjects import style
@@ -30,7 +31,7 @@ def test_lines_are_those_of_the_table():
     found = comparison.lines(comparison.rows(lines))
     assert table.as_markdown(found) == table.as_markdown(lines)
     assert found[0]["spread"]["dino"] == pytest.approx(0.0707, abs=1e-4)
-    assert tables.compared(comparison.rows(lines)).count("\n") == 4
+    assert scores.compared(comparison.rows(lines)).count("\n") == 4
 
 
 def test_a_method_without_a_cell_has_no_row():

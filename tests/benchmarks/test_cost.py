@@ -5,9 +5,9 @@ import json
 import pytest
 from safetensors.torch import save
 
-from benchmarks import cost
-from benchmarks.cost import DAY, HOUR, Cost, exchanged_bytes, of_a_step, of_methods, token_bytes
-from benchmarks.tables import results
+from benchmarks.documents import cost
+from benchmarks.documents.cost import DAY, HOUR, Cost, exchanged_bytes, of_a_step, of_methods, token_bytes
+from benchmarks.documents.tables import results
 
 
 def test_gpu_time_is_steps_times_seconds_and_is_shared_out():

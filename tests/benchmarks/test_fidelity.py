@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import fidelity
-from benchmarks.fidelity import Path
+from benchmarks.performance import fidelity
+from benchmarks.performance.fidelity import Path
 from mep_lightning.kernels import int8_linear_w8a8
 from mep_lightning.quantization import Int8Linear
 

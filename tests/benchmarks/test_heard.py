@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import heard
+from benchmarks.studies import heard
 
 
 def test_the_share_of_a_mean_is_that_of_its_squared_length():

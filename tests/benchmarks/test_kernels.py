@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from benchmarks import kernels as suite
-from benchmarks.kernels import Case
+from benchmarks.performance import kernels as suite
+from benchmarks.performance.kernels import Case
 from mep_lightning import kernels
 from mep_lightning.bases.cuda_graph import CUDAGraphed
 from mep_lightning.errors import UserError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from benchmarks.literature import (
+from benchmarks.trained.literature import (
     BestOfPopulation,
     GuidedSearch,
     OwnNoise,
@@ -14,7 +14,7 @@ from benchmarks.literature import (
     UnitComponents,
     words,
 )
-from benchmarks.quality import photos_of
+from benchmarks.trained.quality import photos_of
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.estimators import CMAES

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import plots, tables
-from benchmarks.variants import RANGES
+from benchmarks.documents import plots, scores
+from benchmarks.trained.variants import RANGES
 
 
 def held_out(case, value):
@@ -27,8 +27,8 @@ def test_paths_over_forward_passes_and_over_components():
     assert [line.get_label() for line in dims.lines] == ["textual_inversion", "where tokens begin"]
     assert set(dims.lines[1].get_ydata()) == {0.16}
     assert dims.lines[0].get_xydata()[0].tolist() == [1, pytest.approx(0.1599)]
-    assert "| zoodip | 0.1700 |  |" in tables.travelled(PATHS) and "| 0.25 |" in tables.travelled(PATHS)
-    assert tables.truncated(PATHS).splitlines()[2].startswith("| textual_inversion | 0.1600 | 0.1599 |")
+    assert "| zoodip | 0.1700 |  |" in scores.travelled(PATHS) and "| 0.25 |" in scores.travelled(PATHS)
+    assert scores.truncated(PATHS).splitlines()[2].startswith("| textual_inversion | 0.1600 | 0.1599 |")
 
 
 def test_every_range_of_timesteps_has_its_field():

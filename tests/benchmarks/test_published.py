@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 
-from benchmarks import published
-from benchmarks.published import SCRIPTS, ours, paper
+from benchmarks.studies import published
+from benchmarks.studies.published import SCRIPTS, ours, paper
 from mep_lightning.plan.budget import overhead
 
 pytestmark = pytest.mark.slow

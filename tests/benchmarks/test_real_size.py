@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks import memory, methods, real_step
-from benchmarks.ordinary import (
+from benchmarks.performance import memory, methods, real_step
+from benchmarks.performance.ordinary import (
     DequantizingConv2d,
     DequantizingLinear,
     OrdinaryStep,

@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 
-from benchmarks.differences import difference
-from benchmarks.quality import committed
-from benchmarks.tables import DOCS, results
+from benchmarks.documents.tables import DOCS, results
+from benchmarks.trained.differences import difference
+from benchmarks.trained.quality import committed
 from mep_lightning.defaults import lookup
 
 GIB = 2**30

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import papers, tables
-from benchmarks.comparison import METHODS
-from benchmarks.quality import SCORES
-from benchmarks.variants import SUITES
+from benchmarks.documents import figures, papers, scores, tables
+from benchmarks.trained.comparison import METHODS
+from benchmarks.trained.quality import SCORES
+from benchmarks.trained.variants import SUITES
 
 TEXT = "Before.\n\n<!-- table: step -->\nold\n<!-- end -->\n\nAfter.\n"
 
@@ -49,12 +49,12 @@ def test_a_papers_table_stands_beside_ours():
     paper = papers.Table("Table 9", {"a": {"dino": 0.5}, "b": {"dino": 0.6}, "c": {"dino": 0.7}})
     values = {"a": (0.10, 0.05), "b": (0.12, 0.01), "c": (0.08, 0.01)}
     rows = [{"case": k, "metric": "dino", "value": v, "spread": spread} for k, (v, spread) in values.items()]
-    text = tables.beside(paper, rows)
+    text = scores.beside(paper, rows)
     assert "| ours (Table 9) | DINO |\n" in text and "| b | 0.120 (0.600) |\n" in text
     assert text.endswith("DINO 1 of 3 (0 of 1).\n")  # a < b is chance, c < a too, c < b is plainly the other way round
-    assert tables.beside(paper, rows[:2]) == "Not measured yet.\n"
+    assert scores.beside(paper, rows[:2]) == "Not measured yet.\n"
     alone = [{key: value for key, value in row.items() if key != "spread"} for row in rows]
-    assert tables.beside(paper, alone).endswith("Pairs in the paper's order: DINO 1 of 3.\n")  # one seed has no spread
+    assert scores.beside(paper, alone).endswith("Pairs in the paper's order: DINO 1 of 3.\n")  # one seed has no spread
 
 
 def test_a_step_is_told_by_what_it_stood_beside_and_by_the_papers_rate():
@@ -69,13 +69,13 @@ def test_a_step_is_told_by_what_it_stood_beside_and_by_the_papers_rate():
         {"case": f"sd15 int8 {case}", "metric": "seconds a training step", "value": value, "ratio": 0.02 / value}
         for case, value in seconds.items()
     ]
-    text = tables.methods(rows)
+    text = figures.methods(rows)
     assert "| sd15 int8 zoodip | training step | 0.02 | 50 | 1.00 |\n" in text
     assert "| sd15 int8 textual_inversion | training step | 0.2 | 5 | 0.10 |\n" in text
-    text = tables.rates(rows)
+    text = figures.rates(rows)
     assert "| zoodip | 50 (16.1) |\n" in text and "| textual_inversion | 5 (9.42) |\n" in text
     assert text.endswith("Pairs in the paper's order: steps/s 6 of 6.\n")
-    assert tables.rates(rows[:3]) == "Not measured yet.\n"
+    assert figures.rates(rows[:3]) == "Not measured yet.\n"
 
 
 @pytest.mark.parametrize("place", papers.TABLES)
@@ -90,8 +90,8 @@ def test_memory_tables_tell_plan_and_measurement_apart():
         {"case": "sd15 zoodip", "metric": "planned peak of drawing on a GPU", "value": 2**29},
         {"case": "sd15 step", "metric": "peak on cpu, the plan as baseline", "value": 2**30, "baseline": 2**31},
     ]
-    assert "| sd15 zoodip | 1.000 | 0.500 |\n" in tables.planned(rows)
-    assert "| sd15 step | 1.000 | 2.000 | -50.0% |\n" in tables.measured(rows)
+    assert "| sd15 zoodip | 1.000 | 0.500 |\n" in figures.planned(rows)
+    assert "| sd15 step | 1.000 | 2.000 | -50.0% |\n" in figures.measured(rows)
 
 
 def test_scores_come_with_their_spread():
@@ -100,10 +100,10 @@ def test_scores_come_with_their_spread():
         for case, value in (("zo", 0.25), ("zo+sg", 0.5))
         for metric in SCORES
     ]
-    lines = tables.scores(rows).splitlines()
+    lines = scores.scores(rows).splitlines()
     assert lines[0].startswith("| variant | subjects × seeds | CLIP-T | CLIP-I | DINO |")
     told = dict.fromkeys(SCORES, "0.250 ± 0.013") | {"heldout_loss": "0.2500 ± 0.0125"}
     assert lines[2] == "| zo | 4 × 3 | " + " | ".join(told.values()) + " |"
     assert lines[3].startswith("| zo+sg | 4 × 3 | 0.500")
-    alone = tables.scores([row | {"seeds": 1} for row in rows]).splitlines()
+    alone = scores.scores([row | {"seeds": 1} for row in rows]).splitlines()
     assert alone[2] == "| zo | 4 × 1 | 0.250 | 0.250 | 0.250 | 0.250 | 0.2500 |"  # one seed has no spread

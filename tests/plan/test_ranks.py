@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.memory import allocated_peak
+from benchmarks.performance.memory import allocated_peak
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import FullUNet, LoRA, TokenEmbedding
 from mep_lightning.advice import refuse_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.memory import allocated_peak
+from benchmarks.performance.memory import allocated_peak
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import LoRA
 from mep_lightning.bases import load_base, open_base

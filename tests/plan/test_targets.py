@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.made_up import found
+from benchmarks.performance.made_up import found
 from mep_lightning.commands.budget import recipe
 from mep_lightning.plan import rehearse
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.tiny import captioned, identity_margin, top1
+from benchmarks.studies.tiny import captioned, identity_margin, top1
 from mep_lightning.bases import encode_prompts, predict_noise
 from mep_lightning.bases.tokens import token_ids
 from mep_lightning.evaluation import ClipEncoder, DinoEncoder, generate

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import made_up
-from benchmarks.memory import peak_of
-from benchmarks.ordinary import as_it_comes_
+from benchmarks.performance import made_up
+from benchmarks.performance.memory import peak_of
+from benchmarks.performance.ordinary import as_it_comes_
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning.bases import BaseFolder, bands
 from mep_lightning.bases.skeleton import skeleton_vae

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.kernels import matmul_ceiling
-from benchmarks.made_up import random_weights_on
-from benchmarks.ordinary import OrdinaryStep
+from benchmarks.performance.kernels import matmul_ceiling
+from benchmarks.performance.made_up import random_weights_on
+from benchmarks.performance.ordinary import OrdinaryStep
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import TokenEmbedding

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality
 from benchmarks.rows import Row, measured_with, row
+from benchmarks.trained import quality
 from mep_lightning import defaults
 from mep_lightning.commands import compare
 from mep_lightning.commands.recipes import find_recipe, read_recipe

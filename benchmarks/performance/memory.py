@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import made_up
+from benchmarks.performance import made_up
 from benchmarks.rows import Row, row
 from mep_lightning.bases import BaseFolder
 from mep_lightning.bases.skeleton import skeleton_vae

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paths import BUDGET, DIMS, MARKS, RUNS
 from benchmarks.rows import Row
-from benchmarks.variants import RANGES
+from benchmarks.studies.paths import BUDGET, DIMS, MARKS, RUNS
+from benchmarks.trained.variants import RANGES
 from mep_lightning.comparison.plots import memory_bars, tradeoff
 
 BLUE, GREEN, ORANGE, RED, GREY = "#1b6ca8", "#2a9d5c", "#d9822b", "#b03a48", "#777777"
@@ -129,14 +129,14 @@ def timesteps(rows: list[Row]) -> Figure:
 
 def compare_memory(rows: list[Row]) -> Figure | None:
     """Peaks of training, a pair of bars a method (ZOODiP's Figure 1a)."""
-    from benchmarks.comparison import lines
+    from benchmarks.trained.comparison import lines
 
     return memory_bars(lines(rows))
 
 
 def compare_quality(rows: list[Row]) -> Figure | None:
     """Image alignment over the peak of training, a point a method (ZOODiP's Figure 1b)."""
-    from benchmarks.comparison import lines
+    from benchmarks.trained.comparison import lines
 
     return tradeoff(lines(rows))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.documents.markdown import markdown
 from benchmarks.rows import Row
 from mep_lightning import defaults
 from mep_lightning.adapters import TokenEmbedding
@@ -123,7 +123,7 @@ def _line(name: str, cost: Cost) -> list[str]:
 
 def _times(lines: list[list[str]]) -> str:
     header = ["a million subjects", "ms a step", "steps", "minutes a subject", "GPU hours", f"days, {NODE} GPUs"]
-    return _markdown([*header, f"days, {NODES} × {NODE} GPUs"], lines)
+    return markdown([*header, f"days, {NODES} × {NODE} GPUs"], lines)
 
 
 def _kept() -> str:
@@ -135,20 +135,4 @@ def _kept() -> str:
         kept = (f"{token / 1e3:.2f}", f"{token * SUBJECTS / 1e9:.1f}")
         lines.append([method, *kept, f"{sent / 1e3:.0f}", f"{sent * SUBJECTS / 1e9:.0f}"])
     header = ["a million subjects", "a token, kB", "all tokens, GB", "sent by a process of `zo_ddp`, kB a subject"]
-    return _markdown([*header, "of all subjects, GB"], lines)
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    from benchmarks.tables import markdown
-
-    return markdown(header, lines)
-
-
-def printed() -> Iterator[str]:
-    """The tables of what has been measured."""
-    from benchmarks.tables import TABLES, about, results
-
-    for name in ("cuda/profile-sd15:cost", "cuda/methods-sd15:cost"):
-        if results(name).exists():
-            content = json.loads(results(name).read_text())
-            yield about(content) + TABLES[name](content["rows"])
+    return markdown([*header, "of all subjects, GB"], lines)

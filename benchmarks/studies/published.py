@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from benchmarks import made_up, papers
-from benchmarks.ordinary import as_it_comes_, plainly_dequantizing_
+from benchmarks.documents import papers
+from benchmarks.performance import made_up
+from benchmarks.performance.ordinary import as_it_comes_, plainly_dequantizing_
 from benchmarks.rows import Row, row
 from mep_lightning import plan
 from mep_lightning.adapters import LoRA

@@ -11,9 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import run_cells
 from benchmarks.rows import Row, row
-from benchmarks.variants import BASELINES, METHODS, Settings
+from benchmarks.trained.quality import run_cells
+from benchmarks.trained.variants import BASELINES, METHODS, Settings
 
 Axis = list[Settings]
 START: dict[str, Settings] = {

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.conditioning import gradient_of, trained
 from benchmarks.rows import Row, row
+from benchmarks.studies.conditioning import gradient_of, trained
 
 STEPS = 60
 

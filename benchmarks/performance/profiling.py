@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import real_step
+from benchmarks.performance import real_step
 from benchmarks.rows import Row, interleaved, row
 
 STEPS = 3

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality import photos_of, train
 from benchmarks.rows import Row, row
-from benchmarks.variants import LORA, SELECTIVE, resolve
+from benchmarks.trained.quality import photos_of, train
+from benchmarks.trained.variants import LORA, SELECTIVE, resolve
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.draws import Draw
 from mep_lightning.estimators import Backprop, SPSAEstimator

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from benchmarks.quality import heldout_loss, photos_of, quiet, train
 from benchmarks.rows import Row, row
-from benchmarks.variants import BACKPROP, FAST, ZOODIP, Settings, resolve
+from benchmarks.trained.quality import heldout_loss, photos_of, quiet, train
+from benchmarks.trained.variants import BACKPROP, FAST, ZOODIP, Settings, resolve
 from mep_lightning import SubjectData
 from mep_lightning.tiny.subjects import Subject, subject
 

@@ -14,7 +14,7 @@ from mep_lightning.photos import find_photos
 from mep_lightning.tiny.subjects import Style, style
 from mep_lightning.tiny.world import CLASSES
 
-PICTURES = Path(__file__).parents[1] / "docs" / "images"
+PICTURES = Path(__file__).parents[2] / "docs" / "images"
 SIDE, GAP, HEAD, FONT = 64, 2, 14, 10
 """Pixels: of a picture's side, between two, of the line above them, and of its letters."""
 PROMPT = "in the snow"

@@ -12,9 +12,9 @@ import statistics
 import torch
 from torch import Tensor
 
-from benchmarks.quality import photos_of, train
 from benchmarks.rows import Row, row
-from benchmarks.variants import BACKPROP, resolve
+from benchmarks.trained.quality import photos_of, train
+from benchmarks.trained.variants import BACKPROP, resolve
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.draws import Draw
 from mep_lightning.estimators import Backprop, ConditioningSubspace

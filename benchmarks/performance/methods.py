@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from benchmarks import made_up
+from benchmarks.performance import made_up
 from benchmarks.rows import Row, interleaved, median_ratio, row
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import LoRA

@@ -25,9 +25,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.differences import difference
 from benchmarks.rows import Row, measured_with, row
-from benchmarks.variants import PROJECTIONS, SUITES, Settings, resolve
+from benchmarks.trained.differences import difference
+from benchmarks.trained.variants import PROJECTIONS, SUITES, Settings, resolve
 from mep_lightning.comparison.engines.local import end_with_parent
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter", "heldout_loss")
@@ -60,7 +60,7 @@ def train(
     """
     from lightning import Trainer
 
-    from benchmarks import literature
+    from benchmarks.trained import literature
     from mep_lightning import PersonalizationModule, adapters, estimators, selection, timesteps
     from mep_lightning.callbacks import PUTS, HollowedActivations
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, cosine_similarity
 
-from benchmarks.conditioning import STEPS, gradient_of, trained
 from benchmarks.rows import Row, row
+from benchmarks.studies.conditioning import STEPS, gradient_of, trained
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimators import RandomGradientEstimator

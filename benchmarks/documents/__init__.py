@@ -1,0 +1,1 @@
+"""What docs/ shows of benchmarks/results: tables, the papers' beside them, plots and sheets of pictures."""

@@ -1,0 +1,162 @@
+"""Tables of trained cells and of the studies that explain them: rows of a suite -> Markdown."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from benchmarks.documents import papers
+from benchmarks.documents.markdown import markdown
+from benchmarks.rows import Row
+from benchmarks.studies.paths import DIMS, MARKS, RUNS
+from benchmarks.trained.differences import Difference
+from benchmarks.trained.quality import SCORES
+
+NAMES = {
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "dino": "DINO",
+    "dino_inter": "DINO inter",
+    "heldout_loss": "held-out loss",
+    "steps_per_second": "steps/s",
+    "minutes": "minutes",
+}
+
+
+def scores(rows: list[Row]) -> str:
+    """A variant a line: every score's mean ± spread over seeds, if there are some, and what its training took."""
+    lines, timed = [], any(row["metric"] == "seconds" for row in rows)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        by = {row["metric"]: row for row in rows if row["case"] == case}
+        size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
+        several = by["dino"]["seeds"] > 1
+        line = [case, size]
+        for name in SCORES:
+            places = 4 if name == "heldout_loss" else 3
+            spread = f" ± {by[name]['spread']:.{places}f}" if several else ""
+            line.append(f"{by[name]['value']:.{places}f}{spread}")
+        lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
+    header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
+    return markdown([*header, "training, s"] if timed else header, lines)
+
+
+def differences(rows: list[Row]) -> str:
+    """A variant a line: what it scores beyond the first, paired by subject and seed, ± one standard error."""
+    beyond = {(row["case"], row["metric"]): Difference(**row["beyond_first"]) for row in rows if "beyond_first" in row}
+    lines = []
+    for case in dict.fromkeys(case for case, _ in beyond):
+        mine = [beyond[case, name] for name in SCORES]
+        told = [one.told(4 if name == "heldout_loss" else 3) for name, one in zip(SCORES, mine, strict=True)]
+        lines.append([case, str(mine[0].cells), *told])
+    return markdown([f"beyond {rows[0]['case']}", "cells", *(NAMES[name] for name in SCORES)], lines)
+
+
+def beside(paper: papers.Table, rows: list[Row]) -> str:
+    """A variant a line: our scores with the paper's in brackets; below, how many pairs stand in the paper's order."""
+    ours = {name: {row["metric"]: row for row in rows if row["case"] == name} for name in paper.rows}
+    metrics = list(next(iter(paper.rows.values())))
+    lines = [
+        [name, *(f"{_figure(ours[name][metric]['value'])} ({_figure(paper.rows[name][metric])})" for metric in metrics)]
+        for name in paper.rows
+        if ours[name]
+    ]
+    if len(lines) < len(paper.rows):
+        return "Not measured yet.\n"
+    counts, spreads = [], any("spread" in row for by_metric in ours.values() for row in by_metric.values())
+    for metric in metrics:
+        pairs = [
+            (paper.rows[one][metric] - paper.rows[two][metric], ours[one][metric], ours[two][metric])
+            for one, two in combinations(paper.rows, 2)
+        ]
+        plain = [
+            (theirs, a, b)
+            for theirs, a, b in pairs
+            if abs(a["value"] - b["value"]) > max(one.get("spread", 0.0) for one in (a, b))
+        ]
+        same, of_plain = (
+            sum(theirs * (a["value"] - b["value"]) > 0 for theirs, a, b in some) for some in (pairs, plain)
+        )
+        bracket = f" ({of_plain} of {len(plain)})" if spreads else ""
+        counts.append(f"{NAMES[metric]} {same} of {len(pairs)}{bracket}")
+    table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
+    of_plain_ones = ", and of them those that differ by more than the spread over seeds" if spreads else ""
+    return f"{table}\nPairs in the paper's order{of_plain_ones}: {', '.join(counts)}.\n"
+
+
+def _figure(value: float) -> str:
+    """Scores to the third place, other figures to the third digit."""
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+
+
+def compared(rows: list[Row]) -> str:
+    """A method a line, as in the table of `mep compare`."""
+    from benchmarks.trained.comparison import lines
+    from mep_lightning.comparison.table import as_markdown
+
+    return as_markdown(lines(rows))
+
+
+def travelled(rows: list[Row]) -> str:
+    """A run a line: the held-out loss after so many forward passes, and the share of its path that SG keeps."""
+    values = {(row["case"], row["metric"]): row["value"] for row in rows}
+    lines = []
+    for name in RUNS:
+        losses = [values.get((f"{name}, {mark} forward passes", "held-out loss")) for mark in MARKS]
+        kept = values.get((name, "share of the path's dimensions kept"))
+        lines.append(
+            [name, *("" if one is None else f"{one:.4f}" for one in losses), "" if kept is None else f"{kept:.2f}"]
+        )
+    return markdown(["run", *(f"{mark:,}" for mark in MARKS), "of its path kept"], lines)
+
+
+def truncated(rows: list[Row]) -> str:
+    """A run a line: the held-out loss with the first principal components of its path alone."""
+    values = {row["case"]: row["value"] for row in rows}
+    lines = [
+        [name, *(f"{values[f'{name}, {k} components of its path']:.4f}" for k in (0, *DIMS))]
+        for name in RUNS
+        if f"{name}, 0 components of its path" in values
+    ]
+    return markdown(["run", *map(str, (0, *DIMS))], lines)
+
+
+def branches(rows: list[Row]) -> str:
+    """A way to a gradient a line, a timestep a column."""
+    cosines = {tuple(row["case"].split(", ", 1)): row["value"] for row in rows if row["metric"].startswith("cosine")}
+    timesteps = dict.fromkeys(timestep for timestep, _ in cosines)
+    lines = [
+        [way, *(f"{cosines[timestep, way]:.3f}" for timestep in timesteps)]
+        for way in dict.fromkeys(w for _, w in cosines)
+    ]
+    return markdown(["gradient", *timesteps], lines)
+
+
+def heard(rows: list[Row]) -> str:
+    """A range of timesteps a line."""
+    wholes = list(dict.fromkeys(row["metric"] for row in rows))
+    values = {(row["case"], row["metric"]): f"{row['value']:.3f} ± {row['spread']:.3f}" for row in rows}
+    lines = [[case, *(values[case, what] for what in wholes)] for case in dict.fromkeys(case for case, _ in values)]
+    return markdown(["timesteps", *wholes], lines)
+
+
+def listened(rows: list[Row]) -> str:
+    """A share a line: how many dimensions hold it, and how much of a gradient is in them."""
+    values = {(row["case"], row["metric"]): row["value"] for row in rows if row["case"].startswith("share ")}
+    lines = [
+        [case.removeprefix("share "), f"{values[case, 'dimensions']:.0f}", f"{values[case, 'of single draws']:.1%}"]
+        for case in dict.fromkeys(case for case, _ in values)
+    ]
+    return markdown(["share of ‖J‖²", "dimensions of 128", "of a gradient's squared length"], lines)
+
+
+def paired(rows: list[Row]) -> str:
+    """A partner a line: what of a draw's variance it shares."""
+    lines = [[row["case"], f"{row['value']:.2f} ± {row['spread']:.2f}"] for row in rows if row["case"] != "itself"]
+    return markdown(["a draw and", "of its variance"], lines)
+
+
+def objectives(rows: list[Row]) -> str:
+    """A trial a line."""
+    return markdown(
+        ["trial", "(CLIP-I + DINO) / 2"],
+        [[row["case"].partition(" ")[2], f"{row['value']:.3f}"] for row in rows if row["metric"] == "objective"],
+    )

@@ -1,0 +1,1 @@
+"""What explains the others: single experiments, without options."""
