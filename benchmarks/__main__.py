@@ -89,8 +89,9 @@ def parser() -> argparse.ArgumentParser:
     methods = suites.add_parser("methods", help="a training and a denoising step of every method at a base's real size")
     memory = suites.add_parser("memory", help="planned and measured peaks at a base's real size, with made-up weights")
     kernels = suites.add_parser("kernels", help="every operation at SD1.5's layer sizes beside a library's")
-    told = "SD1.5's autoencoder in bands of rows, beside the same whole and diffusers'"
-    autoencoder = suites.add_parser("autoencoder", help=told)
+    autoencoder = suites.add_parser(
+        "autoencoder", help="SD1.5's autoencoder in bands of rows, beside the same whole and diffusers'"
+    )
     fidelity = suites.add_parser("fidelity", help="how true a finite difference is in every precision, on tiny")
     profile = suites.add_parser("profile", help="where a GPU's time goes in a step at a base's real size")
     profile.set_defaults(device="cuda")

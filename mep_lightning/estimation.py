@@ -103,6 +103,9 @@ def hold_alike(module: PersonalizationModule) -> None:
             for kept in optimizer.state.get(theta, {}).values():
                 if isinstance(kept, Tensor):
                     kept.copy_(ranks.agreed(kept))
+    for optimizer in module.trainer.optimizers:
+        if isinstance(optimizer, FusedZOAdam):
+            optimizer.recount()
 
 
 def agreed(module: PersonalizationModule, renew: Callable[[Tensor], None], theta: Tensor) -> None:

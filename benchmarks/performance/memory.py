@@ -100,7 +100,7 @@ def _carried(make: Recipe) -> Recipe:
 def measure(module: PersonalizationModule, planned: Planned, device: str) -> dict[str, int]:
     """Bytes at the peak of every phase of a run that does one of everything."""
     gc.collect()  # what an earlier recipe held lies in cycles
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # of a backward pass' thread, which an earlier recipe had
     found = made_up.found(planned.base, planned.precision, device, planned.offload)
     reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]

@@ -81,7 +81,8 @@ def write_all(folder: ComparisonFolder, methods: Sequence[str], subjects: Sequen
         "subjects": len({record["subject"] for record in records}),
         "seeds": len({record["seed"] for record in records}),
     }
-    legend = table.legend(found, map(device_of, records))
+    measured = [record for record in records if any(table.is_number(record.get(key)) for key in table.GROWN)]
+    legend = table.legend(found, map(device_of, measured))
     write_atomically(folder.table, f"{table.as_markdown(found)}\n{legend}\n")
     write_atomically(folder.table.with_suffix(".csv"), table.as_csv(found))
     failures = [record for record in records if "error" in record]

@@ -93,6 +93,10 @@ class FusedZOAdam(Adam):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Adam's."""
         super().load_state_dict(state_dict)
+        self.recount()
+
+    def recount(self) -> None:
+        """Read the number of updates from the state again, which somebody else has written."""
         self._counts.clear()
 
     @torch.no_grad()
@@ -156,7 +160,7 @@ class FusedZOAdam(Adam):
     def _update(self, theta: Tensor, told: _Told, group: dict[str, Any]) -> None:
         state, device = self.state[theta], theta.device
         if not state:
-            place = device if group["fused"] else "cpu"  # where Adam looks for it
+            place = device if group["fused"] or group["capturable"] else "cpu"  # where Adam looks for it
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
         if theta not in self._counts:

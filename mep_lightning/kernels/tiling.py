@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,8 +23,8 @@ CANDIDATES = (  # rows, columns, depth, warps, stages
 )
 LAUNCHES = 8
 """That an autotuner times together."""
-AHEAD = 2_000_000
-"""GPU cycles, about a millisecond, in which the host gets ahead: it may launch more slowly than a kernel runs."""
+CYCLES = 2_000_000_000
+"""Of a GPU in a second, at most about so many."""
 GROUP = 8  # tiles of rows that share their columns in L2
 WIDE = knobs.runtime.interpret  # the interpreter multiplies bf16's bits: it is given fp32
 
@@ -45,22 +46,28 @@ def tiles(largest: int | None = None) -> list[triton.Config]:
 
 
 def milliseconds(launch: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """What a launch takes, for an autotuner's `do_bench`.
+    """What a launch takes with its operands in the L2, for an autotuner's `do_bench`.
 
-    Triton's own writes 256 MiB before every launch, to empty the L2: a quarter of what a whole run takes here.
+    Triton's own writes 256 MiB before every launch, to empty that: a quarter of what a whole run may take here. The
+    GPU sleeps while the host, which may launch more slowly than a kernel runs, gets ahead.
     """
-    launch()
+    launch()  # it is compiled
+    began = time.perf_counter()
+    for _ in range(LAUNCHES):
+        launch()
+    ahead = 2 * (time.perf_counter() - began)
     found = []
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD)
+        torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
         for _ in range(LAUNCHES):
             launch()
         end.record()
         end.synchronize()
         found.append(begin.elapsed_time(end) / LAUNCHES)
-    return torch.tensor(found).quantile(torch.tensor(quantiles)).tolist()
+    found.sort()
+    return [found[round(share * (len(found) - 1))] for share in quantiles]
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """FusedZOAdam is PyTorch's Adam on the gradient that an estimator would have answered with."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -90,6 +92,31 @@ def test_steps_by_gradients_and_by_directions_share_one_state(device, fused, cou
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
             assert (mine.grad is not None) == (step % 2 == 0 or param_id == 0)
             assert optimizer.state[mine]["step"].device == adam.state[other]["step"].device
-        if step == first + 2:
-            optimizer.load_state_dict(optimizer.state_dict())
     assert {int(optimizer.state[mine]["step"]) for mine in ours} == {6}
+
+
+@pytest.mark.parametrize("written", ["loaded", "overwritten"])
+def test_the_number_of_updates_is_the_states_own(written):
+    """A checkpoint's, or another process': the pace of the next update is that of its number."""
+    weights = torch.tensor([0.7, -0.2])
+
+    def after(updates):
+        theta = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+        optimizer = FusedZOAdam([theta], lr=0.02)
+        for step in range(updates):
+            optimizer.receive(theta, weights, 3, step, 0)
+            optimizer.step()
+        return theta, optimizer
+
+    (theta, optimizer), (other, ahead) = after(2), after(30)
+    if written == "loaded":
+        optimizer.load_state_dict(deepcopy(ahead.state_dict()))
+    else:
+        for key, kept in optimizer.state[theta].items():
+            kept.copy_(ahead.state[other][key])
+        optimizer.recount()
+    theta.data.copy_(other.detach())
+    for mine, its in ((theta, optimizer), (other, ahead)):
+        its.receive(mine, weights, 3, 30, 0)
+        its.step()
+    assert torch.equal(theta, other)
