@@ -11,6 +11,7 @@ from benchmarks.studies.paths import DIMS, MARKS, RUNS
 from benchmarks.trained.differences import Difference
 from benchmarks.trained.quality import SCORES
 
+NUS = (1e-1, 1e-2, 1e-3, 1e-4)
 NAMES = {
     "clip_t": "CLIP-T",
     "clip_i": "CLIP-I",
@@ -80,6 +81,19 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     of_plain_ones = ", and of them those that differ by more than the spread over seeds" if spreads else ""
     return f"{table}\nPairs in the paper's order{of_plain_ones}: {', '.join(counts)}.\n"
+
+
+def settings(rows: list[Row]) -> str:
+    """CLIP-I by tau and nu of Subspace Gradient, the paper's in brackets: its tau is four times as large, for a token
+    of six times as many dimensions."""
+    ours = {row["case"]: row["value"] for row in rows if row["metric"] == "clip_i"}
+    lines = []
+    for tau, theirs in papers.SETTINGS.items():
+        cells = [ours.get(f"τ {tau // 4}, ν {nu:g}") for nu in NUS]
+        told = [f"{own:.3f} ({paper:.3f})" for own, paper in zip(cells, theirs, strict=True) if own is not None]
+        if len(told) == len(NUS):
+            lines.append([f"{tau // 4} ({tau})", *told])
+    return markdown(["τ, ours (ZOODiP's Table 4)", *(f"ν {nu:g}" for nu in NUS)], lines)
 
 
 def _figure(value: float) -> str:

@@ -32,7 +32,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compare": scores.compared,
     "quality": scores.scores,
     "ablation": scores.scores,
-    "subspace": scores.scores,
+    "subspace": scores.settings,
     "timesteps": scores.scores,
     "precision": scores.scores,
     "forward": scores.scores,

@@ -59,7 +59,7 @@ def run(
 
     Returns:
         A row for each of a method's columns: `value`, and of scores from several seeds `spread`; `cells` is how many
-        there are of its cells, and `failed` how many came to nothing.
+        there are of its cells, and `failures` of how many nothing came, by kind.
     """
     known, comparison = keys(images), ComparisonFolder(folder)
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
@@ -159,7 +159,7 @@ def rows(told: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The lines of a comparison's table, a row a figure."""
     found = []
     for line in told:
-        size = {"cells": line["cells"], "failed": line["failed"]}
+        size = {"cells": line["cells"], "failures": line["failures"]}
         for key in COLUMNS:
             if line[key] is not None:
                 spread = {"spread": line["spread"][key]} if line["spread"].get(key) is not None else {}
@@ -171,7 +171,7 @@ def lines(found: list[Row]) -> list[dict[str, Any]]:
     """`rows` undone: a dictionary a method, as `mep_lightning.comparison.table` has it."""
     methods = {}
     for one in found:
-        size = {"cells": one["cells"], "failed": one["failed"]}
+        size = {"cells": one["cells"], "failures": one["failures"]}
         line = methods.setdefault(one["case"], dict.fromkeys(COLUMNS) | {"method": one["case"], "spread": {}} | size)
         line[one["metric"]] = one["value"]
         if "spread" in one:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from mep_lightning.comparison.table import is_batched
 from mep_lightning.errors import human
@@ -52,22 +54,21 @@ def _unit(widest: int) -> tuple[int, str]:
 
 
 def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
-    """Image alignment over the peak of training, a point a method; None where nothing is known."""
+    """Alignment with photos and prompts over the peak of training, a point a method; None where nothing is known."""
     known = [row for row in rows if row["clip_i"] is not None and (row["training_planned"] or row["training_bytes"])]
     if not known:
         return None
     known = sorted(known, key=lambda row: row["training_planned"] or row["training_bytes"])
     scale, unit = _unit(max(row["training_planned"] or row["training_bytes"] for row in known))
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    for axes, key, name in zip(figure.subplots(1, 2), ("clip_i", "dino"), ("CLIP-I", "DINO"), strict=True):
+    drawn = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
+    figure = Figure(figsize=(4 * len(drawn), 3.4), layout="constrained")
+    panels = list(figure.subplots(1, len(drawn)))
+    sizes = [(row["training_planned"] or row["training_bytes"]) / scale for row in known]
+    for axes, (key, name) in zip(panels, drawn.items(), strict=True):
         strip(axes, ink)
-        sizes = [(row["training_planned"] or row["training_bytes"]) / scale for row in known]
         scores = [row[key] for row in known]
         spreads = [row["spread"].get(key) or 0.0 for row in known]
         axes.errorbar(sizes, scores, yerr=spreads, fmt="o", color=CURVE, ecolor=CURVE, elinewidth=1, markersize=5)
-        for place, (row, size, score) in enumerate(zip(known, sizes, scores, strict=True)):
-            beside = (5, 4 if place % 2 else -11)  # neighbours' names do not meet
-            axes.annotate(_name(row), (size, score), beside, textcoords="offset points", color=ink, fontsize=7.5)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -76,4 +77,37 @@ def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
         axes.set_xlabel(f"{unit} at the peak of training", color=ink)
         axes.set_ylabel(name, color=ink)
         axes.grid(color=ink, alpha=0.12)
+    figure.draw_without_rendering()  # from here on it is known where points lie
+    for axes, key in zip(panels, drawn, strict=True):
+        points = [(size, row[key]) for size, row in zip(sizes, known, strict=True) if row[key] is not None]
+        _name_points(axes, points, [_name(row) for row in known if row[key] is not None], ink)
     return figure
+
+
+SIDES = (("left", 5, 4), ("left", 5, -11), ("right", -5, 4), ("right", -5, -11))
+"""Of a point, where its name may begin or end, and how many points (of type) to the right and up."""
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], ink: str) -> None:
+    """Write every point's name on that of its sides where it meets least of what is there."""
+    around = [Bbox.from_bounds(x - 10, y - 10, 20, 20) for x, y in axes.transData.transform(points)]
+    written: list[Bbox] = []
+    for number, (point, name) in enumerate(zip(points, names, strict=True)):
+        taken = [*around[:number], *around[number + 1 :], *written]
+        tried = [
+            axes.annotate(name, point, (x, y), textcoords="offset points", ha=side, color=ink, fontsize=7.5)
+            for side, x, y in SIDES
+        ]
+        boxes = [text.get_window_extent() for text in tried]
+        met = [sum(_shared(box, other) for other in taken) - _shared(box, axes.bbox) for box in boxes]
+        best = met.index(min(met))
+        for place, text in enumerate(tried):
+            if place != best:
+                text.remove()
+        written.append(boxes[best])
+
+
+def _shared(one: Bbox, other: Bbox) -> float:
+    """The area of both."""
+    inside = Bbox.intersection(one, other)
+    return 0.0 if inside is None else inside.width * inside.height

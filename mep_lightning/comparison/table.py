@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds_per_image": ("s/picture", _figure),
 }
 """Key -> what it is called, and how it is written; bytes of memory and files, minutes of training."""
+FAILURES = {"memory": "out of memory", "time": "out of time"}
+"""A kind of failure -> what a table says of it."""
 MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
 """Those of which the mean and its spread over seeds are given; of the others the median."""
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
@@ -78,15 +81,17 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         planned: `training_planned` and `inference_planned` of methods, in bytes.
 
     Returns:
-        Rows of `method`, `cells`, `failed`, the columns' values (None where nothing is known) and, of scores, `spread`:
-        the standard deviation over seeds of the mean over subjects (None of a single seed).
+        Rows of `method`, `cells`, `failed`, `failures` (kind -> how many), the columns' values (None where nothing is
+        known) and, of scores, `spread`: the standard deviation over seeds of the mean over subjects (None of a single
+        seed).
     """
     known = list(records)
     found = []
     for method in methods:
         mine = [record for record in known if record["method"] == method]
         good = [record for record in mine if "error" not in record]
-        row: dict[str, Any] = {"method": method, "cells": len(good), "failed": len(mine) - len(good)}
+        kinds = Counter(record.get("kind", "failed") for record in mine if "error" in record)
+        row: dict[str, Any] = {"method": method, "cells": len(good), "failed": kinds.total(), "failures": dict(kinds)}
         row["spread"] = {}
         together = max((record["batch"] for record in good if is_number(record.get("batch"))), default=1)
         as_many = [record for record in good if (record.get("batch") or 1) == together]
@@ -158,8 +163,9 @@ def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cells_of(row: Mapping[str, Any]) -> str:
-    """How many cells there are, and how many failed."""
-    return f"{row['cells']} ({row['failed']} failed)" if row["failed"] else str(row["cells"])
+    """How many cells there are, and how many came to nothing, by what was short."""
+    told = ", ".join(f"{count} {FAILURES.get(kind, kind)}" for kind, count in row.get("failures", {}).items())
+    return f"{row['cells']} ({told})" if told else str(row["cells"])
 
 
 def as_csv(found: Sequence[Mapping[str, Any]]) -> str:

@@ -57,6 +57,18 @@ def test_a_papers_table_stands_beside_ours():
     assert scores.beside(paper, alone).endswith("Pairs in the paper's order: DINO 1 of 3.\n")  # one seed has no spread
 
 
+def test_settings_of_the_subspace_stand_beside_the_papers_of_four_times_the_steps():
+    nus = ("0.1", "0.01", "0.001", "0.0001")
+    rows = [{"case": f"τ 32, ν {nu}", "metric": "clip_i", "value": 0.1 * place} for place, nu in enumerate(nus)]
+    rows += [
+        {"case": "τ 8, ν 0.1", "metric": "clip_i", "value": 0.5},
+        {"case": "τ 32, ν 0.1", "metric": "dino", "value": 1},
+    ]
+    header, _, *lines = scores.settings(rows).splitlines()
+    assert header.endswith("| ν 0.1 | ν 0.01 | ν 0.001 | ν 0.0001 |")
+    assert lines == ["| 32 (128) | 0.000 (0.736) | 0.100 (0.735) | 0.200 (0.759) | 0.300 (0.716) |"]
+
+
 def test_a_step_is_told_by_what_it_stood_beside_and_by_the_papers_rate():
     seconds = {
         "zoodip": 0.02,

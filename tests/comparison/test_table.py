@@ -36,7 +36,7 @@ def test_scores_are_means_over_seeds_of_means_over_subjects(rows):
     _, a, _ = rows
     assert a["clip_i"] == pytest.approx((0.3 + 0.5) / 2)
     assert a["spread"]["clip_i"] == pytest.approx(0.2 / 2**0.5)
-    assert (a["cells"], a["failed"]) == (4, 1)
+    assert (a["cells"], a["failed"], a["failures"]) == (4, 1, {"memory": 1})
     assert a["training_bytes"] == 5 * 2**20 and a["minutes"] == 0.5 and a["training_planned"] == 2**30
 
 
@@ -65,7 +65,7 @@ def test_markdown_shows_columns_of_which_something_is_known(rows):
     assert "DINO inter" not in header and "drawing" not in header and header[-1] == "cells"
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells[0] == "a" and cells[header.index("CLIP-I")] == "0.400 ± 0.141"
-    assert cells[header.index("training, planned")] == "1.00 GiB" and cells[-1] == "4 (1 failed)"
+    assert cells[header.index("training, planned")] == "1.00 GiB" and cells[-1] == "4 (1 out of memory)"
     assert cells[header.index("file")] == "0.70 kB"
 
 

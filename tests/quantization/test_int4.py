@@ -37,6 +37,8 @@ def test_every_weight_becomes_the_nearest_level_of_its_block(shape, dtype):
 def test_without_bitsandbytes_one_sentence_says_so(monkeypatch):
     why_not_int4.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"precision int4: bitsandbytes cannot be imported .*pip install"):
+    with pytest.raises(
+        UserError, match=r"precision int4: bitsandbytes cannot be imported .*pip install 'mep-lightning\[int4\]'"
+    ):
         quantize_nf4(torch.randn(4, 4))
     why_not_int4.cache_clear()
