@@ -218,6 +218,7 @@ def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     if path.parent == rows.RESULTS:
         made_with = comparison.keys(args.images)
         sheets.methods(args.folder, made_with)
+        sheets.prompts(args.folder, made_with)
         sheets.diversity(args.folder, made_with, args.seeds, args.images)
     return found
 

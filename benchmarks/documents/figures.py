@@ -7,7 +7,7 @@ from benchmarks.documents.markdown import markdown
 from benchmarks.documents.scores import beside
 from benchmarks.performance.fidelity import CARRIED
 from benchmarks.rows import Row
-from benchmarks.studies.published import OURS, USED
+from benchmarks.studies.published import KEPT, MB, OURS, USED
 
 
 def speeds(rows: list[Row]) -> str:
@@ -93,7 +93,7 @@ def measured(rows: list[Row]) -> str:
 
 
 def published(rows: list[Row]) -> str:
-    """A method a line, GB: the paper's figure, that of a public script and what it is made of, and ours."""
+    """A method a line, GB: the paper's figure, a public script's and what it is made of, and ours; MB of files."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         by = {row["metric"]: row for row in rows if row["case"] == case}
@@ -101,9 +101,11 @@ def published(rows: list[Row]) -> str:
         rest = size["peak"] - size["resident"] - size["gradients"] - size["optimizer"]
         used, paper = by[USED]["value"], by[USED]["baseline"]
         parts = (size["resident"], size["gradients"], size["optimizer"], rest, by[OURS]["value"])
-        lines.append([case, _gb(paper), _gb(used), f"{used / paper - 1:+.0%}", *map(_gb, parts)])
+        files = [f"{by[KEPT][key] / MB:.4g}" if KEPT in by else "" for key in ("baseline", "value")]
+        lines.append([case, _gb(paper), _gb(used), f"{used / paper - 1:+.0%}", *map(_gb, parts), *files])
     header = ["method", "the paper", "a public script", "difference"]
-    return markdown([*header, "of it models", "gradients", "optimizer", "activations and temporaries", "ours"], lines)
+    header += ["of it models", "gradients", "optimizer", "activations and temporaries", "ours"]
+    return markdown([*header, "file, MB: the paper", "ours"], lines)
 
 
 def _gb(count: float) -> str:

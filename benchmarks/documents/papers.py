@@ -74,6 +74,16 @@ MEMORY = {
     "zoodip, int4": 1.9,
 }
 """GB while training SD1.5 at 512 px, of nvidia-smi: ZOODiP's Table 1, and its text for int4."""
+STORAGE = {
+    "dreambooth": 3438,
+    "qlora": 1.63,
+    "peqa": 1.32,
+    "tuneqdm": 2.48,
+    "textual_inversion": 0.003,
+    "gf_ti": 0.003,
+    "zoodip": 0.003,
+}
+"""MB of what is kept of a subject: ZOODiP's Table 1."""
 PARTS = Table(
     "ZOODiP's Table 3",
     {

@@ -19,6 +19,8 @@ SIDE, GAP, HEAD, FONT = 64, 2, 14, 10
 """Pixels: of a picture's side, between two, of the line above them, and of its letters."""
 PROMPT = "in the snow"
 """How the prompt ends that methods are shown with: the first of such."""
+ONE, PLACES = "car-0", (0, 3, 6, 8, 14, 19)
+"""The subject that is shown with several prompts, and which of `tiny`'s twenty."""
 LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
 """Names that are longer than a picture is wide."""
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
@@ -97,6 +99,25 @@ def diversity(
     save(path, [LABELS.get(name, name) for name in keys], lines, list(keys.values()))
 
 
+def prompts(folder: Path, keys: Mapping[str, str], path: Path = PICTURES / "compare_prompts.png") -> None:
+    """What every method drew of one subject for several prompts, a line each; one of its photos ahead (Figures S6, S7).
+
+    Args:
+        folder, keys, path: as for `methods`.
+    """
+    comparison = ComparisonFolder(folder)
+    photos = find_photos(comparison.photos / ONE)
+    drawn = [list(_by_prompt(comparison.run(name, ONE, 0)).values()) for name in keys]
+    lines = [
+        [
+            photos[number % len(photos)].read(SIDE),
+            *(of_prompts[place][0] if place < len(of_prompts) else None for of_prompts in drawn),
+        ]
+        for number, place in enumerate(PLACES)
+    ]
+    save(path, ["photo", *(LABELS.get(name, name) for name in keys)], lines, ["photo", *keys.values()])
+
+
 def precisions(path: Path = PICTURES / "precisions.png", caption: str = "a photo of a house") -> None:
     """What the embedded base draws of a caption in every precision: a column each, a line a seed (Figure S1)."""
     from mep_lightning import defaults, load_base
@@ -155,10 +176,13 @@ def _in_style(one: Style, folder: Path, templates: Sequence[str]) -> list[Image.
 
 def _drawn(run: Path) -> list[Image.Image]:
     """What a run drew of the prompt that methods are shown with."""
-    by_prompt: dict[str, list[Image.Image]] = {}
+    return next((pictures for prompt, pictures in _by_prompt(run).items() if prompt.endswith(PROMPT)), [])
+
+
+def _by_prompt(run: Path) -> dict[str, list[Image.Image]]:
+    """What a run drew of each prompt, in their order."""
+    found: dict[str, list[Image.Image]] = {}
     for picture in sorted((run / "evaluation").glob("*-seed*.png")):
         with Image.open(picture) as opened:
-            prompt = str(opened.info.get("prompt", ""))
-            if prompt.endswith(PROMPT):
-                by_prompt.setdefault(prompt, []).append(opened.copy())
-    return next(iter(by_prompt.values()), [])
+            found.setdefault(str(opened.info.get("prompt", "")), []).append(opened.copy())
+    return found

@@ -37,10 +37,7 @@ def load(base: BaseFolder, module: PersonalizationModule, made_on: str = "cpu") 
 
     Weights are made where `made_on` says: on the CPU as a file's would come, or at once where they go.
     """
-    module.class_word = WORD
-    for part in module.adapter.parts:
-        if isinstance(part, TokenEmbedding):
-            part.init = WORD
+    named_(module)
     prompts = None if module.adapter.trains_text else [module.named(PROMPT)]
     return assemble(
         base,
@@ -49,6 +46,14 @@ def load(base: BaseFolder, module: PersonalizationModule, made_on: str = "cpu") 
         vae=None,
         prompts=prompts,
     )
+
+
+def named_(module: PersonalizationModule) -> None:
+    """Give a module a subject of a word that every base knows."""
+    module.class_word = WORD
+    for part in module.adapter.parts:
+        if isinstance(part, TokenEmbedding):
+            part.init = WORD
 
 
 def batch(base: Base, resolution: int) -> dict[str, object]:

@@ -1,4 +1,5 @@
-"""`published`: what ZOODiP's Table 1 says its methods take, beside what they would as their public scripts do it.
+"""`published`: what ZOODiP's Table 1 says its methods take, beside what they would as their public scripts do it; and
+what is kept of a subject.
 
 Ours take less by design (docs/memory.md), so that the paper's column is checked in its own conditions: diffusers'
 scripts and U-Net as they come, everything resident, PyTorch's AdamW with its temporaries, dequantised weights kept by
@@ -31,10 +32,11 @@ from mep_lightning.plan.tracker import LiveBytes
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
 from mep_lightning.quantization.int4 import Int4Linear
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 LENGTH = 77
 USED = "as public scripts run it, the paper as baseline"
 OURS = "ours, planned, the paper as baseline"
+KEPT = "ours, exported values, the paper as baseline"
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,18 @@ def ours(method: str, precision: str) -> int:
     return max(peak.total for peak in phases.values())
 
 
+def kept(method: str, precision: str) -> int:
+    """Bytes of the fp32 values that are exported of a subject."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = recipe(method)(precision, None)
+        made_up.named_(module)
+        module.take(skeleton("sd15", precision))
+        trained = [theta.numel() for theta in module.adapter.parameters() if theta.requires_grad]
+    return sum(trained) * torch.float32.itemsize
+
+
 def run(names: Iterable[str] = SCRIPTS) -> list[Row]:
-    """Every script's peak with CUDA's context beside the paper's, what it is made of, and ours."""
+    """Every script's peak with CUDA's context beside the paper's, what it is made of, ours, and what is exported."""
     rows = []
     for name in names:
         script = SCRIPTS[name]
@@ -201,4 +213,6 @@ def run(names: Iterable[str] = SCRIPTS) -> list[Row]:
         rows += [row("published", name, part, size, "B") for part, size in found.items()]
         rows.append(row("published", name, OURS, ours(*script.ours) + overhead("cuda"), "B", paper(name)))
         print(f"{name}: {rows[-6]['value'] / GB:.2f} GB, the paper {paper(name) / GB:g}", flush=True)
+        if name in papers.STORAGE:
+            rows.append(row("published", name, KEPT, kept(*script.ours), "B", papers.STORAGE[name] * MB))
     return rows

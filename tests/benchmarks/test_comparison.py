@@ -107,6 +107,19 @@ def test_sheets_show_one_prompt_of_every_method(tmp_path):
     assert colors(tmp_path / "diversity.png") == [[blue, white], [yellow, white]]
 
 
+def test_a_sheet_shows_several_prompts_of_one_subject(tmp_path, monkeypatch):
+    folder = ComparisonFolder(tmp_path)
+    (folder.photos / "dog").mkdir(parents=True)
+    for number, color in enumerate(("red", "yellow")):
+        Image.new("RGB", (64, 64), color).save(folder.photos / "dog" / f"{number}.png")
+    drawn(folder, "zoodip", 0, ("a <sks> dog on grass", "lime"), ("another", "black"), ("a red <sks> dog", "blue"))
+    monkeypatch.setattr(sheets, "ONE", "dog")
+    monkeypatch.setattr(sheets, "PLACES", (0, 2, 5))
+    sheets.prompts(tmp_path, {"zoodip": "of-zoodip", "lora": "of-lora"}, tmp_path / "prompts.png")
+    red, lime, blue, yellow, white = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
+    assert colors(tmp_path / "prompts.png") == [[red, lime, white], [yellow, blue, white], [red, white, white]]
+
+
 def test_a_sheet_keeps_pictures_whose_runs_are_gone(tmp_path):
     here, gone, empty = (ComparisonFolder(tmp_path / name) for name in ("here", "gone", "empty"))
     for folder in (here, gone, empty):

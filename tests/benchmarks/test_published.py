@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 
+from benchmarks.documents import papers
 from benchmarks.studies import published
 from benchmarks.studies.published import SCRIPTS, ours, paper
 from mep_lightning.plan.budget import overhead
@@ -21,6 +22,12 @@ def test_a_public_script_takes_what_the_paper_says(name):
     """Within 15 %, CUDA's context included, as nvidia-smi's figures are."""
     used = rehearsed(name)["peak"] + overhead("cuda")
     assert used == pytest.approx(paper(name), rel=0.15)
+
+
+@pytest.mark.parametrize("name", papers.STORAGE)
+def test_what_is_kept_of_a_subject_is_what_the_paper_says(name):
+    """Within 4 %, in fp32."""
+    assert published.kept(*SCRIPTS[name].ours) == pytest.approx(papers.STORAGE[name] * 1e6, rel=0.04)
 
 
 def test_what_the_optimizer_of_a_whole_unet_takes():
