@@ -24,6 +24,8 @@ PATHS = {
 """Which precisions are drawn; a dtype of activations has a colour, int8 weights a dashed line."""
 CARRIED = {"fp32": BLUE, "fp16": GREEN, "bf16": ORANGE, "int8, W8A8 linears, bfloat16 activations": RED}
 """Whose tangents are drawn beside their finite differences."""
+HOLLOWED = "hollowed "
+"""What the names of LoRAs around a hollow begin with; their share in percent follows."""
 ORDERS = {
     "the gradients' own": (GREY, ":"),
     "the conditioning's Jacobian": (BLUE, "-"),
@@ -127,6 +129,26 @@ def timesteps(rows: list[Row]) -> Figure:
     return figure
 
 
+def hollowed(rows: list[Row]) -> Figure:
+    """Scores of a LoRA over the share of the U-Net that is cut out (Hollowed Net's curve), ± the spread over seeds."""
+    shares = {
+        int(case.removeprefix(HOLLOWED).rstrip("%")): case
+        for case in dict.fromkeys(row["case"] for row in rows)
+        if case.startswith(HOLLOWED)
+    }
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, 2), (("clip_i", "CLIP-I"), ("dino", "DINO")), strict=True):
+        of = {row["case"]: row for row in rows if row["metric"] == metric}
+        told = [(share, of[case]) for share, case in sorted(({0: "lora"} | shares).items())]
+        places, spreads = [share for share, _ in told], [row["spread"] for _, row in told]
+        axes.errorbar(places, [row["value"] for _, row in told], yerr=spreads, color=BLUE, marker="o", capsize=3)
+        axes.axhline(of["untrained"]["value"], color=GREY, linestyle=":", label="untrained")
+        axes.set(xlabel="of the U-Net's parameters cut out, %", ylabel=title)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="center left", frameon=False)
+    return figure
+
+
 def compare_memory(rows: list[Row]) -> Figure | None:
     """Peaks of training, a pair of bars a method (ZOODiP's Figure 1a)."""
     from benchmarks.trained.comparison import lines
@@ -147,6 +169,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Row]], Figure | None]]] = {
     "conditioning": ("conditioning", conditioning),
     "paths": ("paths", paths),
     "timesteps": ("timesteps", timesteps),
+    "hollowed": ("loras", hollowed),
     "compare_memory": ("compare", compare_memory),
     "compare_quality": ("compare", compare_quality),
 }

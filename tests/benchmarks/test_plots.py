@@ -39,3 +39,16 @@ def test_every_range_of_timesteps_has_its_field():
     grid = field.images[0].get_array()
     assert grid[0, 0] == pytest.approx(list(RANGES).index("0..1000") / 10)  # up is later, right is from later on
     assert grid[-1, 0] == pytest.approx(list(RANGES).index("0..250") / 10)
+
+
+def test_a_lora_over_the_share_that_is_cut_out():
+    cases = {"untrained": 0.1, "lora": 0.5, "hollowed 90%": 0.3, "hollowed 20%": 0.4, "selective": 0.2}
+    rows = [
+        {"case": case, "metric": metric, "value": value, "spread": 0.01}
+        for case, value in cases.items()
+        for metric in ("clip_i", "dino")
+    ]
+    for axes in plots.hollowed(rows).axes:
+        curve, untrained = axes.lines[0], axes.lines[-1]
+        assert curve.get_xydata().tolist() == [[0, 0.5], [20, 0.4], [90, 0.3]]
+        assert set(untrained.get_ydata()) == {0.1}
