@@ -164,7 +164,7 @@ def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
 
 def cells_of(row: Mapping[str, Any]) -> str:
     """How many cells there are, and how many came to nothing, by what was short."""
-    told = ", ".join(f"{count} {FAILURES.get(kind, kind)}" for kind, count in row.get("failures", {}).items())
+    told = ", ".join(f"{count} {FAILURES.get(kind, kind)}" for kind, count in row["failures"].items())
     return f"{row['cells']} ({told})" if told else str(row["cells"])
 
 
