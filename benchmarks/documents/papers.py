@@ -118,6 +118,8 @@ ESTIMATORS = Table(
         "one-point": _scores(0.296, 0.703, 0.393),
     },
 )
+OF_ONE_SUBJECT = (PARTS, SAMPLING, ESTIMATORS)
+"""Tables of the paper's subject "shiny sneaker" alone; Table S4's first line is the last of Table 3."""
 DIRECTIONS = Table(
     "ZOODiP's Table S6",
     {

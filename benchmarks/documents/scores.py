@@ -8,7 +8,7 @@ from benchmarks.documents import papers
 from benchmarks.documents.markdown import markdown
 from benchmarks.rows import Row
 from benchmarks.studies.paths import DIMS, MARKS, RUNS
-from benchmarks.trained.differences import Difference
+from benchmarks.trained.differences import Difference, signed
 from benchmarks.trained.quality import SCORES
 
 NUS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -81,6 +81,31 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     table = markdown([f"ours ({paper.name})", *(NAMES[metric] for metric in metrics)], lines)
     of_plain_ones = ", and of them those that differ by more than the spread over seeds" if spreads else ""
     return f"{table}\nPairs in the paper's order{of_plain_ones}: {', '.join(counts)}.\n"
+
+
+def of_one_subject(rows: list[Row]) -> str:
+    """What the paper's tables of one subject show against `SG`, beside ours and what one of our cells would show."""
+    beyond = {(row["case"], row["metric"]): Difference(**row["beyond_first"]) for row in rows if "beyond_first" in row}
+    first, lines = rows[0]["case"], {}
+    for paper in papers.OF_ONE_SUBJECT:
+        for name in paper.rows:
+            for metric in ("clip_i", "dino"):
+                ours = beyond.get((name, metric))
+                if name == first or ours is None or ours.deviation is None:
+                    continue
+                theirs = paper.rows[name][metric] - paper.rows[first][metric]
+                alike = ours.ahead if theirs > 0 else ours.cells - ours.ahead
+                what = [signed(theirs, 3), ours.told(), f"{ours.deviation:.3f}"[1:], f"{alike} of {ours.cells}"]
+                lines[name, metric] = [name, NAMES[metric], *what]
+    header = [
+        f"beyond {first}",
+        "score",
+        "the paper, one subject",
+        "here",
+        "deviation of one cell",
+        "cells as the paper",
+    ]
+    return markdown(header, list(lines.values()))
 
 
 def settings(rows: list[Row]) -> str:

@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compare": scores.compared,
     "quality": scores.scores,
     "ablation": scores.scores,
+    "ablation:cells": scores.of_one_subject,
     "subspace": scores.settings,
     "timesteps": scores.scores,
     "precision": scores.scores,

@@ -19,16 +19,23 @@ class Difference:
         mean: of the differences.
         error: its standard error, as if a subject's seeds were independent; None with fewer than three cells.
         cells: how many subjects and seeds both variants have.
+        ahead: in how many of them the one scores more.
     """
 
     mean: float
     error: float | None
     cells: int
+    ahead: int
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of a single cell's difference: what one subject and one seed may show by chance."""
+        return None if self.error is None else self.error * self.cells**0.5
 
     def told(self, places: int = 3) -> str:
         """As sentences and tables have it: `+.004 ± .020`."""
         error = "" if self.error is None else f" ± {_plain(self.error, places)}"
-        return f"{_signed(self.mean, places)}{error}"
+        return f"{signed(self.mean, places)}{error}"
 
 
 def difference(cells: Iterable[Mapping[str, Any]], one: str, other: str, metric: str) -> Difference | None:
@@ -41,7 +48,7 @@ def difference(cells: Iterable[Mapping[str, Any]], one: str, other: str, metric:
     if not gaps:
         return None
     error = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 6) if len(gaps) >= FEWEST else None
-    return Difference(round(statistics.mean(gaps), 6), error, len(gaps))
+    return Difference(round(statistics.mean(gaps), 6), error, len(gaps), sum(gap > 0 for gap in gaps))
 
 
 def _plain(value: float, places: int) -> str:
@@ -49,7 +56,7 @@ def _plain(value: float, places: int) -> str:
     return f"{value:.{places}f}".removeprefix("0")
 
 
-def _signed(value: float, places: int) -> str:
+def signed(value: float, places: int) -> str:
     """With a sign; what rounds to nothing has none."""
     plain = _plain(abs(value), places)
     if not plain.strip(".0"):

@@ -79,11 +79,28 @@ def test_the_difference_of_two_variants_is_paired_by_subject_and_seed():
     assert difference(cells, "a", "b", "dino").told(2) == "−.40 ± .06"
     assert difference(cells[:4], "b", "a", "dino").told() == "+.400"  # of two cells an error would hang on chance
     assert difference(cells[:1], "b", "a", "dino") is None
-    assert Difference(-0.0001, 0.0, 9).told() == ".000 ± .000"
+    assert Difference(-0.0001, 0.0, 9, 4).told() == ".000 ± .000"
+    assert (told.ahead, told.deviation) == (3, pytest.approx(0.1, abs=1e-6))
+    assert difference(cells, "a", "b", "dino").ahead == 0
+    assert difference(cells[:4], "b", "a", "dino").deviation is None
 
     table = scores.differences(quality.summarise("estimators", cells, ["a", "b"])).splitlines()
     assert table[0].startswith("| beyond a | cells |")
     assert table[2].startswith("| b | 3 | +.400 ± .058 |") and table[2].endswith("| +.4000 ± .0577 |")
+
+
+def test_what_the_paper_shows_of_one_subject_stands_beside_what_one_cell_would():
+    def cell(variant, seed, value):
+        told = dict.fromkeys(quality.SCORES, value)
+        return told | {"variant": variant, "subject": "s0", "index": 0, "seed": seed, "seconds": 1.0}
+
+    gains = (0.02, -0.05, 0.03)  # of the paper's -.011 and -.022 one cell has the sign
+    cells = [cell("SG", seed, 0.5) for seed in range(3)] + [
+        cell("no SG", n, 0.5 + gain) for n, gain in enumerate(gains)
+    ]
+    lines = scores.of_one_subject(quality.summarise("ablation", cells, ["SG", "no SG"])).splitlines()
+    assert lines[2] == "| no SG | CLIP-I | −.011 | .000 ± .025 | .044 | 1 of 3 |"
+    assert lines[3].startswith("| no SG | DINO | −.022 |") and len(lines) == 4
 
 
 @pytest.mark.parametrize("suite", [name for name in variants.SUITES if tables.results(name).exists()])
