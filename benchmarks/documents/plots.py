@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.rows import Row
-from benchmarks.studies.paths import BUDGET, DIMS, MARKS, RUNS
+from benchmarks.studies.paths import BUDGET, COMPONENTS, DIMS, MARKS, RUNS
 from benchmarks.trained.variants import RANGES
 from mep_lightning.comparison.plots import memory_bars, tradeoff
 
@@ -86,23 +86,19 @@ def paths(rows: list[Row]) -> Figure:
         speed.plot(
             marks, [values[f"{name}, {mark} forward passes"] for mark in marks], color=colour, marker="o", label=name
         )
-        kept = [k for k in DIMS if f"{name}, {k} components of its path" in values]
-        if kept:
-            dims.plot(
-                kept,
-                [values[f"{name}, {k} components of its path"] for k in kept],
-                color=colour,
-                marker="o",
-                label=name,
-            )
+        for what, line in zip(COMPONENTS, ("-", "--"), strict=True):
+            if kept := [k for k in DIMS if f"{name}, {k} {what}" in values]:
+                losses = [values[f"{name}, {k} {what}"] for k in kept]
+                dims.plot(kept, losses, line, color=colour, marker="o", label=f"{name}, {what}")
         assert passes <= BUDGET
     speed.set(xscale="log", xlabel="forward passes (a backward pass counts two)", ylabel="held-out loss")
-    dims.set(xlabel="principal components of its path that a token keeps", ylabel="held-out loss")
+    dims.set(xlabel="principal components that a token keeps", ylabel="held-out loss")
     _powers_of_two(dims, list(DIMS))
-    start = values["textual_inversion, 0 components of its path"]
+    start = values[f"textual_inversion, 0 {COMPONENTS[0]}"]
     for axes in (speed, dims):
         axes.axhline(start, color=GREY, linestyle=":", label="where tokens begin")
         axes.grid(alpha=0.25)
+    dims.legend(handles=dims.lines[:-1], frameon=False, fontsize=8)
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from benchmarks.documents import papers
 from benchmarks.documents.markdown import markdown
 from benchmarks.rows import Row
-from benchmarks.studies.paths import DIMS, MARKS, RUNS
+from benchmarks.studies.paths import COMPONENTS, DIMS, MARKS, RUNS
 from benchmarks.trained.differences import Difference, signed
 from benchmarks.trained.quality import SCORES
 
@@ -148,12 +148,13 @@ def travelled(rows: list[Row]) -> str:
 
 
 def truncated(rows: list[Row]) -> str:
-    """A run a line: the held-out loss with the first principal components of its path alone."""
+    """A run a line: the held-out loss with the first principal components of its path, or about its mean, alone."""
     values = {row["case"]: row["value"] for row in rows}
     lines = [
-        [name, *(f"{values[f'{name}, {k} components of its path']:.4f}" for k in (0, *DIMS))]
+        [f"{name}, {what}", *(f"{values[f'{name}, {k} {what}']:.4f}" for k in (0, *DIMS))]
         for name in RUNS
-        if f"{name}, 0 components of its path" in values
+        for what in COMPONENTS
+        if f"{name}, 0 {what}" in values
     ]
     return markdown(["run", *map(str, (0, *DIMS))], lines)
 

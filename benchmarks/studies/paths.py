@@ -2,7 +2,8 @@
 
 Of every run the held-out loss after so many forward passes (ZOODiP's Figure S5, with a number in the place of a
 picture), the share of its path's dimensions that Subspace Gradient keeps (its Figure 8), and how good the learned token
-still is when only the first principal components of its path are left (its Figure 3).
+still is when only the first principal components of its path are left (its Figure 3), those of the way from where it
+began and those of the scatter about the path's mean.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ BUDGET = 13_500
 """Forward passes: a quarter of ZOODiP's."""
 MARKS = (450, 900, 1_800, 3_600, 5_400, 7_200, 10_200, BUDGET)
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128)
+COMPONENTS = ("components of its path", "components about its mean")
+"""Of the way from the path's start, and of the scatter about its mean."""
 NAIVE: Settings = ZOODIP | {"sg": False, "standardize": False, "eps": 1e-8, "max_steps": BUDGET // 9}
 RUNS: dict[str, tuple[Settings, int]] = {
     "textual_inversion": (BACKPROP, 3),
@@ -85,21 +88,23 @@ def _figures(index: int, name: str) -> list[tuple[str, str, float]]:
         found = [(f"{name}, {mark} forward passes", "held-out loss", loss) for mark, loss in watch.losses.items()]
         found += [(name, "share of the path's dimensions kept", share) for share in watch.kept]
         if name in ("textual_inversion", "zoodip_fast"):
-            shortened = _truncated(module, who, torch.stack(watch.path))
-            found += [(f"{name}, {k} components of its path", "held-out loss", loss) for k, loss in shortened.items()]
+            path = torch.stack(watch.path)
+            for what, centre in zip(COMPONENTS, (path[0], path.mean(0)), strict=True):
+                losses = _truncated(module, who, path, centre)
+                found += [(f"{name}, {k} {what}", "held-out loss", loss) for k, loss in losses.items()]
     print(f"{who.name}, {name}: {list(watch.losses.values())[-1]:.4f}", flush=True)
     return found
 
 
-def _truncated(module: Any, who: Subject, path: Tensor) -> dict[int, float]:
-    """Held-out loss of the learned token with its first k principal components alone; 0 is where it began."""
+def _truncated(module: Any, who: Subject, path: Tensor, centre: Tensor) -> dict[int, float]:
+    """Held-out loss of the learned token with the first k components about a centre alone; 0 is the centre itself."""
     theta = module.adapter.theta
-    learned, start = theta.detach().clone(), path[0]
-    components = torch.linalg.svd(path - start, full_matrices=False).Vh
+    learned = theta.detach().clone()
+    components = torch.linalg.svd(path - centre, full_matrices=False).Vh
     losses = {}
     for k in (0, *DIMS):
         kept = components[:k]
-        values = start + (learned.flatten().double() - start) @ kept.T @ kept
+        values = centre + (learned.flatten().double() - centre) @ kept.T @ kept
         theta.data.copy_(values.view_as(theta))
         losses[k] = heldout_loss(module, who)
     theta.data.copy_(learned)
