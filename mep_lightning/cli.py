@@ -9,7 +9,7 @@ import sys
 
 from mep_lightning.commands.chatter import debugging, quiet_before_imports
 from mep_lightning.commands.recipes import nearest
-from mep_lightning.errors import UserError, is_out_of_memory
+from mep_lightning.errors import Terminated, UserError, is_out_of_memory
 from mep_lightning.run_folder import TEMPORARY
 
 COMMANDS = {
@@ -40,7 +40,10 @@ first steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs a command line and returns its exit status.
+
+    0 done, 1 failed, 2 wrong input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -58,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {guess}?" if guess else f"there are {', '.join(COMMANDS)}."
             raise UserError(f"there is no command {command!r}; {hint}")
         return importlib.import_module(f"mep_lightning.commands.{command}").run(rest)
-    except KeyboardInterrupt:
-        return _say(command, "stopped.", 130)
+    except KeyboardInterrupt as signalled:
+        return _say(command, "stopped.", 143 if isinstance(signalled, Terminated) else 130)
     except BrokenPipeError:  # the reader of our output went away, as `mep ... | head` does
         return 141
     except Exception as error:

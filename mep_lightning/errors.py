@@ -7,6 +7,14 @@ class UserError(ValueError):
     """Wrong input: one sentence that names the file or key and the mend. The command line prints it and exits 2."""
 
 
+class TooLargeError(UserError):
+    """A run that memory would not suffice for, told before anything is loaded."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is answered as Ctrl-C is: what was trained is saved first."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that training cannot go on from. The message does not name the file: who opened it knows it."""
 

@@ -94,7 +94,8 @@ class PersonalizationModule(LightningModule):
         offload: "none" keeps the base's weights on the device. "stream" leaves them in host memory, from where they
             visit a GPU layer by layer, once a step; on a CPU in a file mapped into memory. On a GPU a backward pass
             needs quantised weights and `checkpointing`.
-        seed: of noise, timesteps, prompts and perturbations; the same seed gives bitwise the same adapter.
+        seed: of noise, timesteps, prompts and perturbations; the same seed gives the same adapter, on a CPU bit
+            by bit.
         method: the name under which `auto` values are looked up; told from the parts when None.
     """
 

@@ -18,6 +18,7 @@ from benchmarks.rows import Row, measured_with, row
 from benchmarks.trained import quality
 from mep_lightning import defaults
 from mep_lightning.commands import compare
+from mep_lightning.commands.compare_request import options_of_compare, shared
 from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
@@ -64,7 +65,7 @@ def run(
     known, comparison = keys(images), ComparisonFolder(folder)
     words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
     words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
-    comparison.claim(compare.shared(words))
+    comparison.claim(shared(options_of_compare().parse_args(words)))
     forget(comparison, known)
     restore(comparison, kept, known)
     with suppress(KeyboardInterrupt):

@@ -24,7 +24,7 @@ from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.commands.request import FitRequest, say
 from mep_lightning.defaults import METHODS
 from mep_lightning.distributed import ALONE, DDP, STRATEGIES, Ranks
-from mep_lightning.errors import UserError, human
+from mep_lightning.errors import TooLargeError, UserError, human
 from mep_lightning.plan import Budget, Row, first_fit, free_bytes, parse_size, plan, rehearse
 from mep_lightning.plan.budget import overhead
 from mep_lightning.quantization import why_not_int4
@@ -33,7 +33,7 @@ from mep_lightning.quantization import why_not_int4
 def recipe(name: str) -> Callable[[str, bool | None], PersonalizationModule]:
     """A maker of modules, by precision and checkpointing, as a packaged recipe describes them."""
     recipe = read_recipe(find_recipe(name))
-    settings, callbacks = recipe["model"], recipe["trainer"].get("callbacks") or []
+    settings, callbacks = recipe.get("model") or {}, (recipe.get("trainer") or {}).get("callbacks") or []
     hollowing = [one["init_args"] for one in callbacks if _named(one) == HollowedActivations.__name__]
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PersonalizationModule, "model")
@@ -194,7 +194,7 @@ def refuse_too_large(
         subjects: that are trained in one batch.
 
     Raises:
-        UserError: the run would not fit.
+        TooLargeError: the run would not fit.
     """
     family = identify(module.base_name).family
     if family == "tiny" and budget is None:  # fits wherever torch does
@@ -218,13 +218,13 @@ def refuse_too_large(
     highest = max(needs, key=lambda name: needs[name])
     peak = needs[highest]
     if budget is not None and peak > budget.tensors:
-        raise UserError(
+        raise TooLargeError(
             f"with its other settings this run would take {human(peak)} ({highest}), and the budget leaves "
             f"{human(max(budget.tensors, 0))}: leave the settings out that make it larger, or give more."
         )
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     if peak > free:
-        raise UserError(
+        raise TooLargeError(
             f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: "
             f"{_mend(module, device, side, free, resumed, ranks.world)}; --no-plan tries it all the same."
         )

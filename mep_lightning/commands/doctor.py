@@ -15,6 +15,8 @@ from mep_lightning.commands.options import Options
 NEEDED = ("torch", "lightning", "diffusers", "transformers", "safetensors", "jsonargparse", "torchmetrics", "pillow")
 OPTIONAL = {
     "bitsandbytes": "--model.precision int4",
+    "cma": "gf_ti",
+    "ray": "mep compare --engine ray",
     "triton": "the kernels on a GPU",
     "tensorboard": "--trainer.logger TensorBoardLogger",
     "wandb": "--trainer.logger WandbLogger",

@@ -157,7 +157,7 @@ def refuse_changes(before: Namespace, now: Namespace, run: RunFolder) -> None:
         UserError: a setting of model or data differs.
     """
     was, is_now = (
-        dict(leaf for part in ("model", "data") for leaf in _flat(part, config[part].as_dict()))
+        dict(leaf for part in ("model", "data") for leaf in flat(part, config[part].as_dict()))
         for config in (before, now)
     )
     for key in {**was, **is_now}:
@@ -170,7 +170,7 @@ def refuse_changes(before: Namespace, now: Namespace, run: RunFolder) -> None:
             )
 
 
-def _flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+def flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
     """Dotted keys as users write them, each with its value; a part's own key has its class's name."""
     if not isinstance(node, dict):
         yield key, _plain(node)
@@ -179,7 +179,7 @@ def _flat(key: str, node: Any) -> Iterator[tuple[str, Any]]:
         yield key, node["class_path"].rpartition(".")[2]
         node = node.get("init_args") or {}
     for name, value in node.items():
-        yield from _flat(f"{key}.{name}", value)
+        yield from flat(f"{key}.{name}", value)
 
 
 def _method(config: Namespace) -> str:

@@ -48,14 +48,14 @@ def run(argv: Sequence[str]) -> int:
 
     data = _data(learned, options.data)
     learned.class_word = data.class_word  # the sample photos bring their own
-    texts = _texts(learned, templates)
+    prompts = texts(learned, templates)
     checkpoints = default_encoders(learned.module.family)
     clip, dino = options.clip or checkpoints[0], options.dino or checkpoints[1]
     clip_encoder, dino_encoder = ClipEncoder(clip), DinoEncoder(dino)  # a wrong name is told before hours of drawing
     run, folder = learned.folder, learned.folder.root / "evaluation"
     prepare_folder(folder)
-    print(f"Drawing {counted(options.images_per_prompt, 'picture')} of each of {len(texts)} prompts.", flush=True)
-    drawn = draw(learned, texts, options.images_per_prompt, options)
+    print(f"Drawing {counted(options.images_per_prompt, 'picture')} of each of {len(prompts)} prompts.", flush=True)
+    drawn = draw(learned, prompts, options.images_per_prompt, options)
     for stale in folder.glob("*-seed*.png"):  # of an earlier test, perhaps of other prompts
         stale.unlink()
     drawn.save(folder)
@@ -69,7 +69,12 @@ def run(argv: Sequence[str]) -> int:
         token=learned.token,
         device=learned.base.device,
     )
-    details = {"prompts": len(texts), "images_per_prompt": options.images_per_prompt, "seed": options.seed, **drawn.how}
+    details = {
+        "prompts": len(prompts),
+        "images_per_prompt": options.images_per_prompt,
+        "seed": options.seed,
+        **drawn.how,
+    }
     write_scores(run.metrics, scores, details | {"clip": _name(clip), "dino": _name(dino)})
     written = [folder, run.metrics]
     if run.config.is_file():
@@ -80,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
+def texts(learned: Learned, templates: Sequence[str] | None) -> list[str]:
     """The prompts with the subject filled in: those of a file, or the base's own.
 
     Raises:
@@ -88,13 +93,13 @@ def _texts(learned: Learned, templates: list[str] | None) -> list[str]:
     """
     from mep_lightning.evaluation import prompts_for
 
-    texts = []
+    found = []
     word = None if learned.module.adapter.is_style else learned.class_word or ""
     for template in templates or prompts_for(word, learned.module.family):
-        texts.append(learned.prompt(template))
-        if not learned.is_in(texts[-1]):
+        found.append(learned.prompt(template))
+        if not learned.is_in(found[-1]):
             raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} or {learned.token} where it goes.")
-    return texts
+    return found
 
 
 def read_prompts(path: Path) -> list[str]:

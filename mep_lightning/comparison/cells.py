@@ -14,14 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.errors import UserError, is_out_of_memory
+from mep_lightning.errors import TooLargeError, UserError, is_out_of_memory
 from mep_lightning.run_folder import RunFolder, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
+"""What `mep test` scores, by the keys of metrics.json."""
 STOPPED = 128
 """Exit statuses from here on say that a signal came."""
-RECORD = "cell.json"
-"""In a run's folder, what came of its cell: whoever waited for it may be gone when it is done."""
+RECORD, TRAINED = "cell.json", "trained.json"
+"""In a run's folder, what came of its cell, as whoever waited for it may be gone when it is done; and what its training
+took, as its scoring may fail and be tried again.
+"""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def _tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         traceback.print_exc()
         told = sentence_about(error, "fit")
         sentence = told[0] if told else f"{type(error).__name__}: {error}"
-        return {"error": " ".join(sentence.split()), "kind": "memory" if is_out_of_memory(error) else "failed"}
+        is_short = isinstance(error, TooLargeError) or is_out_of_memory(error)
+        return {"error": " ".join(sentence.split()), "kind": "memory" if is_short else "failed"}
 
 
 def _train(batch: Batch) -> dict[str, Any]:
@@ -165,22 +169,45 @@ def _train(batch: Batch) -> dict[str, Any]:
     from mep_lightning.commands import fit, together
     from mep_lightning.phases import Stopwatch
 
-    begun = RunFolder(batch[0].run).last_checkpoint.is_file()
+    begun = all(map(_is_begun, batch))
     if not begun:
         for cell in batch:
             shutil.rmtree(cell.run, ignore_errors=True)
-    lines = [["--run", str(cell.run), "--resume"] if begun else cell.fit for cell in batch]
+    lines = [_resumption(cell) if begun else cell.fit for cell in batch]
     started = time.monotonic()
     with Stopwatch() as watch:
         status = fit.run(lines[0]) if len(batch) == 1 else together.train(lines)
     if status >= STOPPED:
         raise Interrupted
+    if begun and not watch.steps and (earlier := _trained(batch[0])) is not None:
+        return earlier
     rate = watch.steps_per_second
-    return {
+    trained = {
         "steps": None if begun else watch.steps,
         "steps_per_second": None if rate is None else len(batch) * rate,
         "minutes": None if begun else (time.monotonic() - started) / 60 / len(batch),
     }
+    for cell in batch:
+        write_atomically(cell.run / TRAINED, json.dumps(trained) + "\n")
+    return trained
+
+
+def _is_begun(cell: Cell) -> bool:
+    """Whether there is something to go on from: a checkpoint, or what is made ahead of the first step."""
+    run = RunFolder(cell.run)
+    return run.last_checkpoint.is_file() or (run.config.is_file() and (run.activations.is_dir() or run.prior.is_dir()))
+
+
+def _resumption(cell: Cell) -> list[str]:
+    """The words that carry a cell's training on; all but this one are in its folder."""
+    return ["--run", str(cell.run), "--resume", *(word for word in cell.fit if word == "--no-plan")]
+
+
+def _trained(cell: Cell) -> dict[str, Any] | None:
+    """What its training took, which came to its end earlier."""
+    with suppress(OSError, ValueError):
+        return json.loads((cell.run / TRAINED).read_text())
+    return None
 
 
 def _score(cell: Cell, trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mep_lightning.errors import UserError
 from mep_lightning.run_folder import RunFolder, write_atomically
@@ -27,6 +30,11 @@ class ComparisonFolder:
     def described(self) -> Path:
         """What is compared."""
         return self.root / "comparison.json"
+
+    @property
+    def methods(self) -> Path:
+        """What each method's cells are trained with."""
+        return self.root / "methods.json"
 
     @property
     def cells(self) -> Path:
@@ -92,6 +100,58 @@ class ComparisonFolder:
                 f"--out {self.root} holds a comparison with {key} {theirs.get(key)!r}, not {what.get(key)!r}: give "
                 "another folder, or the same settings."
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else runs cells of this folder meanwhile: each would take the other's half-trained ones for its own.
+
+        Raises:
+            UserError: somebody does.
+        """
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"--out {self.root}: another `mep compare` is at work there; wait until it is done, or stop it."
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def settle(self, methods: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep what methods are trained with, so that their rows stay of one kind.
+
+        What one was trained with earlier counts once it has a cell that came to something, or one that is half trained.
+
+        Args:
+            methods: what the table calls each -> its settings, by dotted key; those that only one side has are younger
+                or older than the folder, and tell nothing.
+
+        Raises:
+            UserError: the folder's cells of a method were trained otherwise.
+        """
+        kept: dict[str, dict[str, Any]] = {}
+        with suppress(OSError, ValueError, AttributeError):
+            read = json.loads(self.methods.read_text(encoding="utf-8"))
+            kept = {method: one for method, one in read.items() if isinstance(one, dict)}
+        good = {method for (method, *_), record in self.records().items() if "error" not in record}
+        for method, settings in methods.items():
+            now, before = json.loads(json.dumps(settings, default=str)), kept.get(method, {})
+            changed = [key for key in now if key in before and before[key] != now[key]]
+            begun = method in good or any((self.root / "runs" / method).glob("*/checkpoints/last.ckpt"))
+            if changed and begun:
+                key = changed[0]
+                raise UserError(
+                    f"--methods {method}: the cells of it in {self.root} have {key} {before[key]!r}, not {now[key]!r}: "
+                    "give another folder, or the recipe another name."
+                )
+            kept[method] = now
+        write_atomically(self.methods, json.dumps(kept, indent=2) + "\n")
 
     def records(self) -> dict[tuple[str, str, int], dict[str, Any]]:
         """The last record of every cell, by method, subject and seed; half a line, as a kill leaves it, is none."""

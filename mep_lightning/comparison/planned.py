@@ -28,11 +28,14 @@ PLANNED = ("training_planned", "inference_planned")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 
 
-def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> dict[str, dict[str, int]]:
+def planned(
+    folder: ComparisonFolder, records: Sequence[Record], base: str, rehearse: bool = True
+) -> dict[str, dict[str, int]]:
     """Method -> `training_planned` and `inference_planned`, bytes of tensors, with the settings that its runs had.
 
     Where cells trained together, of the largest batch: what was measured is the largest, too. The folder keeps what was
-    rehearsed, so that a comparison to which cells are added rehearses no method again.
+    rehearsed, so that a comparison to which cells are added rehearses no method again; without `rehearse` that is all
+    that is told.
     """
     kept = _kept(folder)
     together: dict[str, int] = {}
@@ -51,6 +54,8 @@ def planned(folder: ComparisonFolder, records: Sequence[Record], base: str) -> d
         except (UserError, OSError):  # the base is gone, or its hub cannot be reached
             continue
         if kept.get(method, {}).get("of") != of:
+            if not rehearse:
+                continue
             row = rehearsed(config, base, settings, device, together[method])
             if row is None:
                 continue

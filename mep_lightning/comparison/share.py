@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mep_lightning.commands.request import read_request
 from mep_lightning.comparison.planned import rehearsed
 from mep_lightning.plan.budget import overhead
@@ -61,7 +63,5 @@ def _parts(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for key, value in settings.items():
         section, _, name = key.partition(".")
-        word = str(value)
-        plain: dict[str, Any] = {"true": True, "false": False, "None": None, "null": None}
-        found[section][name] = plain.get(word, int(word) if word.isdecimal() else value)
+        found[section][name] = yaml.safe_load(value) if isinstance(value, str) else value
     return found

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mep_lightning.comparison.cells import SCORES
 from mep_lightning.errors import human
 from mep_lightning.run_folder import kind_of
 
@@ -48,24 +49,28 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Key -> what it is called, and how it is written; bytes of memory and files, minutes of training."""
 FAILURES = {"memory": "out of memory", "time": "out of time"}
 """A kind of failure -> what a table says of it."""
-MEANS = ("clip_t", "clip_i", "dino", "dino_inter")
-"""Those of which the mean and its spread over seeds are given; of the others the median."""
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
-"""Those of which the largest is given."""
+"""Those of which the largest is given; of scores the mean and its spread over seeds, and of the others the median."""
 GROWN = ("training_bytes", "inference_bytes")
 """Of these the largest batch's, and on a CPU the median: a process's first cell grows it by libraries, too."""
-SCORES = (
+MEASURED = (*GROWN, "steps_per_second", "minutes", "seconds_per_image")
+"""What hangs on the device: that of the kind on which most cells ran."""
+SCORES_LEGEND = (
     "Scores are means over subjects and seeds, ± the standard deviation over seeds of the mean over subjects; times "
     "are medians. CLIP-T, CLIP-I and DINO: higher is better. DINO inter, of pictures of one prompt (of all, where each "
     "has a single one): lower is more diverse."
 )
-PLANNED = "Planned are a run's tensors, without libraries' workspaces"
-MEASURED = {
+PLANNED_LEGEND = "Planned are a run's tensors, without libraries' workspaces"
+MEASURED_LEGEND = {
     "cpu": "measured on a CPU is by how much a cell's process grew, the median of cells",
     "cuda": "measured on a GPU is what torch's allocator had out, the most of all cells",
 }
 """What is measured of memory on a kind of device."""
-TOGETHER = (
+DRAWING_LEGEND = (
+    "Drawing is planned for a process that does nothing else, and measured at the end of a training, which still holds "
+    "its optimizer."
+)
+TOGETHER_LEGEND = (
     "Where several cells trained in one batch, the bytes of training are the batch's; minutes and steps/s are each "
     "cell's share."
 )
@@ -97,17 +102,30 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         as_many = [record for record in good if (record.get("batch") or 1) == together]
         for key in COLUMNS:
             told = [record for record in (as_many if key in GROWN else good) if is_number(record.get(key))]
+            if key in MEASURED:
+                told = _alike(told)
             values = [record[key] for record in told]
-            if key in MEANS:
+            if key in SCORES:
                 row[key], row["spread"][key] = _mean(good, key)
             elif key in planned.get(method, {}):
                 row[key] = planned[method][key]
             else:
-                grown = key in GROWN and all(kind_of(record.get("device") or "cuda") == "cpu" for record in told)
+                grown = key in GROWN and {_kind(record) for record in told} == {"cpu"}
                 middle = max if key in LARGEST and not grown else statistics.median
                 row[key] = middle(values) if values else None
         found.append(row)
     return found
+
+
+def _kind(record: Record) -> str:
+    """What a cell ran on, "cpu" or "cuda"."""
+    return kind_of(record.get("device") or "cuda")
+
+
+def _alike(records: Sequence[Record]) -> list[Record]:
+    """Those of the kind of device that most ran on."""
+    kinds = Counter(map(_kind, records)).most_common(1)
+    return [record for record in records if _kind(record) == kinds[0][0]]
 
 
 def _mean(records: Sequence[Record], key: str) -> tuple[float | None, float | None]:
@@ -149,8 +167,10 @@ def is_batched(row: Mapping[str, Any]) -> bool:
 
 def legend(found: Sequence[Mapping[str, Any]], kinds: Iterable[str]) -> str:
     """What a reader must know of the rows, whose cells ran on these kinds of devices."""
-    memory = "; ".join([PLANNED, *(MEASURED[kind] for kind in sorted(set(kinds)))])
-    return " ".join([SCORES, f"{memory}.", *([TOGETHER] if any(map(is_batched, found)) else [])])
+    memory = "; ".join([PLANNED_LEGEND, *(MEASURED_LEGEND[kind] for kind in sorted(set(kinds)))])
+    drawing = [DRAWING_LEGEND] if any(row["inference_bytes"] is not None for row in found) else []
+    together = [TOGETHER_LEGEND] if any(map(is_batched, found)) else []
+    return " ".join([SCORES_LEGEND, f"{memory}.", *drawing, *together])
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
@@ -171,9 +191,9 @@ def cells_of(row: Mapping[str, Any]) -> str:
 def as_csv(found: Sequence[Mapping[str, Any]]) -> str:
     """The rows as CSV: values in bytes, seconds and minutes, spreads in columns of their own."""
     buffer = io.StringIO()
-    names = ["method", *(name for key in COLUMNS for name in ([key, f"{key}_spread"] if key in MEANS else [key]))]
+    names = ["method", *(name for key in COLUMNS for name in ([key, f"{key}_spread"] if key in SCORES else [key]))]
     writer = csv.DictWriter(buffer, [*names, "cells", "failed"], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in found:
-        writer.writerow({**row, **{f"{key}_spread": row["spread"].get(key) for key in MEANS}})
+        writer.writerow({**row, **{f"{key}_spread": row["spread"].get(key) for key in SCORES}})
     return buffer.getvalue()

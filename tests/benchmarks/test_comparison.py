@@ -168,7 +168,7 @@ def test_the_committed_figures_are_those_of_cells_of_todays_settings(tmp_path, m
     monkeypatch.setattr(comparison, "planned", lambda *_: {})
     committed = {(row["case"], row["metric"]): row for row in json.loads(path.read_text())["rows"]}
     figures = {(row["case"], row["metric"]): row for row in comparison.figures(folder)}
-    scores = [key for key in figures if key[1] in table.MEANS]
+    scores = [key for key in figures if key[1] in table.SCORES]
     assert {method for method, _ in scores} == set(comparison.METHODS)
     assert {key: figures[key] for key in scores} == {key: committed[key] for key in scores}
 

@@ -2,16 +2,20 @@
 
 import html
 import json
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from mep_lightning.cli import main
 from mep_lightning.commands.compare import _sizes
 from mep_lightning.comparison.cells import Cell, run
-from mep_lightning.comparison.table import TOGETHER
+from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.comparison.table import TOGETHER_LEGEND
 
 SHORT = ["--subjects", "1", "--max-steps", "2", "--images-per-prompt", "1", "--threads", "1", "--out", "out"]
 SHORT += ["--prompts", "prompts.txt", "--fit=--samples.steps 2"]
@@ -29,7 +33,7 @@ def compared(tmp_path_factory):
         patch.chdir(folder)
         Path("prompts.txt").write_text("a photo of a {}\na {} on snow\na {} at night\n")
         Path("<b>broken.yaml").write_text(Path(recipe("lora")).read_text().replace("to_q, ", "to_x, "))
-        assert compare("--methods", "textual_inversion,lora", "<b>broken.yaml") == 0
+        assert compare("--methods", "textual_inversion,lora", "<b>broken.yaml") == 1
     return folder
 
 
@@ -80,6 +84,8 @@ def test_what_is_done_stays_done_and_more_may_be_added(compared, monkeypatch, ca
     assert compare("--methods", "textual_inversion,lora") == 0
     assert "2 cells, 2 of them done" in capsys.readouterr().out
     assert Path("out/cells.jsonl").read_text() == before
+    table = json.loads(Path("out/table.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["textual_inversion", "lora", "<b>broken"], "all that is there"
     assert compare("--methods", "textual_inversion", "gf_ti", "--seeds", "1") == 0
     assert "2 cells, 1 of them done" in capsys.readouterr().out
     assert Path("out/cells.jsonl").read_text().startswith(before)
@@ -145,7 +151,7 @@ def test_the_table_and_the_page_say_how_many_trained_together(batched):
     assert row["inference_planned"] == pytest.approx(alone["inference_planned"], rel=0.05)
     for name in ("table.md", "report.html"):
         texts = [html.unescape((batched / out / name).read_text()) for out in ("together", "alone")]
-        assert [TOGETHER in text and "cells a batch" in text for text in texts] == [True, False]
+        assert [TOGETHER_LEGEND in text and "cells a batch" in text for text in texts] == [True, False]
     assert "textual_inversion, 2 a batch" in (batched / "together/report.html").read_text()
 
 
@@ -161,6 +167,125 @@ def test_methods_that_cannot_be_batched_are_named_once(tmp_path, capsys):
     line = f"One at a time: lora ({lora}), gf_ti (its estimator is CMAES), hollowed_net ({lora}).\n"
     assert capsys.readouterr().out == line
     assert _sizes(cells, 1) == {} and capsys.readouterr().out == ""
+
+
+class Told:
+    """An engine whose cells all come to the same."""
+
+    def __init__(self, *records):
+        self.records, self.before = records, []
+
+    def run_all(self, batches, logs):
+        for (cell,), record in zip(batches, self.records, strict=False):
+            table = Path("told/table.json")
+            self.before.append(len(json.loads(table.read_text())["rows"]) if table.is_file() else None)
+            yield cell, record
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """Compares with an engine that has these records, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mep_lightning.comparison.preflight.refuse_encoders", lambda *_: None)
+
+    def run(engine, *words, methods="textual_inversion,lora"):
+        monkeypatch.setattr("mep_lightning.commands.compare._engine", lambda *_: engine)
+        return main(["compare", "--methods", methods, "--out", "told", *words])
+
+    return run
+
+
+GOOD = {"clip_t": 0.5, "clip_i": 0.5, "dino": 0.5, "dino_inter": None}
+
+
+def test_the_table_is_there_after_every_cell(told, capsys):
+    engine = Told(GOOD, GOOD, {"error": "told to stop", "kind": "stopped"})
+    assert told(engine, "--subjects", "2") == 0
+    assert engine.before == [None, 2, 2]
+    assert len(Path("told/cells.jsonl").read_text().splitlines()) == 2, "who was stopped is gone on with"
+    assert "textual_inversion on cube-0 #0: told to stop" in capsys.readouterr().out
+    assert told(Told(), "--subjects", "2") == 0 and "4 cells, 2 of them done" in capsys.readouterr().out
+
+
+def test_sigterm_is_answered_as_ctrl_c_is(told, capsys):
+    class Terminated(Told):
+        def run_all(self, batches, logs):
+            yield from super().run_all(batches, logs)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert told(Terminated(GOOD), "--subjects", "1") == 143
+    assert "Carry on with the same command." in capsys.readouterr().err
+    assert Path("told/table.md").is_file() and Path("told/report.html").is_file()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_recipe_that_was_changed_is_another_method(told, capsys):
+    Path("mine.yaml").write_text(Path(recipe("lora")).read_text())
+    assert told(Told(GOOD), "--subjects", "1", methods="mine.yaml") == 0
+    Path("mine.yaml").write_text(re.sub(r"(?m)^  lr: .*$", "  lr: 0.5", Path("mine.yaml").read_text()))
+    assert told(Told(GOOD), "--subjects", "1", methods="mine.yaml") == 2
+    said = capsys.readouterr().err
+    assert "--methods mine: the cells of it in told have model.lr 0.001, not 0.5: give another folder" in said
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("rex", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "photos" / "prompts_and_classes.txt").write_text("rex,dog\n")
+    return ["--data", "photos", "--base", "tiny"]
+
+
+def test_what_subjects_are_is_told_and_a_damaged_photo_leaves_the_page(told, photos, capsys):
+    (Path("photos/rex/0.png")).write_bytes(b"no picture")
+    assert told(Told(GOOD, GOOD), *photos, methods="lora") == 0
+    assert "Subjects: cat (cat), rex (dog)." in capsys.readouterr().out
+    page = Path("told/report.html").read_text()
+    assert page.count("data:image/png") == 3 and "rex" in page
+
+
+def test_a_style_has_no_class_word(told, photos):
+    class Lines(Told):
+        def run_all(self, batches, logs):
+            self.lines = [cell.fit for (cell,) in batches]
+            yield from ()
+
+    engine = Lines()
+    told(engine, *photos, methods="zoodip,zoodip_style")
+    assert ["--data.class_word" in line for line in engine.lines] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fit", "--data.class_word 'my dog"], '--fit "--data.class_word \'my dog" cannot be read (No closing quot'),
+        (["--fit", "--model.precisoin bf16"], "--model.precisoin"),
+        (["--prompts", "wrong.txt"], "--prompts: 'a dog' lacks the subject"),
+        (["--clip", "nowhere"], "nowhere"),
+        (["--only", "rex,rex"], "--only rex: it is named twice"),
+        (["--only", ","], "--only names none; choose from cat, rex"),
+        (["--subjects", "3"], "--subjects 3: there are 2; give fewer"),
+    ],
+)
+def test_a_mistake_that_every_cell_would_tell_leaves_nothing_behind(
+    tmp_path, photos, words, message, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.txt").write_text("a {}\na dog\n")
+    assert main(["compare", "--methods", "zoodip", "--out", "new", *photos, *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not Path("new").exists()
+
+
+def test_two_at_once_are_refused(told, capsys):
+    assert told(Told(GOOD), "--subjects", "1") == 0
+    with ComparisonFolder(Path("told")).alone():
+        assert told(Told(GOOD), "--subjects", "1") == 2
+    assert "--out told: another `mep compare` is at work there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

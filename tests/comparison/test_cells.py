@@ -1,6 +1,7 @@
 """Cells that train in batches: who trains with whom, what each is charged, and that one's failure is its own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from mep_lightning.commands import fit, test, together
 from mep_lightning.comparison import cells
 from mep_lightning.comparison.cells import Cell, Interrupted, batches
-from mep_lightning.errors import UserError
+from mep_lightning.errors import TooLargeError, UserError
 from mep_lightning.phases import phase
 from mep_lightning.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ class Commands:
     """
 
     def __init__(self, monkeypatch):
-        self.fails, self.most, self.trained = {}, 9, []
+        self.fails, self.most, self.trained, self.scores = {}, 9, [], True
         monkeypatch.setattr(fit, "run", lambda line: self.train([line]))
         monkeypatch.setattr(together, "train", self.train)
         monkeypatch.setattr(test, "run", self.score)
@@ -47,7 +48,10 @@ class Commands:
     def train(self, lines):
         runs = [RunFolder(line[line.index("--run") + 1]) for line in lines]
         names = "".join(run.root.name[0] for run in runs)
-        self.trained.append(("resumed " if "--resume" in lines[0] else "") + names)
+        words = [word.removeprefix("--") for word in ("--resume", "--no-plan") if word in lines[0]]
+        self.trained.append(" ".join([*words, names]))
+        if self.ends(runs[0]):
+            return 0
         for name in names:
             if name in self.fails:
                 raise self.fails[name]
@@ -63,7 +67,14 @@ class Commands:
             run.memory_json.write_text(json.dumps(memory | ({"subjects": len(runs)} if len(runs) > 1 else {})))
         return 0
 
+    @staticmethod
+    def ends(run):
+        """Whether nothing is left to train."""
+        return run.last_checkpoint.is_file() and run.adapter.is_dir()
+
     def score(self, line):
+        if not self.scores:
+            raise UserError("--clip is none.")
         RunFolder(line[1]).metrics.write_text(json.dumps(dict.fromkeys(cells.SCORES, 0.5)))
 
 
@@ -118,12 +129,46 @@ def test_what_is_done_is_not_trained_again_and_who_is_ahead_goes_on_apart(tmp_pa
         run.checkpoints.mkdir(parents=True)
         torch.save(checkpoint(step), run.last_checkpoint)
     found = records(list(every.values()))
-    assert commands.trained == ["bd", "resumed ce", "resumed f"]
+    assert commands.trained == ["bd", "resume ce", "resume f"]
     assert found["a"] == {"dino": 0.25}
     assert found["b"]["minutes"] > 0 and found["b"]["batch"] == 2
     assert found["c"]["minutes"] is found["c"]["steps"] is None and found["c"]["steps_per_second"] > 0
     assert all((every[name].run / cells.RECORD).is_file() for name in names)
     assert records(list(every.values())) == found and len(commands.trained) == 3
+
+
+def test_what_the_training_took_is_kept_for_when_the_scoring_is_tried_again(tmp_path, commands):
+    one, commands.scores = cell(tmp_path, "token", "a"), False
+    assert records([one])["a"] == {"error": "--clip is none.", "kind": "failed"}
+    run = RunFolder(one.run)
+    run.checkpoints.mkdir()
+    torch.save(checkpoint(3), run.last_checkpoint)
+    commands.scores = True
+    (record,) = records([one]).values()
+    assert commands.trained == ["a", "resume a"] and record["steps"] == 3 and record["minutes"] > 0
+
+
+@pytest.mark.parametrize("made", ["activations", "prior"])
+def test_what_is_made_ahead_of_the_first_step_is_gone_on_with(tmp_path, commands, made):
+    begun, other = (cell(tmp_path, "hollowed_net", name) for name in "ab")
+    for one in (begun, other):
+        (one.run / made).mkdir(parents=True)
+    RunFolder(begun.run).config.write_text("model: {}")
+    for one in (begun, other):
+        records([one])
+    assert commands.trained == ["resume a", "b"]
+    assert (begun.run / made).is_dir() and not (other.run / made).exists()
+
+
+def test_what_would_not_fit_is_told_as_memory_and_a_resumed_cell_may_try_it_too(tmp_path, commands):
+    commands.fails = {"a": TooLargeError("this run would take 9 GiB.")}
+    assert records([cell(tmp_path, "token", "a")])["a"]["kind"] == "memory"
+    one = cell(tmp_path, "token", "b")
+    run = RunFolder(one.run)
+    run.checkpoints.mkdir(parents=True)
+    torch.save(checkpoint(3), run.last_checkpoint)
+    records([replace(one, fit=[*one.fit, "--no-plan", "--samples.steps", "1"])])
+    assert commands.trained == ["a", "resume no-plan b"]
 
 
 def test_a_signal_is_no_failure(tmp_path, commands, monkeypatch):

@@ -46,3 +46,45 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds other things than a comparison: give a new folder"):
         ComparisonFolder(tmp_path).claim(WHAT)
+
+
+def test_only_one_at_a_time_runs_its_cells(folder):
+    with folder.alone():
+        again = ComparisonFolder(folder.root)
+        with (
+            pytest.raises(UserError, match="another `mep compare` is at work there; wait until it is done"),
+            again.alone(),
+        ):
+            pass
+    with folder.alone():
+        pass
+
+
+def test_a_file_system_without_locks_is_no_obstacle(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("mep_lightning.comparison.folder.FileLock.acquire", refuse)
+    with folder.alone():
+        pass
+
+
+def test_what_a_method_is_trained_with_stays_once_it_has_cells(folder):
+    first = {"a": {"model.lr": 1e-3, "model.betas": (0.9, 0.999)}, "b": {"model.lr": 1.0}}
+    folder.settle(first)
+    folder.settle({"a": {"model.lr": 2e-3}})
+    folder.keep(record(0, error="x"))
+    folder.settle({"a": {"model.lr": 1e-3}})  # nothing has come of it yet
+    folder.keep(record(0, dino=0.5))
+    folder.settle({"a": {"model.lr": 1e-3, "model.younger": 4}, "c": {}})
+    with pytest.raises(
+        UserError, match=r"--methods a: the cells of it in .* have model.lr 0.001, not 0.002: give another"
+    ):
+        folder.settle({"a": {"model.lr": 2e-3}})
+    half = folder.run("b", "ball", 0) / "checkpoints" / "last.ckpt"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    with pytest.raises(UserError, match="have model.lr 1.0, not 2.0"):
+        folder.settle({"b": {"model.lr": 2.0}})
+    folder.methods.write_text("[")
+    folder.settle({"b": {"model.lr": 2.0}})

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from mep_lightning.comparison.subjects import chosen, embedded, found_in
+from mep_lightning.comparison.subjects import chosen, embedded, found_in, photograph
 from mep_lightning.errors import UserError
 
 
@@ -37,6 +37,15 @@ def test_dreambooths_file_says_so(tmp_path, below):
     assert {one.name: one.class_word for one in found_in(tmp_path)} == {"backpack_dog": "backpack", "can": "can"}
 
 
+def test_a_file_of_ones_own_says_so_for_any_folders_name(tmp_path):
+    folder(tmp_path, "rex", "Mr. Fluffy 2", ".thumbnails")
+    (tmp_path / "prompts_and_classes.txt").write_text("rex,dog\nMr. Fluffy 2, teddy bear\n")
+    (tmp_path / "links").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "links" / "._0.jpg")
+    found = {one.name: one.class_word for one in found_in(tmp_path)}
+    assert found == {"rex": "dog", "Mr. Fluffy 2": "teddy bear"}, "hidden ones are none"
+
+
 def test_custom_concepts_file_says_so(tmp_path):
     folder(tmp_path, "decoritems_houseplant1")
     concepts = [{"class_prompt": "houseplant", "instance_data_dir": "./benchmark_dataset/decoritems_houseplant1"}]
@@ -50,18 +59,23 @@ def test_custom_concepts_file_says_so(tmp_path):
 def test_those_that_are_named_are_taken_in_that_order(tmp_path):
     subjects = found_in(folder(tmp_path, "a", "b", "c"))
     assert [one.name for one in chosen(subjects, ["c", "a"])] == ["c", "a"]
-    with pytest.raises(UserError, match="--only d: there is no such subject; choose from a, b, c"):
-        chosen(subjects, ["d"])
+    for names, said in ((["d"], "--only d: there is no such subject; choose from a, b, c"), (["a", "b", "a"], "twice")):
+        with pytest.raises(UserError, match=said):
+            chosen(subjects, names)
+    with pytest.raises(UserError, match="--only names none; choose from a, b, c"):
+        chosen(subjects, [])
 
 
 def test_the_tiny_worlds_photos_are_written(tmp_path):
-    claimed = []
-    found = embedded(2, tmp_path, lambda: claimed.append(1))
-    assert claimed == [1] and [one.class_word for one in found] == ["ball", "cube"]
+    found = embedded(2, tmp_path)
+    assert [one.class_word for one in found] == ["ball", "cube"] and not any(tmp_path.iterdir())
+    photograph(found)
     assert all(len(list(one.photos.glob("*.png"))) == 5 for one in found)
+    (found[0].photos / "0.png").write_bytes(b"kept")
+    photograph(found)
+    assert (found[0].photos / "0.png").read_bytes() == b"kept"
     with pytest.raises(UserError, match="--subjects 31: the tiny world has 1 to 30"):
-        embedded(31, tmp_path, lambda: claimed.append(2))
-    assert claimed == [1]
+        embedded(31, tmp_path)
 
 
 @pytest.mark.parametrize(

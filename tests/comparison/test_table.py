@@ -52,6 +52,16 @@ def test_of_memory_the_largest_is_given_or_on_a_cpu_the_median(device, bytes_):
     assert row["training_bytes"] == 2**30
 
 
+def test_memory_and_times_are_of_the_device_that_most_cells_ran_on():
+    here = [record("a", "ball", seed, 0.2, device="cpu", minutes=10.0, training_bytes=2**20) for seed in range(2)]
+    there = [record("a", "cube", seed, 0.4, device="NVIDIA H200", minutes=1.0) for seed in range(3)]
+    (row,) = table.rows([*here, *there], ["a"], {})
+    assert (row["minutes"], row["training_bytes"], row["cells"]) == (1.0, 3 * 2**20, 5)
+    (row,) = table.rows([*here, *there[:1]], ["a"], {})
+    assert (row["minutes"], row["training_bytes"]) == (10.0, 2**20)
+    assert row["clip_i"] == pytest.approx((0.3 + 0.2) / 2), "scores are of all"
+
+
 def test_what_is_not_known_is_none(rows):
     b, a, c = rows
     assert [row["method"] for row in rows] == ["b", "a", "c"]
@@ -70,19 +80,21 @@ def test_markdown_shows_columns_of_which_something_is_known(rows):
 
 
 def test_a_table_says_how_many_trained_together_where_any_did(rows):
-    assert "cells a batch" not in table.as_markdown(rows) and table.TOGETHER not in table.legend(rows, ["cpu"])
+    assert "cells a batch" not in table.as_markdown(rows) and table.TOGETHER_LEGEND not in table.legend(rows, ["cpu"])
     batched = [record("a", "ball", 0, 0.2, batch=4), record("a", "cube", 0, 0.2, batch=1), record("b", "ball", 0, 0.2)]
     found = table.rows([*batched, record("b", "cube", 0, 0.2, batch=1)], ["a", "b"], {})
     assert [row["batch"] for row in found] == [4, 1]
     lines = table.as_markdown(found).splitlines()
     place = [cell.strip() for cell in lines[0].split("|")].index("cells a batch")
     assert [lines[line].split("|")[place].strip() for line in (2, 3)] == ["4", "1"]
-    assert table.legend(found, ["cpu"]).endswith(table.TOGETHER)
+    assert table.legend(found, ["cpu"]).endswith(table.TOGETHER_LEGEND)
     assert [line["batch"] for line in csv.DictReader(io.StringIO(table.as_csv(found)))] == ["4", "1"]
     assert "batch" not in table.shown(found[1:])
 
 
 def test_the_legend_says_what_of_memory_was_measured_where(rows):
+    drawn = [row | {"inference_bytes": 5} for row in rows]
+    assert [table.DRAWING_LEGEND in table.legend(one, ["cpu"]) for one in (rows, drawn)] == [False, True]
     grew, out = "how much a cell's process grew", "what torch's allocator had out"
     for kinds, told in (["cpu"], [True, False]), (["cuda"] * 2, [False, True]), (["cuda", "cpu"], [True, True]):
         assert [text in table.legend(rows, kinds) for text in (grew, out)] == told

@@ -27,7 +27,8 @@ class Engine(Protocol):
             logs: the folder for what they print, a file each.
 
         A cell that died, or took too long, has the record `error` and `kind` "memory", "failed" or "time"; the others
-        go on. A batch that died is tried again in halves. When the caller goes away, as with Ctrl-C, what cells have
-        trained is saved first.
+        go on. A batch that died is tried again in halves. One whose process alone was told to stop has the kind
+        "stopped": what it trained is saved. When the caller goes away, as with Ctrl-C, what cells have trained is saved
+        first.
         """
         ...

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,15 +32,17 @@ class Worker:
     Args:
         logs: the folder for what cells print, a file each.
         threads: of torch in it; None leaves them.
+        gpu: the only one that it sees, as CUDA_VISIBLE_DEVICES names it; None leaves it all that there are.
 
     Attributes:
         left: cells of its batch of which nothing is heard yet.
     """
 
-    def __init__(self, logs: Path, threads: int | None) -> None:
+    def __init__(self, logs: Path, threads: int | None, gpu: str | None = None) -> None:
         context = get_context("spawn")
+        self.logs, self.gpu = logs, gpu
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, logs, threads), daemon=False)
+        self.process = context.Process(target=_work, args=(theirs, logs, threads, gpu), daemon=False)
         self.process.start()
         theirs.close()
         self.left: list[Cell] = []
@@ -91,11 +93,14 @@ class LocalEngine:
         workers: processes at once.
         timeout: seconds that a cell may take; a batch may take as many for each of its cells.
         threads: of torch in each process; None leaves them.
+        gpus: as CUDA_VISIBLE_DEVICES names them, for the processes to have one each, in turn where there are fewer;
+            none leaves every process all that there are.
     """
 
     workers: int = 1
     timeout: float | None = None
     threads: int | None = None
+    gpus: Sequence[str] = ()
 
     def run_all(self, batches: Sequence[Batch], logs: Path) -> Ended:
         """As `Engine.run_all`."""
@@ -105,13 +110,13 @@ class LocalEngine:
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.workers:
-                    busy.append(Worker(logs, self.threads))
+                    busy.append(Worker(logs, self.threads, self._free(busy)))
                     busy[-1].give(waiting.popleft())
                 self._wait(busy)
                 for worker in list(busy):
                     lives = worker.process.is_alive()  # before it is listened to: its last words count
                     yield from worker.heard()
-                    if not lives and len(worker.left) > 1:
+                    if not lives and len(worker.left) > 1 and worker.process.exitcode:
                         waiting.extendleft(reversed(halves(worker.left)))
                         worker.left = []
                     elif worker.left and (end := self._end(worker, lives)) is not None:
@@ -131,6 +136,11 @@ class LocalEngine:
             for worker in busy:
                 worker.stop()
 
+    def _free(self, busy: Sequence[Worker]) -> str | None:
+        """The GPU that fewest of these processes have."""
+        taken = Counter(worker.gpu for worker in busy)
+        return min(self.gpus, key=lambda gpu: taken[gpu], default=None)
+
     def _wait(self, busy: Sequence[Worker]) -> None:
         """Until something may have come of a batch."""
         patience = ATTENTION
@@ -141,7 +151,7 @@ class LocalEngine:
     def _end(self, worker: Worker, lives: bool) -> dict[str, Any] | None:
         """What is recorded of cells whose process is dead, or is ended as it took too long; None of others."""
         if not lives:
-            return _death(worker.process.exitcode)
+            return _death(worker.process.exitcode, _log(worker.logs, worker.left[0]))
         if self.timeout is None or worker.time_left(self.timeout) > 0:
             return None
         worker.stop(patience=5.0)
@@ -149,14 +159,18 @@ class LocalEngine:
         return {"error": f"not done after {worker.size * self.timeout / 60:g} minutes{together}", "kind": "time"}
 
 
-def _death(status: int | None) -> dict[str, Any]:
+def _death(status: int | None, log: Path) -> dict[str, Any]:
+    if status == 0:
+        return {"error": "its process was told to stop, and has saved what it trained", "kind": "stopped"}
     if status == -signal.SIGKILL:
         return {"error": "killed, as systems do that run out of memory", "kind": "memory"}
-    return {"error": f"its process died with status {status}", "kind": "failed"}
+    return {"error": f"its process died with status {status}; {log} may say why", "kind": "failed"}
 
 
-def _work(connection: Connection, logs: Path, threads: int | None) -> None:
+def _work(connection: Connection, logs: Path, threads: int | None, gpu: str | None) -> None:
     """What a process does: batches as they come, until there are none."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told as well, and says when to stop
     end_with_parent()
     if threads is not None:
@@ -170,11 +184,15 @@ def _work(connection: Connection, logs: Path, threads: int | None) -> None:
                 connection.send((cell.key, record))
 
 
+def _log(logs: Path, cell: Cell) -> Path:
+    return logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt"
+
+
 def _log_to(logs: Path, cell: Cell) -> None:
     """From here on what is printed goes to a cell's own file."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(logs / f"{cell.method}-{cell.subject}-{cell.seed}.txt", "a", encoding="utf-8") as log:
+    with open(_log(logs, cell), "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 

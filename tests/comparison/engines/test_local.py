@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 
 import mep_lightning
 from mep_lightning.comparison.cells import Cell
-from mep_lightning.comparison.engines.local import LocalEngine, Worker
+from mep_lightning.comparison.engines.local import LocalEngine, Worker, _work
 
 
 def cell(tmp_path, seed, *words, steps="2"):
@@ -62,6 +63,58 @@ def test_a_killed_process_is_told_as_out_of_memory_unless_fewer_cells_fit(tmp_pa
     assert given == [[0, 1, 2], [0, 1], [0], [1], [2], [3]]
     assert found[0] == {"error": "killed, as systems do that run out of memory", "kind": "memory"}
     assert all("model.lr is -1.0" in found[seed]["error"] for seed in (1, 2, 3))
+
+
+def test_a_process_that_is_told_to_stop_is_no_failure_and_the_others_go_on(tmp_path, monkeypatch):
+    give = Worker.give
+
+    def give_and_stop(self, batch):
+        if batch[0].seed == 0:
+            self.connection.close()  # it ends by itself, with status 0, as one that was told to save and stop
+            self.process.join()
+            self.left, self.began, self.size = list(batch), time.monotonic(), len(batch)
+        else:
+            give(self, batch)
+
+    monkeypatch.setattr(Worker, "give", give_and_stop)
+    monkeypatch.setattr("mep_lightning.comparison.engines.local.wait", lambda *_: time.sleep(0.1))
+    batches = [[cell(tmp_path, 0), cell(tmp_path, 0)], [cell(tmp_path, 3, "--model.lr", "-1")]]
+    found = list(LocalEngine(threads=1).run_all(batches, tmp_path / "logs"))
+    assert [record["kind"] for _, record in found] == ["stopped", "stopped", "failed"]
+
+
+def test_a_process_that_dies_tells_where_its_log_is(tmp_path, monkeypatch):
+    give = Worker.give
+
+    def give_and_abort(self, batch):
+        give(self, batch)
+        os.kill(self.process.pid, signal.SIGABRT)
+
+    monkeypatch.setattr(Worker, "give", give_and_abort)
+    ((_, record),) = LocalEngine(threads=1).run_all([[cell(tmp_path, 0)]], tmp_path / "logs")
+    log = tmp_path / "logs" / "ti-ball-0.txt"
+    assert record == {"error": f"its process died with status -6; {log} may say why", "kind": "failed"}
+
+
+def test_gpus_are_shared_out(tmp_path):
+    def taken(*gpus):
+        return [SimpleNamespace(gpu=gpu) for gpu in gpus]
+
+    engine = LocalEngine(3, gpus=["0", "GPU-b"])
+    assert [engine._free(taken(*some)) for some in ([], ["0"], ["0", "GPU-b"], ["GPU-b"])] == ["0", "GPU-b", "0", "0"]
+    assert LocalEngine(3)._free(taken(None)) is None
+
+
+def test_a_process_sees_its_own_gpu_alone(tmp_path, monkeypatch):
+    theirs, ours = get_context("spawn").Pipe()
+    monkeypatch.setattr("mep_lightning.comparison.engines.local.end_with_parent", lambda: None)
+    monkeypatch.setattr("mep_lightning.comparison.engines.local.signal.signal", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    ours.close()
+    _work(theirs, tmp_path, None, None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    _work(theirs, tmp_path, None, "GPU-b")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 
 class Busy:
