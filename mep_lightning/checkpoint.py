@@ -155,7 +155,8 @@ def _settings(module: Any) -> dict[str, Any]:
     """The optimiser's settings, and the estimator's with its name."""
     own = {name: getattr(module, name) for name in SETTINGS}
     own["betas"] = list(own["betas"])
-    own |= {f"adapter.{key}": getattr(module.adapter, key) for key in ("rank", "alpha") if hasattr(module.adapter, key)}
+    for part in module.adapter.parts:
+        own |= {f"adapter.{key}": getattr(part, key) for key in ("rank", "alpha") if hasattr(part, key)}
     own |= _plain("estimator", module.estimator)
     if module.selector is not None:
         own |= _plain("selector", module.selector) | _plain("low_estimator", module.low_estimator)

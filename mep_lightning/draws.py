@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from mep_lightning.bases import Base
 from mep_lightning.data import sample_latents
+from mep_lightning.seeding import TOLD_APART, seeded
 from mep_lightning.timesteps import TimestepSampler
 
 Moments = tuple[Tensor, Tensor]
@@ -40,7 +41,7 @@ class Draw:
 
 def step_generator(seed: int, step: int) -> Generator:
     """A generator that is a pure function of (seed, step)."""
-    return Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 0x27D4EB2F) % 2**63)
+    return seeded((seed % TOLD_APART * 0x9E3779B1 + step * 0x85EBCA77 + 0x27D4EB2F) % 2**63, seed // TOLD_APART)
 
 
 def noised(

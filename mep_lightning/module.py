@@ -152,7 +152,7 @@ class PersonalizationModule(LightningModule):
         self.low_estimator = copy.copy(low_estimator) if low_estimator is not None else Backprop()
         self.subspace = copy.deepcopy(subspace)
         self.hollow: Hollow | None = None
-        self.timesteps: TimestepSampler = timesteps if timesteps is not None else UniformTimesteps()
+        self.timesteps: TimestepSampler = UniformTimesteps() if timesteps is None else copy.copy(timesteps)
         self.lr, self.lr_scheduler = lr, lr_scheduler
         self.betas, self.eps, self.weight_decay, self.optimizer = betas, eps, weight_decay, optimizer
         self.checkpointing, self.offload, self.members_at_once = checkpointing, offload, members_at_once
@@ -278,7 +278,10 @@ class PersonalizationModule(LightningModule):
         base.graphs += [self.graphed] if self.graphed else []
         compiles = self.compiled and base.offload == "none"
         self.predict_noise = torch.compile(predict_noise, dynamic=False) if compiles else predict_noise
-        self.timesteps.follow(base.scheduler.alphas_cumprod)
+        self.timesteps.follow(base.scheduler.alphas_cumprod, base.info.prediction)
+        if base.guest is not None and not any(part is base.guest for part in self.adapter.parts):
+            base.guest.detach()  # what another module has learned is no part of this base
+            base.guest = None
         self.adapter.attach(base, self.class_word, without=self.hollow.inside(base) if self.hollow else ())
         for one in self.estimators:
             one.begin(self.adapter, base)
@@ -311,6 +314,14 @@ class PersonalizationModule(LightningModule):
         hold_alike(self)
         if self.selector is not None and self.horizon is None:
             self.horizon = advice.horizon(self.trainer.estimated_stepping_batches)
+
+    def teardown(self, stage: str) -> None:
+        """Give back what only steps need: a base that others share would keep a graph, and with it a step's memory."""
+        if stage == "fit" and self.graphed is not None:
+            self.graphed.clear()
+            if self.base is not None:
+                self.base.graphs = [graph for graph in self.base.graphs if graph is not self.graphed]
+            self.graphed = None
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -356,7 +367,8 @@ class PersonalizationModule(LightningModule):
             if own != step:
                 batch, generator = self._batch_at(batch, own), step_generator(self.seed, own)
             return self.draw_for(batch, high, generator, timestep)
-        index = self.hollow.index(self.seed, ranks.index(step, False))  # steps go round the draws that were made ready
+        own = ranks.index(step, ranks.shares_members and self.estimator.forward_only)
+        index = self.hollow.index(self.seed, own)  # steps go round the draws that were made ready
         draw = self.draw_at(self.trainer.datamodule.batch(index), index)  # type: ignore[attr-defined]
         return replace(draw, activation=self.hollow.activation(index).to(draw.noisy))
 

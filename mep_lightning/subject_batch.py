@@ -195,7 +195,15 @@ class SubjectBatch(LightningModule):
 
     def on_train_start(self) -> None:
         """What hangs on the run's end."""
+        optimization.refuse_odd_state(self.first)
         optimization.resume_schedule(self)
+
+    def teardown(self, stage: str) -> None:
+        """Give a graph back, as `PersonalizationModule.teardown`."""
+        if stage == "fit" and self.graphed is not None and self.base is not None:
+            self.graphed.clear()
+            self.base.graphs = [graph for graph in self.base.graphs if graph is not self.graphed]
+            self.graphed = None
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

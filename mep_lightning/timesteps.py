@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -13,8 +14,13 @@ from mep_lightning.errors import UserError
 class TimestepSampler(ABC):
     """Draws timesteps; all state is in the generator."""
 
-    def follow(self, alphas_cumprod: Tensor) -> None:  # noqa: B027 (most samplers need no schedule)
-        """Take the schedule of a base, cumulative alphas [T], where none was given."""
+    def follow(self, alphas_cumprod: Tensor, prediction: str = "epsilon") -> None:  # noqa: B027 (most need no schedule)
+        """Take what a base was trained by, where nothing was given.
+
+        Args:
+            alphas_cumprod: its schedule's cumulative alphas, [T].
+            prediction: what its U-Net predicts, "epsilon" or "v_prediction".
+        """
 
     @abstractmethod
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
@@ -52,34 +58,43 @@ class UniformTimesteps(PartialUniformTimesteps):
         super().__init__(0, 1000 if total is None else total)
         self._given = total is not None
 
-    def follow(self, alphas_cumprod: Tensor) -> None:
+    def follow(self, alphas_cumprod: Tensor, prediction: str = "epsilon") -> None:
         if not self._given:
             self.high = len(alphas_cumprod)
 
 
 class SNRTimesteps(TimestepSampler):
-    """Timesteps in proportion to the min-SNR-gamma weight of the noise error (arXiv 2303.09556).
+    """Timesteps in proportion to the min-SNR-gamma weight of the prediction's error (arXiv 2303.09556).
 
-    The weight of the noise-prediction error, w(t) = min(SNR(t), gamma) / SNR(t), becomes the probability of drawing t,
-    so that an unweighted loss over these draws has the weighted loss's gradient up to a constant.
+    The weight of the error of predicted noise, w(t) = min(SNR(t), gamma) / SNR(t), or of predicted v, min(SNR(t),
+    gamma) / (SNR(t) + 1), becomes the probability of drawing t, so that an unweighted loss over these draws has the
+    weighted loss's gradient up to a constant.
 
     Args:
         alphas_cumprod: the schedule's cumulative alphas, [T]; None takes those of the module's base.
         gamma: where the weight stops growing.
+        prediction: what the U-Net predicts, with a schedule that is given; without one it is what the base's does.
     """
 
-    def __init__(self, alphas_cumprod: Tensor | None = None, gamma: float = 5.0):
+    def __init__(
+        self,
+        alphas_cumprod: Tensor | None = None,
+        gamma: float = 5.0,
+        prediction: Literal["epsilon", "v_prediction"] = "epsilon",
+    ):
         self.gamma = gamma
         self._given = alphas_cumprod is not None
-        self.probability = None if alphas_cumprod is None else self._weights(alphas_cumprod)
+        self.probability = None if alphas_cumprod is None else self._weights(alphas_cumprod, prediction)
 
-    def follow(self, alphas_cumprod: Tensor) -> None:
+    def follow(self, alphas_cumprod: Tensor, prediction: str = "epsilon") -> None:
         if not self._given:
-            self.probability = self._weights(alphas_cumprod)
+            self.probability = self._weights(alphas_cumprod, prediction)
 
-    def _weights(self, alphas_cumprod: Tensor) -> Tensor:
+    def _weights(self, alphas_cumprod: Tensor, prediction: str) -> Tensor:
         alphas = alphas_cumprod.double().cpu()
         snr = alphas / (1 - alphas)
+        if prediction == "v_prediction":
+            return (snr.clamp_max(self.gamma) * (1 - alphas)).float()  # 1 / (SNR + 1) is 1 - alpha
         return (self.gamma / snr).clamp_max(1).float()  # min(SNR, gamma) / SNR, also where a schedule ends at SNR 0
 
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:

@@ -62,8 +62,9 @@ def module(case: str) -> PersonalizationModule:
         return PersonalizationModule(precision="int4", **lora)
     if case == "dreambooth":
         return PersonalizationModule(adapter=FullUNet(), lr=1e-5)
-    if case == "zeroth-order lora":
-        return PersonalizationModule(estimator=SPSAEstimator(n=2, mu=1e-3), precision="int8", **lora)
+    if case.startswith("zeroth-order "):
+        method = case.removeprefix("zeroth-order ")
+        return PersonalizationModule(estimator=SPSAEstimator(n=2, mu=1e-3), precision="int8", method=method, **lora)
     assert case == "selective", case
     one = SPSAEstimator(n=2, mu=1e-3, standardize=False)
     return PersonalizationModule(
@@ -80,10 +81,10 @@ class Drift(Callback):
 
 
 def fitted(case: str, folder: Path | None = None, **trainer: Any) -> PersonalizationModule:
-    """A module that was trained for a few steps; `folder` for what it keeps meanwhile."""
+    """A module that was trained for a few steps; `folder` for what it keeps meanwhile, by its case."""
     made = module("zoodip" if case == "drifted" else case)
     callbacks: list[Callback] = [Drift()] if case == "drifted" else []
-    callbacks += [HollowedActivations(0.43, samples=40, folder=f"{folder}/kept")] if case == "hollowed_net" else []
+    callbacks += [HollowedActivations(0.43, samples=40, folder=f"{folder}/{case}")] if "hollowed" in case else []
     settings = {"max_steps": STEPS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | trainer
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     Trainer(callbacks=callbacks, **settings).fit(made, SubjectData())

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mep_lightning import SubjectData
+from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning.adapters import LoRA, TokenAndLoRA, TokenEmbedding
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import ConditioningSubspace, SubspaceGradient
@@ -89,3 +90,14 @@ def test_a_checkpoint_that_lacks_a_trainable_is_refused(tmp_path):
     torch.save(saved, tmp_path / "less.ckpt")
     with pytest.raises(UserError, match="lacks adapter.theta"):
         trainer(2, tmp_path).fit(module(), SubjectData(), ckpt_path=tmp_path / "less.ckpt", weights_only=True)
+
+
+def test_a_lora_beside_a_token_keeps_its_strength(tmp_path):
+    def fresh(alpha):
+        parts = TokenAndLoRA(TokenEmbedding(init="ball"), LoRA(rank=2, alpha=alpha))
+        return PersonalizationModule(adapter=parts, lr=1e-3)
+
+    _, first = fitted(2, tmp_path, fresh(2.0))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(UserError, match="adapter.alpha 2.0, not 4.0"):
+        trainer(4, tmp_path).fit(fresh(4.0), SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)

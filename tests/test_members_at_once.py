@@ -5,10 +5,11 @@ import torch
 
 from mep_lightning import PersonalizationModule
 from mep_lightning.adapters import LoRA, TokenEmbedding
-from mep_lightning.bases import open_base
+from mep_lightning.bases import load_base, open_base
 from mep_lightning.commands.budget import recipe
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import CMAES, ForwardGradientEstimator, RandomGradientEstimator
+from mep_lightning.estimators.perturbation import Members
 from mep_lightning.plan import rehearse
 from tests.personalizing import fitted
 
@@ -134,3 +135,32 @@ def module_one_at_a_time(estimator, at_once=1):
     return PersonalizationModule(
         adapter=TokenEmbedding(init="ball"), estimator=estimator, members_at_once=at_once, lr=1e-2, eps=1e-8
     )
+
+
+def test_the_first_member_alone_is_computed_as_beside_others():
+    """In half precision another way to the same term would be a slope of its own once it is divided by mu."""
+    base = load_base("tiny", "bf16", vae=False)
+    settings = {"estimator": RandomGradientEstimator(n=2, mu=3e-2), "adapter": LoRA(rank=4), "precision": "bf16"}
+    found = []
+    for at_once in (None, 1):
+        module = module_on(base, at_once, **{**settings, "adapter": LoRA(rank=4)})
+        with torch.no_grad():
+            for index, up in enumerate(module.adapter.up.values()):
+                up.copy_(0.1 * torch.randn(up.shape, generator=torch.Generator().manual_seed(index)))
+        found.append(losses_of(module, base, module.estimator.asked(0).drawn_for(module.adapter.numbered()))[0])
+    together, apart = found
+    slopes = (together[1:] - together[0]) / 3e-2
+    assert abs(apart[0] - together[0]) / 3e-2 < 0.02 * slopes.abs().min()
+
+
+@pytest.mark.parametrize(("count", "world"), [(3, 2), (9, 2), (9, 4), (2, 3), (4, 4)])
+def test_ranks_shares_are_of_one_size(count, world):
+    """In batches of another size kernels round otherwise."""
+    members = Members([(0, 0.0), *((i, 1.0) for i in range(count - 1))], mu=1e-3)
+    shares = [members.part(rank, world) for rank in range(world)]
+    assert {len(mine) for mine, _ in shares} == {-(-count // world)}
+    assert sorted(place for _, places in shares for place in places) == list(range(count))
+    for mine, places in shares:
+        own = mine.probes[len(mine) - len(places) :]
+        assert own == [members.probes[place] for place in places] and not mine.is_alone
+    assert Members().is_alone and members.chosen([0]).is_here

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mep_lightning import PersonalizationModule, SubjectData, defaults
-from mep_lightning.adapters import LoRA, TokenEmbedding
-from mep_lightning.bases import predict_noise
+from mep_lightning.adapters import LoRA, TokenAndLoRA, TokenEmbedding
+from mep_lightning.adapters.lora_layers import LoRALinear
+from mep_lightning.bases import load_base, predict_noise
 from mep_lightning.callbacks import PUTS
 from mep_lightning.draws import step_generator
 from mep_lightning.errors import UserError
@@ -20,7 +21,7 @@ from mep_lightning.estimators import (
     SubspaceGradient,
 )
 from mep_lightning.evaluation import generate
-from mep_lightning.quantization import Int8Conv2d, Int8Linear
+from mep_lightning.quantization import Int4Linear, Int8Conv2d, Int8Linear, why_not_int4
 from tests.personalizing import ESTIMATORS, fitted, module, trainer
 
 
@@ -345,3 +346,40 @@ def test_a_number_out_of_range_is_refused(settings):
     (name,) = settings
     with pytest.raises(UserError, match=f"model.{name} is .*; use "):
         PersonalizationModule(**settings)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_packs_weights_is_in_fp32_whatever_torchs_default(precision):
+    if precision == "int4" and why_not_int4():
+        pytest.skip("no bitsandbytes")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as a bf16-true Trainer has it during a step
+        layer = (Int8Linear if precision == "int8" else Int4Linear)(64, 64)
+    finally:
+        torch.set_default_dtype(before)
+    assert {"int8": "scale", "int4": "absmax"}[precision] in dict(layer.named_buffers())
+    for name, buffer in layer.named_buffers():
+        assert not buffer.is_floating_point() or name == "bias" or buffer.dtype == torch.float32
+
+
+def test_a_graph_goes_with_the_fit_that_captured_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(PersonalizationModule, "takes_graph", lambda self, base: True)
+    monkeypatch.setattr(
+        "mep_lightning.bases.cuda_graph.CUDAGraphed.__call__", lambda self, *given: self.function(*given)
+    )
+    mod, _ = fitted(2, tmp_path, module())
+    assert mod.graphed is None and not mod.base.graphs
+
+
+def test_a_token_learns_on_the_base_and_not_on_what_another_module_learned():
+    base = load_base("tiny", vae=False)
+    lora = PersonalizationModule(adapter=LoRA(rank=2))
+    lora.take(base)
+    both = PersonalizationModule(adapter=TokenAndLoRA(TokenEmbedding(init="ball"), LoRA(rank=2)))
+    both.take(base)
+    both.take(base)
+    assert base.guest is both.adapter.lora and len(both.adapter.layers) == 80 and not lora.adapter.layers
+    token = PersonalizationModule(adapter=TokenEmbedding(init="ball"))
+    token.take(base)
+    assert base.guest is None and not any(isinstance(part, LoRALinear) for part in base.unet.modules())

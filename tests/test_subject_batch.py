@@ -373,3 +373,13 @@ def test_concepts_of_one_run_go_into_one_prompt(folders, tmp_path):
             alone = encode_prompts(modules[0].loaded(), [prompt], both | {name: torch.zeros_like(both[name])})
             assert not torch.equal(ours, alone)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_whose_moments_are_of_another_shape_is_refused(folders, tmp_path):
+    _, trainer = together(folders, tmp_path, "zoodip", steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    kept = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    kept["optimizer_states"][0]["state"][1]["exp_avg"] = torch.zeros(3)
+    torch.save(kept, tmp_path / "half.ckpt")
+    with pytest.raises(CheckpointError, match="a exp_avg of another shape"):
+        together(folders, tmp_path, "zoodip", steps=4, checkpoint=tmp_path / "half.ckpt")

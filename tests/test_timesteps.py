@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mep_lightning import PersonalizationModule
+from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.timesteps import SNRTimesteps, UniformTimesteps
 
 
@@ -27,3 +29,23 @@ def test_a_sampler_follows_the_base_unless_it_was_given_a_schedule(sampler):
         timesteps.follow(base)
         drawn = timesteps.sample(5_000, torch.Generator().manual_seed(0))
         assert drawn.max() == total - 1
+
+
+def test_where_v_is_predicted_the_weight_is_that_of_its_error():
+    alphas = torch.tensor([0.99, 0.9, 0.5, 0.1, 0.0])
+    snr = alphas / (1 - alphas)
+    expected = (snr.clamp_max(5) / (snr + 1)).tolist()
+    followed = SNRTimesteps()
+    followed.follow(alphas, "v_prediction")
+    for sampler in (followed, SNRTimesteps(alphas, prediction="v_prediction")):
+        assert sampler.probability.tolist() == pytest.approx(expected)
+    given = SNRTimesteps(alphas)
+    given.follow(alphas, "v_prediction")
+    assert given.probability.tolist() == pytest.approx([5 / 99, 5 / 9, 1, 1, 1])
+
+
+def test_a_sampler_given_to_two_modules_follows_each_ones_base(tiny_base):
+    given = SNRTimesteps()
+    module = PersonalizationModule(adapter=TokenEmbedding(init="ball"), timesteps=given)
+    module.take(tiny_base)
+    assert given.probability is None and len(module.timesteps.probability) == len(tiny_base.scheduler.alphas_cumprod)

@@ -179,6 +179,17 @@ def take_shapes(part: nn.ParameterDict, state_dict: Mapping[str, Tensor], prefix
                 part[key.removeprefix(prefix)] = nn.Parameter(value.clone().float())
 
 
+def in_order(part: nn.ParameterDict, names: list[str]) -> nn.ParameterDict:
+    """Parameters in the order of the layers that are named, which a file that they came from does not keep: by it they
+    are numbered, and by their numbers perturbed and updated."""
+    if not part or list(part) == names:
+        return part
+    found = nn.ParameterDict()
+    for name in names:
+        found[name] = part[name]
+    return found
+
+
 def read_export(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an exported file, and our own keys of its metadata.
 

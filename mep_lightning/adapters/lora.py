@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import LayerAdapter, read_export, take_shapes
+from mep_lightning.adapters.adapter import LayerAdapter, in_order, read_export, take_shapes
 from mep_lightning.adapters.targets import keep_rows_together, matching, undotted
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
@@ -87,6 +87,8 @@ class LoRA(LayerAdapter):
                 down.uniform_(-1, 1, generator=generator).div_(math.sqrt(down[0].numel()))
                 self.down[undotted(name)], self.up[undotted(name)] = nn.Parameter(down), nn.Parameter(up)
         self._refuse_another_shape(base)
+        places = [undotted(name) for name in self._layers]
+        self.down, self.up = in_order(self.down, places), in_order(self.up, places)
         for index, (name, layer) in enumerate(self._layers.items()):
             down, up = self.down[undotted(name)], self.up[undotted(name)]
             down.requires_grad_(not self.freeze_down)

@@ -66,7 +66,7 @@ class _LoRALayer:
         if not self.strength:
             return self.base_layer(x)
         members, y = self.standing.members, self.base_layer(x)
-        if members.is_here or isinstance(members, Tangents):  # one member, whose factors may have tangents
+        if members.is_alone or isinstance(members, Tangents):  # one member, whose factors may have tangents
             x = x.to(y.dtype)  # autocast's, where it is on
             down, up = (self._at(members, index)[0].to(y.dtype) for index in range(2))
             return torch.add(y, self.term(x, down, up), alpha=self.strength)
@@ -112,7 +112,7 @@ class LoRALinear(_LoRALayer, PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [V * N, ..., I] -> [..., O]."""
         members, layer = self.standing.members, self.base_layer
-        moves = not (members.is_here or isinstance(members, Tangents)) and all(f.requires_grad for f in self.factors)
+        moves = not (members.is_alone or isinstance(members, Tangents)) and all(f.requires_grad for f in self.factors)
         fused = moves and self.strength and isinstance(layer, Int8Linear) and runs_triton(x)
         if not fused:
             return super().forward(x)

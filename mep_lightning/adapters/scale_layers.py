@@ -63,7 +63,7 @@ class ScaledLayer:
         standing = self.scales.standing
         if standing.is_away:
             return super().forward(x)  # type: ignore[misc]
-        if standing.members.is_here:
+        if standing.members.is_alone:
             return self._trained(autocast_activation(x))
         return self._of_members(x, standing.members)
 

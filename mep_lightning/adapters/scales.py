@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mep_lightning.adapters.adapter import LayerAdapter, read_export, take_shapes
+from mep_lightning.adapters.adapter import LayerAdapter, in_order, read_export, take_shapes
 from mep_lightning.adapters.targets import keep_rows_together, matching, undotted
 from mep_lightning.bases import Base
 from mep_lightning.errors import UserError, refuse_unless
@@ -77,6 +77,8 @@ class QuantizationScales(LayerAdapter):
                 self.output[undotted(name)] = nn.Parameter(layer.scale.detach().float().cpu().clone())
                 if self.input_channels:
                     self.input[undotted(name)] = nn.Parameter(torch.ones(layer.weight_shape[1]))
+        places = [undotted(name) for name in layers]
+        self.output, self.input = in_order(self.output, places), in_order(self.input, places)
         self._standing, self._layers = Standing(), layers
         for index, (name, layer) in enumerate(layers.items()):
             mine = [part[undotted(name)] for part in (self.output, self.input) if part]

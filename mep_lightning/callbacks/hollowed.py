@@ -44,6 +44,7 @@ class HollowedActivations(Callback):
         few = samples == "auto" or (isinstance(samples, int) and samples >= 1)
         refuse_unless(few, "HollowedActivations.samples", samples, "1 or more, or auto")
         self.fraction, self.samples, self.folder = fraction, samples, folder
+        self._asked = fraction, samples
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tell the module, before its base is loaded, that its LoRA goes around a hollow."""
@@ -55,6 +56,7 @@ class HollowedActivations(Callback):
             raise UserError("HollowedActivations needs SubjectData, whose draws it makes ready: fit with one.")
         if pl_module.selector is not None:
             raise UserError("HollowedActivations is for one branch: leave model.selector out.")
+        self.fraction, self.samples = self._asked  # an earlier fit, maybe on another base, has put numbers there
         pl_module.hollow_out(self)
         if getattr(trainer, "fast_dev_run", False):
             pl_module.hollow.samples = 1

@@ -29,6 +29,7 @@ class PUTS(Callback):
 
     def __init__(self, low: int | Literal["auto"] = "auto", high: int | Literal["auto"] = "auto") -> None:
         self.low, self.high = low, high
+        self._asked = low, high
         if low != "auto" and low < 0:
             raise UserError(f"PUTS low is {low}: set it to 0 or more.")
         if low != "auto" and high != "auto":
@@ -45,6 +46,7 @@ class PUTS(Callback):
         if isinstance(sampler, TimestepSampler) and not isinstance(sampler, PartialUniformTimesteps):
             name = type(sampler).__name__
             raise UserError(f"PUTS and the module's {name} both say which timesteps are drawn: leave one of them out.")
+        self.low, self.high = self._asked  # an earlier fit, maybe on another base, has put numbers there
         defaults.fill_in(self, defaults.of(pl_module), getattr(pl_module, "method", None) or type(pl_module).__name__)
         assert isinstance(self.low, int) and isinstance(self.high, int)
         _check(self.low, self.high)

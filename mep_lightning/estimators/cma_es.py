@@ -63,6 +63,12 @@ class CMAES(Estimator):
         self._heard: list[Tensor] = []
         self._search: Any = None
 
+    def __copy__(self) -> CMAES:
+        """A search of its own, from where this one stands."""
+        made = object.__new__(type(self))
+        made.__dict__ |= self.__dict__ | {"_heard": list(self._heard), "_search": None}
+        return made
+
     @property
     def members(self) -> int:
         if self.population == "auto":

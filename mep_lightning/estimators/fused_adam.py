@@ -106,6 +106,12 @@ class FusedZOAdam(Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        kind = next((theta.device.type for theta, _ in self._all()), "cpu")
+        with torch.autocast(kind, enabled=False):  # a Trainer's would round gradients that are made of directions
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         for theta, grad in self._left.items():
             if theta.grad is grad:  # that of an earlier step
                 theta.grad = None
@@ -125,7 +131,6 @@ class FusedZOAdam(Adam):
         self._left = {theta: grad if told[theta][0].keep else None for theta, grad in made.items()}
         for theta, grad in self._left.items():
             theta.grad = grad
-        return loss
 
     def _take_gradients(self) -> None:
         """Adam's own step, of what has a `grad`."""

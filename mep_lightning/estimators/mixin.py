@@ -69,9 +69,9 @@ class ZerothOrderMixin:
 
         The members are evaluated one after the other with the parameters changed in place; afterwards these are bitwise
         what they were, also when the loss raises. Every member sees the same of torch's random numbers, so the loss may
-        draw its noise and timesteps itself. The directions are a pure function of the estimator's seed, of
-        `global_step` and of what earlier calls of the same step perturbed, so a resumed run repeats them; a module
-        without a `global_step` counts its calls instead.
+        draw its noise and timesteps itself. Autocast is off meanwhile, as it would round differences away. The
+        directions are a pure function of the estimator's seed, of `global_step` and of what earlier calls of the same
+        step perturbed, so a resumed run repeats them; a module without a `global_step` counts its calls instead.
 
         Args:
             loss_fn: () -> scalar.
@@ -83,13 +83,19 @@ class ZerothOrderMixin:
             {"loss": their mean, scalar, "losses": one a member, [V]}.
 
         Raises:
-            UserError: no parameter requires a gradient, the loss is no scalar, or the estimator is of another kind.
+            UserError: no parameter requires a gradient, the loss is no scalar, the estimator is of another kind, or the
+                Trainer scales losses (16-mixed), which these gradients know nothing of.
         """
         estimator = SPSAEstimator() if estimator is None else estimator
         if not isinstance(estimator, FiniteDifferenceEstimator):
             raise UserError(
                 f"zo_backward moves parameters in place, which {type(estimator).__name__} does not: take "
                 "SPSAEstimator, or call its estimate()"
+            )
+        if getattr(getattr(getattr(self, "_trainer", None), "precision_plugin", None), "scaler", None) is not None:
+            raise UserError(
+                "a Trainer of precision 16-mixed divides gradients by its losses' scale, which zo_backward does not "
+                "know: take bf16-mixed, or 32-true"
             )
         trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
         if not trained:
@@ -99,7 +105,9 @@ class ZerothOrderMixin:
         seed, mu = estimator.seed or 0, estimator.step_size
         originals = [param.detach().clone() for param in trained]
         losses = []
-        with same_random_numbers(param.device for param in trained) as rewind, whole_products():
+        devices = [param.device for param in trained]
+        whole = torch.autocast(devices[0].type, enabled=False)
+        with same_random_numbers(devices) as rewind, whole_products(), whole:
             for probe in estimator.probes:
                 rewind()
                 with displaced_in_place(numbered, probe, mu, seed, step, originals):

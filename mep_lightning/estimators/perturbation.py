@@ -93,6 +93,8 @@ class Members:
         mu: the finite step.
         seed, step: of the directions.
         noise: parameter id -> fp32 [directions, numel], drawn beforehand.
+        among: whether they are some of members of which others move: all are then computed in the same way, as their
+            losses are compared.
     """
 
     probes: Sequence[Probe] = ((0, 0.0),)
@@ -100,6 +102,7 @@ class Members:
     seed: int = 0
     step: int = 0
     noise: Mapping[int, Tensor] = field(default_factory=dict)
+    among: bool = False
 
     def __len__(self) -> int:
         return len(self.probes)
@@ -114,14 +117,25 @@ class Members:
         """Whether all of them stand at theta itself."""
         return not self.directions
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody beside theta to compare with."""
+        return self.is_here and not self.among
+
     def part(self, rank: int, world: int) -> tuple[Members, list[int]]:
-        """Every `world`-th of them from `rank` on, and the places of their losses among all."""
+        """Every `world`-th of them from `rank` on, and the places of their losses among all.
+
+        All parts are of one size, where one is short its first stands ahead again: in batches of another size kernels
+        round otherwise, which a finite difference would divide by mu.
+        """
         places = list(range(rank, len(self.probes), world))
-        return self.chosen(places), places
+        missing = -(-len(self.probes) // world) - len(places)
+        return self.chosen([*(places[:1] or [0]) * missing, *places]), places
 
     def chosen(self, places: Iterable[int]) -> Members:
         """Those at some places."""
-        chosen = replace(self, probes=[self.probes[place] for place in places], noise={})
+        among = self.among or not self.is_here
+        chosen = replace(self, probes=[self.probes[place] for place in places], noise={}, among=among)
         return replace(chosen, noise=self._noise_along(chosen.directions))
 
     def _noise_along(self, wanted: Sequence[int]) -> dict[int, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
+from mep_lightning.seeding import seeded
 
 if TYPE_CHECKING:
     from mep_lightning.bases import Conditioning
@@ -88,7 +89,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def _noise(base: Any, seed: int, resolution: int) -> Tensor:
     """A picture's initial noise, [C, h, w], fp32 on the CPU."""
     side = resolution // base.vae_factor
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = seeded(seed)
     return torch.randn((base.unet.config.in_channels, side, side), generator=generator, dtype=torch.float32)
 
 

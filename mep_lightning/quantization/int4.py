@@ -87,7 +87,7 @@ class Int4Weight(QuantizedWeight):
     def empty(self, shape: torch.Size, device: Any) -> tuple[Tensor, Tensor]:
         size = shape.numel()
         packed = torch.zeros(-(-size // 2), dtype=torch.uint8, device=device)
-        return packed, torch.ones(-(-size // BLOCK), device=device)
+        return packed, torch.ones(-(-size // BLOCK), dtype=torch.float32, device=device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, ...] in floating point."""

@@ -36,7 +36,8 @@ class Int8Weight(QuantizedWeight):
         return quantize_int8(weight)
 
     def empty(self, shape: torch.Size, device: Any) -> tuple[Tensor, Tensor]:
-        return torch.zeros(shape, dtype=torch.int8, device=device), torch.ones(shape[0], device=device)
+        scale = torch.ones(shape[0], dtype=torch.float32, device=device)  # whatever a Trainer's default is
+        return torch.zeros(shape, dtype=torch.int8, device=device), scale
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, ...] in floating point, differentiable in the scale."""

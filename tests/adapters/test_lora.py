@@ -317,6 +317,9 @@ def test_an_export_is_read_back_with_its_origin(base, tmp_path):
     assert other.token == "zwx" and other.rank == 4
     assert other.origin == {"base": "tiny", "precision": "fp32", "class_word": "ball"}
     torch.testing.assert_close(predicted(base), ours, rtol=1e-5, atol=1e-6)
+    numbers = {id(theta): param_id for param_id, theta in other.numbered().items()}
+    for layer in other.layers:  # which are perturbed by these, and updated by those
+        assert layer.ids == tuple(numbers[id(factor)] for factor in layer.factors)
     other.detach()
 
 

@@ -241,6 +241,11 @@ def test_an_export_is_put_back_onto_a_fresh_base(base, tmp_path, both):
     again.attach(fresh)
     assert again.token == "zwx" and again.origin["precision"] == "int8"
     assert torch.equal(predicted(fresh), expected)
+    numbers = {id(theta): param_id for param_id, theta in again.numbered().items()}
+    for layer in again.layers:  # which are perturbed by these, and updated by those
+        scales = layer.scales
+        mine = [scales.output, scales.input] if both else [scales.output]
+        assert [numbers[id(theta)] for theta in mine] == list(scales.ids)[: len(mine)]
 
 
 def test_another_adapter_takes_the_layers_over(base):

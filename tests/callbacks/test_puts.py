@@ -71,3 +71,12 @@ def test_bounds_above_the_schedule_are_refused(module, data, trainer_of):
 def test_bounds_that_hold_nothing_are_refused_at_once(low, high, words):
     with pytest.raises(UserError, match=words):
         PUTS(low, high)
+
+
+def test_auto_is_asked_anew_in_every_fit(module, data, trainer_of):
+    callback, found = PUTS(), []
+    for family in ("sdxl", "sd1"):
+        module.timesteps = None
+        trainer_of(callback, max_steps=1).fit(with_base(module, family=family), data)
+        found.append((callback.low, callback.high))
+    assert found == [(700, 1000), (500, 900)]

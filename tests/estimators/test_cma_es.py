@@ -169,3 +169,15 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"CMAES needs the package cma: pip install 'mep-lightning\[gf-ti\]'"):
         CMAES()
+
+
+def test_a_search_given_to_two_modules_is_one_of_each():
+    given = search()
+    modules = [PersonalizationModule(precision="int8", estimator=given) for _ in range(2)]
+    first, second = (module.estimator for module in modules)
+    for estimator in (first, second):
+        estimator.follow(words)
+    one = run(first, words()[:1], quadratic(words()[7:8]), 3)
+    other = run(second, words()[:1], quadratic(words()[7:8]), 3)
+    assert all(torch.equal(mine, theirs) for (mine, _), (theirs, _) in zip(one, other, strict=True))
+    assert len(first._heard) == 3 and not given._heard

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mep_lightning.estimators import FusedZOAdam, RandomGradientEstimator, SPSAEstimator, SubspaceGradient
-from mep_lightning.kernels import philox_normal
+from mep_lightning.kernels import philox_normal, subspace_project_
 
 
 def quadratic(members: torch.Tensor) -> torch.Tensor:
@@ -120,3 +120,32 @@ def test_the_number_of_updates_is_the_states_own(written):
         its.receive(mine, weights, 3, 30, 0)
         its.step()
     assert torch.equal(theta, other)
+
+
+@pytest.mark.parametrize("given", ["along", "many", "basis"])
+def test_autocast_rounds_no_gradient(given):
+    found = []
+    for enabled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        thetas = [torch.nn.Parameter(torch.randn(64, generator=generator)) for _ in range(6 if given == "many" else 1)]
+        fused = FusedZOAdam(thetas, lr=0.1)
+        along = torch.randn(3, 64, generator=generator) if given == "along" else None
+        basis = torch.linalg.qr(torch.randn(64, 4, generator=generator)).Q.T if given == "basis" else None
+        weights = torch.randn(3, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for param_id, theta in enumerate(thetas):
+                fused.receive(theta, weights, 3, 0, param_id, basis, True, along)
+            fused.step()
+        found.append(torch.cat([theta.grad for theta in thetas]))
+        if basis is not None:
+            assert (basis @ thetas[0].grad).norm() < 1e-5 * thetas[0].grad.norm()
+    assert torch.equal(*found)
+
+
+def test_autocast_leaves_nothing_of_what_is_projected_out():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 4, generator=generator)).Q.T.contiguous()
+    grad = torch.randn(64, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        subspace_project_(grad, basis)
+    assert (basis @ grad).norm() < 1e-5 * grad.norm()

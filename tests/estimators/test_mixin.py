@@ -1,5 +1,7 @@
 """`zo_backward` for modules of one's own: bitwise restoring, the batched estimator's gradient, one noise for all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -270,3 +272,21 @@ def test_frozen_parameters_are_left_alone():
     assert torch.equal(trained.grad, alone.grad)
     with pytest.raises(UserError, match="no parameter that requires a gradient"):
         Bare().zo_backward(loss_fn, [frozen])
+
+
+def test_autocast_does_not_round_differences():
+    parameter = nn.Parameter(torch.randn(4, 4))
+    found = []
+    for enabled in (False, True):
+        parameter.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            Bare().zo_backward(lambda: (parameter @ parameter).float().sin().sum(), [parameter])
+        found.append(parameter.grad)
+    assert torch.equal(*found)
+
+
+def test_a_trainer_that_scales_losses_is_refused():
+    own = Bare()
+    own._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    with pytest.raises(UserError, match="16-mixed divides gradients by its losses' scale"):
+        own.zo_backward(lambda: torch.zeros(()), [nn.Parameter(torch.ones(1))])
