@@ -8,12 +8,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mep_lightning.bases import load_base
+    from mep_lightning.commands.learned import open_learned
     from mep_lightning.data import SubjectData
     from mep_lightning.errors import UserError
     from mep_lightning.estimators import ZerothOrderMixin
     from mep_lightning.module import PersonalizationModule
 
-__all__ = ["PersonalizationModule", "SubjectData", "UserError", "ZerothOrderMixin", "load_base"]
+__all__ = ["PersonalizationModule", "SubjectData", "UserError", "ZerothOrderMixin", "load_base", "open_learned"]
 
 _HOMES = {
     "PersonalizationModule": "module",
@@ -21,6 +22,7 @@ _HOMES = {
     "UserError": "errors",
     "ZerothOrderMixin": "estimators",
     "load_base": "bases",
+    "open_learned": "commands.learned",
 }
 
 

@@ -26,6 +26,7 @@ def describe(module: Any) -> dict[str, Any]:
             raise UserError(f"{name} is no longer finite, so no checkpoint is written: lower lr, or raise a mu")
     return {
         **_identity(module),
+        "adapter": type(module.adapter).__name__,
         "class_word": module.class_word,
         "settings": _settings(module),
         "subspace": module.subspace.state_dict() if module.subspace else None,
@@ -51,6 +52,12 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
         if key not in saved:
             raise CheckpointError(f"the checkpoint lacks mep.{key}: it is damaged, start from another one")
     _compare(saved, _identity(module))
+    mine = type(module.adapter).__name__
+    if saved.get("adapter", mine) != mine:  # else a LoRA's values would go nowhere in a module that trains a token
+        raise CheckpointError(
+            f"the checkpoint holds a {saved['adapter']}, and this module trains a {mine}: give it the adapter that "
+            "config.yaml names, or open what was learned with mep_lightning.open_learned"
+        )
     if module._trainer is not None:
         _compare({"activations": "auto", "optimizer": "adam"} | saved["settings"], _settings(module))
         if saved.get("hollow") != _hollow(module):
@@ -62,11 +69,11 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
         raise CheckpointError(
             f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
         )
-    mine = module.state_dict()
-    missing = [name for name in mine if name not in checkpoint["state_dict"]]
+    own = module.state_dict()
+    missing = [name for name in own if name not in checkpoint["state_dict"]]
     if missing:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is damaged or of another adapter")
-    for name, value in mine.items():
+    for name, value in own.items():
         shape = checkpoint["state_dict"][name].shape
         if shape != value.shape:
             raise CheckpointError(

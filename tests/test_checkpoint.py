@@ -101,3 +101,15 @@ def test_a_lora_beside_a_token_keeps_its_strength(tmp_path):
     first.save_checkpoint(tmp_path / "half.ckpt")
     with pytest.raises(UserError, match="adapter.alpha 2.0, not 4.0"):
         trainer(4, tmp_path).fit(fresh(4.0), SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+
+def test_a_module_of_another_adapter_does_not_take_a_checkpoint_for_its_own(tmp_path):
+    _, first = fitted(1, tmp_path, PersonalizationModule(adapter=LoRA(rank=2), lr=1e-3))
+    first.save_checkpoint(tmp_path / "lora.ckpt")
+    load = PersonalizationModule.load_from_checkpoint
+    with pytest.raises(UserError, match="holds a LoRA, and this module trains a TokenEmbedding: give it the adapter"):
+        load(tmp_path / "lora.ckpt", weights_only=True)
+    again = load(tmp_path / "lora.ckpt", weights_only=True, adapter=LoRA(rank=2))
+    learned = first.lightning_module.adapter
+    assert len(again.adapter.up) == len(learned.up) > 0
+    assert all(torch.equal(again.adapter.up[name], learned.up[name]) for name in learned.up)
