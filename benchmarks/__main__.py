@@ -42,6 +42,11 @@ TRAINED = {
     "compare": ("all methods of the papers' tables, through `mep compare`, on tiny", 10, 3),
 }
 """Suites of trained cells: what each is of, and how many subjects and seeds the whole of it has."""
+FOLDERS = {
+    "styles": "styles.png, styles of the tiny world on other objects",
+    "learned": "learned_precisions.png, tokens that were learned on int8 and on int4 weights",
+}
+"""Sheets whose pictures runs draw that they train."""
 UNCHANGING = ("suite", "out", "method", "workers", "rounds", "sheet", "folder", "device", "base")
 """Options that leave a suite whole: how long it takes, or which file its figures are kept in."""
 
@@ -58,8 +63,8 @@ def main() -> None:
     if args.suite == "precisions":
         sheets.precisions()
         return
-    if args.suite == "styles":
-        sheets.styles(args.folder)
+    if args.suite in FOLDERS:
+        {"styles": sheets.styles, "learned": sheets.learned}[args.suite](args.folder)
         return
     on_gpu = getattr(args, "device", "cpu").startswith("cuda")
     names = [name for name in PERFORMANCE if name != "profile" or on_gpu] if args.suite == "all" else [args.suite]
@@ -132,8 +137,9 @@ def parser() -> argparse.ArgumentParser:
     for suite in suites.choices.values():
         suite.add_argument("--out", type=Path, default=None, help="JSON (default: in benchmarks/results)")
     suites.add_parser("precisions", help="draw docs/images/precisions.png, the embedded base in every precision")
-    styles = suites.add_parser("styles", help="draw docs/images/styles.png, styles of the tiny world on other objects")
-    styles.add_argument("--folder", type=Path, default=Path("runs/styles"), help="of the runs, which are kept")
+    for name, what in FOLDERS.items():
+        sheet = suites.add_parser(name, help=f"draw docs/images/{what}")
+        sheet.add_argument("--folder", type=Path, default=Path(f"runs/{name}"), help="of the runs, which are kept")
     suites.add_parser("cost", help="what a million subjects take on SD1.5, from the figures in benchmarks/results")
     suites.add_parser("tables", help="write the tables and plots of docs/ anew from benchmarks/results")
     return top

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.photos import find_photos
-from mep_lightning.tiny.subjects import Style, style
+from mep_lightning.tiny.subjects import Style, style, subject
 from mep_lightning.tiny.world import CLASSES
+
+if TYPE_CHECKING:
+    from mep_lightning.commands.learned import Learned
 
 PICTURES = Path(__file__).parents[2] / "docs" / "images"
 SIDE, GAP, HEAD, FONT = 64, 2, 14, 10
@@ -24,6 +28,7 @@ ONE, PLACES = "car-0", (0, 3, 6, 8, 14, 19)
 LABELS = {"hollowed_net": "hollowed", "textual_inversion": "TI", "zoodip_fast": "zoodip fast"}
 """Names that are longer than a picture is wide."""
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+LEARNED_IN = ("int8", "int4")
 SEEDS = 6
 
 Line = Sequence[Image.Image | None]
@@ -91,10 +96,10 @@ def diversity(
 ) -> None:
     """All that the runs of the first subject drew of one prompt: a column a method, lines by seed (Figure S3)."""
     comparison = ComparisonFolder(folder)
-    subject = min(photos.name for photos in comparison.photos.iterdir())
+    first = min(photos.name for photos in comparison.photos.iterdir())
     lines = []
     for seed in range(seeds):
-        drawn = [_drawn(comparison.run(name, subject, seed)) for name in keys]
+        drawn = [_drawn(comparison.run(name, first, seed)) for name in keys]
         lines += [[pictures[i] if i < len(pictures) else None for pictures in drawn] for i in range(images)]
     save(path, [LABELS.get(name, name) for name in keys], lines, list(keys.values()))
 
@@ -150,28 +155,60 @@ def styles(folder: Path, path: Path = PICTURES / "styles.png", count: int = 3) -
     save(path, titles, lines)
 
 
+def learned(folder: Path, path: Path = PICTURES / "learned_precisions.png", count: int = 3) -> None:
+    """Subjects as ZOODiP's tokens draw them that were learned on int8 and on int4 weights: a line each (Figure S2).
+
+    Runs of `zoodip_fast` are kept in the folder, and not trained again.
+    """
+    lines = []
+    for index in range(count):
+        who = subject(index)
+        photos = folder / who.name / "photos"
+        _save(who.photos(), photos)
+        lines.append([who.photos()[0]])
+        for precision in LEARNED_IN:
+            words = ["--config", "zoodip_fast", "--model.precision", precision, "--data.path", str(photos)]
+            token = _trained(folder / who.name / precision, [*words, "--data.class_word", who.class_word])
+            lines[-1] += _drawn_of(token, ["a photo of a {}", f"a {{}} {PROMPT}"])
+    save(path, ["photo", *(title for precision in LEARNED_IN for title in (precision, ""))], lines)
+
+
 def _in_style(one: Style, folder: Path, templates: Sequence[str]) -> list[Image.Image]:
     """What a token that was trained on a style draws."""
-    from mep_lightning import defaults
-    from mep_lightning.cli import main
-    from mep_lightning.commands.learned import open_learned
-    from mep_lightning.evaluation import generate
-
-    pictures, run = folder / "pictures", folder / "run"
-    pictures.mkdir(parents=True, exist_ok=True)
-    for i, (picture, caption) in enumerate(zip(one.photos(), one.captions, strict=True)):
-        picture.save(pictures / f"{i}.png")
+    pictures = folder / "pictures"
+    _save(one.photos(), pictures)
+    for i, caption in enumerate(one.captions):
         (pictures / f"{i}.txt").write_text(caption)
-    anew = ["--config", "zoodip_style", "--data.path", str(pictures), "--run", str(run)]
-    status = main(["fit", *(["--run", str(run), "--resume"] if run.is_dir() else anew)])
+    return _drawn_of(_trained(folder / "run", ["--config", "zoodip_style", "--data.path", str(pictures)]), templates)
+
+
+def _save(pictures: Sequence[Image.Image], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+
+
+def _trained(run: Path, words: Sequence[str]) -> Learned:
+    """What a run learns that these words begin, or has learned already."""
+    from mep_lightning import open_learned
+    from mep_lightning.cli import main
+
+    status = main(["fit", "--run", str(run), *(["--resume"] if run.is_dir() else words)])
     if status:
         raise SystemExit(status)
-    learned = open_learned(run)
-    prompts = [learned.prompt(template) for template in templates]
-    learned.load(prompts)
-    values = defaults.lookup("zoodip", "tiny", learned.module.precision)
+    return open_learned(run)
+
+
+def _drawn_of(token: Learned, templates: Sequence[str]) -> list[Image.Image]:
+    """A picture of each prompt."""
+    from mep_lightning import defaults
+    from mep_lightning.evaluation import generate
+
+    prompts = [token.prompt(template) for template in templates]
+    token.load(prompts)
+    values = defaults.lookup("zoodip", "tiny", token.module.precision)
     steps, guidance = values["sampling_steps"], values["guidance"]
-    return generate(learned.module, prompts, [0] * len(prompts), steps=steps, guidance=guidance)
+    return generate(token.module, prompts, [0] * len(prompts), steps=steps, guidance=guidance)
 
 
 def _drawn(run: Path) -> list[Image.Image]:

@@ -264,3 +264,26 @@ def test_the_sheet_of_styles_shows_each_beside_objects_that_its_pictures_lack(tm
         step = sheets.SIDE + sheets.GAP
         assert sheet.size == (11 * step - sheets.GAP, sheets.HEAD + 2 * step - sheets.GAP)
         assert sheet.getpixel((6 * step + 30, sheets.HEAD + 30)) == (255, 0, 0)
+
+
+def test_the_sheet_of_learned_precisions_has_two_pictures_of_each(tmp_path, monkeypatch):
+    asked = []
+
+    def trained(run, words):
+        photos = Path(words[words.index("--data.path") + 1])
+        asked.append((run.relative_to(tmp_path).as_posix(), words[words.index("--model.precision") + 1]))
+        assert len(list(photos.glob("*.png"))) == 5
+        return run
+
+    colors = {"int8": "red", "int4": "blue"}
+    monkeypatch.setattr(sheets, "_trained", trained)
+    monkeypatch.setattr(
+        sheets, "_drawn_of", lambda run, asks: [Image.new("RGB", (64, 64), colors[run.name]) for _ in asks]
+    )
+    sheets.learned(tmp_path, tmp_path / "learned.png", count=2)
+    assert asked == [(f"{who}/{p}", p) for who in ("ball-0", "cube-0") for p in ("int8", "int4")]
+    with Image.open(tmp_path / "learned.png") as sheet:
+        step = sheets.SIDE + sheets.GAP
+        assert sheet.size == (5 * step - sheets.GAP, sheets.HEAD + 2 * step - sheets.GAP)
+        line = [sheet.getpixel((column * step + 30, sheets.HEAD + step + 30)) for column in range(1, 5)]
+        assert line == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
