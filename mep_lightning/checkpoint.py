@@ -59,7 +59,9 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
             "config.yaml names, or open what was learned with mep_lightning.open_learned"
         )
     if module._trainer is not None:
-        _compare({"activations": "auto", "optimizer": "adam"} | saved["settings"], _settings(module))
+        told = {"activations": "auto", "optimizer": "adam"} | saved["settings"]
+        own = {key: value for key, value in _settings(module).items() if key in told or not key.startswith("adapter.")}
+        _compare(told, own)
         if saved.get("hollow") != _hollow(module):
             raise CheckpointError(
                 f"the checkpoint was trained {_around(saved.get('hollow'))}, not {_around(_hollow(module))}: set "

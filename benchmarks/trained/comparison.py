@@ -134,7 +134,8 @@ def forget(comparison: ComparisonFolder, known: Mapping[str, str]) -> None:
         write_atomically(comparison.cells, "".join(json.dumps(record) + "\n" for record in left))
         for method in old:
             shutil.rmtree(comparison.root / "runs" / method, ignore_errors=True)
-        comparison.plans.unlink(missing_ok=True)
+        for path in (comparison.plans, comparison.settings):
+            path.unlink(missing_ok=True)
     write_atomically(path, json.dumps(known, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from mep_lightning.commands.compare_request import (
     shared,
     words_of_fit,
 )
-from mep_lightning.errors import Terminated, UserError, counted
+from mep_lightning.errors import Terminated, UserError, counted, reason
 
 if TYPE_CHECKING:
     from mep_lightning.comparison.cells import Batch, Cell
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
     from mep_lightning.comparison.preflight import Method
     from mep_lightning.comparison.subjects import Subject
 
+SELDOM = 20
+"""How many times as long as the last table took the next one waits."""
 NAMED = 12
 """Subjects whose class words are told before the first cell."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs `mep compare`; status 1 says that a cell failed."""
+    """Runs `mep compare`; status 1 says that a cell failed, or was told to stop."""
     options = options_of_compare().parse_args(list(argv))
     methods = methods_of(options.methods)
     check(options)
@@ -60,25 +63,17 @@ def run(argv: Sequence[str]) -> int:
     subjects = _subjects(options, folder)
     identify(options.base)  # what is no base is told once, not by every method
     which = _all(methods, subjects, options)
-    read = _look(folder, options, which[: len(methods)], common["prompts"])
+    read = _look(folder, options, which, len(methods), common["prompts"])
     styles = {method for method, settings in read.items() if settings is not None and settings.is_style}
     cells = [cell_of(folder, options, one, styles) for one in which]
-
-    def left() -> list[Cell]:
-        """What is to be run."""
-        done = folder.records()
-        return [cell for cell in cells if cell.key not in done or (options.retry and "error" in done[cell.key])]
-
-    if options.engine == "local" and left():
-        from mep_lightning.comparison.preflight import refuse_encoders
-
-        refuse_encoders(options.clip, options.dino, options.base)
     folder.claim(common)
     with folder.alone(), _saving_on_sigterm():
-        folder.settle({method: settings.settings for method, settings in read.items() if settings is not None})
+        told = {method: settings.settings for method, settings in read.items() if settings is not None}
+        folder.settle(told, {one.name: one.class_word for one in subjects})
         if options.data is None:
             photograph(subjects)
-        todo, is_done = left(), False
+        waits = set(_left(folder, options, which))
+        todo, is_done = [cell for cell in cells if cell.key in waits], False
         _say_what(folder, options, methods, subjects, len(cells), len(todo))
         try:
             engine = _engine(options, methods, read)
@@ -91,10 +86,10 @@ def run(argv: Sequence[str]) -> int:
             )
             is_done = True
         finally:  # whoever stops it does not wait for rehearsals
-            told = write_all(folder, compared(folder, list(methods), options.base, is_done), subjects)
-        print(told, flush=True)
+            written = write_all(folder, compared(folder, list(methods), options.base, is_done), subjects)
+        print(written, flush=True)
         records = folder.records()
-    return int(any("error" in records.get(cell.key, ()) for cell in cells))
+    return int(not all(cell.key in records and "error" not in records[cell.key] for cell in cells))
 
 
 def _subjects(options: Namespace, folder: ComparisonFolder) -> list[Subject]:
@@ -127,21 +122,37 @@ def _all(
     ]
 
 
+def _left(
+    folder: ComparisonFolder, options: Namespace, which: Sequence[tuple[str, Path, Subject, int]]
+) -> list[tuple[str, str, int]]:
+    """Method, subject and seed of what is to be run."""
+    done = folder.records()
+    keys = [(method, subject.name, seed) for method, _, subject, seed in which]
+    return [key for key in keys if key not in done or (options.retry and "error" in done[key])]
+
+
 def _look(
     folder: ComparisonFolder,
     options: Namespace,
-    first: Sequence[tuple[str, Path, Subject, int]],
+    which: Sequence[tuple[str, Path, Subject, int]],
+    methods: int,
     prompts: Sequence[str] | None,
 ) -> dict[str, Method | None]:
     """What each method's cells are trained with, as the first cell of each has it.
 
     Raises:
-        UserError: a mistake in its settings, or in a prompt.
+        UserError: a mistake in its settings, in a prompt, or in what scores.
     """
-    from mep_lightning.comparison.preflight import read_method
+    from mep_lightning.comparison.preflight import read_method, refuse_encoders
 
-    is_here = options.engine == "local"
-    return {one[0]: read_method(cell_of(folder, options, one), one[2].class_word, prompts, is_here) for one in first}
+    runs_here = {method for method, *_ in _left(folder, options, which)} if options.engine == "local" else set()
+    found = {}
+    for one in which[:methods]:  # a round of them
+        method, _, subject, _ = one
+        found[method] = read_method(cell_of(folder, options, one), subject.class_word, prompts, method in runs_here)
+    if runs_here:
+        refuse_encoders(options.clip, options.dino, options.base)
+    return found
 
 
 def _say_what(
@@ -187,7 +198,7 @@ def _engine(options: Namespace, methods: Mapping[str, Path], read: Mapping[str, 
         from mep_lightning.comparison.preflight import gpus_of
 
         workers = options.workers or 1
-        threads = options.threads or (None if workers == 1 else max(1, (os.cpu_count() or 1) // workers))
+        threads = options.threads or (None if workers == 1 else max(1, _cores() // workers))
         return LocalEngine(workers, seconds, threads, gpus_of(read, workers))
     from tqdm import tqdm
 
@@ -196,7 +207,7 @@ def _engine(options: Namespace, methods: Mapping[str, Path], read: Mapping[str, 
 
     named = [getattr(options, name) for name in ("base", "data", "prompts", "clip", "dino")]
     words = [*map(anywhere, filter(None, named)), *map(recipe_anywhere, methods.values())]
-    fit = words_of_fit(options)
+    fit = words_of_fit(options.fit)
     return RayEngine(
         address=options.address,
         workers=options.workers,
@@ -209,18 +220,29 @@ def _engine(options: Namespace, methods: Mapping[str, Path], read: Mapping[str, 
     )
 
 
+def _cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run_all(batches: Sequence[Batch], folder: ComparisonFolder, engine: Engine, refresh: Callable[[], None]) -> None:
-    """Run cells and keep their records; `refresh` is called after each."""
+    """Run cells and keep their records; `refresh` is called as they come, a twentieth of the time at most."""
     from tqdm import tqdm
 
-    again = "Carry on with the same command."
+    again, due = "Carry on with the same command.", 0.0
     with tqdm(total=sum(map(len, batches)), desc="Cells", unit="cell", disable=None) as bar:
         try:
             with closing(engine.run_all(batches, folder.logs)) as ended:
                 for cell, record in ended:
                     if record.get("kind") != "stopped":
                         folder.keep({"method": cell.method, "subject": cell.subject, "seed": cell.seed, **record})
-                        refresh()
+                        if time.monotonic() >= due:
+                            began = time.monotonic()
+                            try:
+                                refresh()
+                            except Exception as error:  # it is written anew at the end, and cells matter more
+                                bar.write(f"The table could not be written yet ({reason(error)}).", file=sys.stderr)
+                            due = time.monotonic() + SELDOM * (time.monotonic() - began)
                     bar.update()
                     bar.write(f"{cell.name}: {_told(record)}", file=sys.stdout)
         except KeyboardInterrupt:
@@ -240,6 +262,7 @@ def _saving_on_sigterm() -> Iterator[None]:
     """SIGTERM, as a cluster's time limit sends it, is answered as Ctrl-C is."""
 
     def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: cells are being saved
         raise Terminated
 
     try:

@@ -38,7 +38,7 @@ dataset.json of CustomConcept101 is read as well.
 
 in --out: table.md, table.csv, table.json and report.html, of all cells that the folder has; every cell's run below
 runs/, what it printed below logs/, its record in cells.jsonl; in plans.json what `mep plan` said of each method, and in
-methods.json what each was trained with
+settings.json what each was trained with
 
 Exit status 1 says that a cell failed; memory is looked at before each, and --fit "--no-plan" tries one all the same.
 
@@ -50,6 +50,7 @@ examples:
   mep compare --methods lora --fit "--model.precision bf16 --data.resolution 256" --data SUBJECTS/ --base DIR --out few
 """
 NOT_METHODS = ("quickstart",)
+NO_PLAN = "--no-plan"
 RETRIES = 3
 """How often a cell is begun again whose Ray worker or node was lost, unless said otherwise."""
 
@@ -89,7 +90,12 @@ def options_of_compare() -> Options:
         metavar="W",
         help="cells (or batches) at once, a process each (default 1; of Ray: all it has room for)",
     )
-    parser.add_argument("--threads", type=int, metavar="T", help="of each process (default: torch's own; of Ray: 1)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="T",
+        help="of each process (default: torch's own, or a share of the cores; of Ray: 1)",
+    )
     parser.add_argument(
         "--subjects-per-batch", type=int, default=1, metavar="K", help="that train together, where they can (default 1)"
     )
@@ -143,16 +149,16 @@ def methods_of(words: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def words_of_fit(options: Namespace) -> list[str]:
+def words_of_fit(fit: str) -> list[str]:
     """The words that --fit adds to every `mep fit`.
 
     Raises:
         UserError: its quotes are not closed.
     """
     try:
-        return shlex.split(options.fit)
+        return shlex.split(fit)
     except ValueError as error:
-        raise UserError(f"--fit {options.fit!r} cannot be read ({error}); close its quotes.") from None
+        raise UserError(f"--fit {fit!r} cannot be read ({error}); close its quotes.") from None
 
 
 def shared(options: Namespace) -> dict[str, Any]:
@@ -163,12 +169,18 @@ def shared(options: Namespace) -> dict[str, Any]:
         "base": anywhere(options.base),
         "data": None if options.data is None else str(Path(options.data).expanduser().resolve()),
         "max_steps": options.max_steps,
-        "fit": options.fit,
+        "fit": _without_no_plan(options.fit),
         "images_per_prompt": options.images_per_prompt,
         "prompts": read_prompts(Path(options.prompts).expanduser()) if options.prompts else None,
         "clip": None if options.clip is None else anywhere(options.clip),
         "dino": None if options.dino is None else anywhere(options.dino),
     }
+
+
+def _without_no_plan(fit: str) -> str:
+    """What --fit says of what is learned: whether memory is looked at first may change from one try to the next."""
+    words = words_of_fit(fit)
+    return shlex.join(word for word in words if word != NO_PLAN) if NO_PLAN in words else fit
 
 
 def cell_of(
@@ -198,7 +210,7 @@ def cell_of(
     for name in ("prompts", "clip", "dino"):
         value = getattr(options, name)
         test += [] if value is None else [f"--{name}", anywhere(value)]
-    return Cell(method, subject.name, seed, run, [*fit, *words_of_fit(options)], test)
+    return Cell(method, subject.name, seed, run, [*fit, *words_of_fit(options.fit)], test)
 
 
 def anywhere(name: str) -> str:

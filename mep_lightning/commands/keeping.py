@@ -122,7 +122,9 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopAfterStep(Callback):
-    """Turns the first Ctrl-C (or SIGTERM) into "finish this step, save, stop"; the second one stops at once.
+    """Turns the first Ctrl-C (or SIGTERM) into "finish this step, save, stop"; a second Ctrl-C stops at once.
+
+    Whoever starts a process may tell it twice: a system all of a group, and the parent its own.
 
     An exception in the middle of a step could leave a parameter updated and its step not counted, and a checkpoint of
     that would not resume to the same bits.
@@ -156,7 +158,9 @@ class StopAfterStep(Callback):
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.received = number
         if self._trainer is not None and self._trainer.world_size == 1:
             self._trainer.should_stop = True

@@ -360,8 +360,8 @@ def stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
         line = f"stopped; all is saved up to step {step_of(run.last_checkpoint)}{total}. Carry on with: {again}"
     elif trainer.global_step > 0:
         line = f"stopped at step {trainer.global_step}, before the first checkpoint. Begin again with: {again}"
-    elif (run.activations / PROGRESS).is_file():
-        line = f"stopped before the first step; the activations made so far are kept. Carry on with: {again}"
+    elif (run.activations / PROGRESS).is_file() or (run.prior.is_dir() and any(run.prior.iterdir())):
+        line = f"stopped before the first step; what was made ahead of it is kept. Carry on with: {again}"
     else:
         if is_first_process():
             _discard(run)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mep_lightning.commands.compare_request import NO_PLAN
 from mep_lightning.errors import TooLargeError, UserError, is_out_of_memory
 from mep_lightning.run_folder import RunFolder, write_atomically
 
@@ -179,16 +180,15 @@ def _train(batch: Batch) -> dict[str, Any]:
         status = fit.run(lines[0]) if len(batch) == 1 else together.train(lines)
     if status >= STOPPED:
         raise Interrupted
-    if begun and not watch.steps and (earlier := _trained(batch[0])) is not None:
-        return earlier
     rate = watch.steps_per_second
     trained = {
         "steps": None if begun else watch.steps,
         "steps_per_second": None if rate is None else len(batch) * rate,
         "minutes": None if begun else (time.monotonic() - started) / 60 / len(batch),
     }
-    for cell in batch:
-        write_atomically(cell.run / TRAINED, json.dumps(trained) + "\n")
+    if watch.steps or not begun:  # else it came to its end earlier
+        for cell in batch:
+            write_atomically(cell.run / TRAINED, json.dumps(trained) + "\n")
     return trained
 
 
@@ -200,11 +200,11 @@ def _is_begun(cell: Cell) -> bool:
 
 def _resumption(cell: Cell) -> list[str]:
     """The words that carry a cell's training on; all but this one are in its folder."""
-    return ["--run", str(cell.run), "--resume", *(word for word in cell.fit if word == "--no-plan")]
+    return ["--run", str(cell.run), "--resume", *(word for word in cell.fit if word == NO_PLAN)]
 
 
 def _trained(cell: Cell) -> dict[str, Any] | None:
-    """What its training took, which came to its end earlier."""
+    """What its training took, now or earlier."""
     with suppress(OSError, ValueError):
         return json.loads((cell.run / TRAINED).read_text())
     return None
@@ -225,7 +225,7 @@ def _score(cell: Cell, trained: Mapping[str, Any]) -> dict[str, Any]:
         **{name: scores[name] for name in SCORES},
         **measured,
         "storage": sum(path.stat().st_size for path in _exported(folder)),
-        **trained,
+        **(_trained(cell) or trained),
         "seconds_per_image": drawing.seconds["sample"] / max(pictures, 1),
     }
     write_atomically(cell.run / RECORD, json.dumps(record) + "\n")

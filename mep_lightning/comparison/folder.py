@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ class ComparisonFolder:
         return self.root / "comparison.json"
 
     @property
-    def methods(self) -> Path:
-        """What each method's cells are trained with."""
-        return self.root / "methods.json"
+    def settings(self) -> Path:
+        """What each method's cells are trained with, and what the subjects are."""
+        return self.root / "settings.json"
 
     @property
     def cells(self) -> Path:
@@ -91,7 +92,7 @@ class ComparisonFolder:
             return
         try:
             theirs = json.loads(self.described.read_text(encoding="utf-8"))
-            different = [key for key in {**what, **theirs} if theirs.get(key) != what.get(key)]
+            different = [key for key in {**what, **theirs} if not _are_same(what.get(key), theirs.get(key))]
         except (ValueError, AttributeError):
             raise UserError(f"{self.described} is damaged: give a new folder.") from None
         if different:
@@ -115,7 +116,7 @@ class ComparisonFolder:
             raise UserError(
                 f"--out {self.root}: another `mep compare` is at work there; wait until it is done, or stop it."
             ) from None
-        except OSError:  # a file system without locks
+        except (OSError, NotImplementedError):  # a file system without locks
             yield
             return
         try:
@@ -123,35 +124,49 @@ class ComparisonFolder:
         finally:
             lock.release()
 
-    def settle(self, methods: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep what methods are trained with, so that their rows stay of one kind.
+    def settle(self, methods: Mapping[str, Mapping[str, Any]], class_words: Mapping[str, str]) -> None:
+        """Keep what methods are trained with and what subjects are, so that rows stay of one kind.
 
-        What one was trained with earlier counts once it has a cell that came to something, or one that is half trained.
+        What was said earlier counts once a cell of it has come to something, or is half trained; else what such cells
+        left behind is gone, as it is of other settings.
 
         Args:
             methods: what the table calls each -> its settings, by dotted key; those that only one side has are younger
                 or older than the folder, and tell nothing.
+            class_words: of subjects, by name.
 
         Raises:
-            UserError: the folder's cells of a method were trained otherwise.
+            UserError: the folder's cells of a method were trained otherwise, or those of a subject as something else.
         """
-        kept: dict[str, dict[str, Any]] = {}
-        with suppress(OSError, ValueError, AttributeError):
-            read = json.loads(self.methods.read_text(encoding="utf-8"))
-            kept = {method: one for method, one in read.items() if isinstance(one, dict)}
-        good = {method for (method, *_), record in self.records().items() if "error" not in record}
+        kept: dict[str, dict[str, Any]] = {"methods": {}, "class_words": {}}
+        with suppress(OSError, ValueError):
+            read = json.loads(self.settings.read_text(encoding="utf-8"))
+            kept |= {part: read[part] for part in kept if isinstance(read.get(part), dict)}
+        good = [key for key, record in self.records().items() if "error" not in record]
+        half = [path.parts[-4:-2] for path in self.root.glob("runs/*/*/checkpoints/last.ckpt")]
+        begun = {method for method, *_ in good} | {method for method, _ in half}
         for method, settings in methods.items():
-            now, before = json.loads(json.dumps(settings, default=str)), kept.get(method, {})
+            now, before = json.loads(json.dumps(settings, default=str)), kept["methods"].get(method, {})
             changed = [key for key in now if key in before and before[key] != now[key]]
-            begun = method in good or any((self.root / "runs" / method).glob("*/checkpoints/last.ckpt"))
-            if changed and begun:
+            if changed and method in begun:
                 key = changed[0]
                 raise UserError(
                     f"--methods {method}: the cells of it in {self.root} have {key} {before[key]!r}, not {now[key]!r}: "
                     "give another folder, or the recipe another name."
                 )
-            kept[method] = now
-        write_atomically(self.methods, json.dumps(kept, indent=2) + "\n")
+            if changed:
+                shutil.rmtree(self.root / "runs" / method, ignore_errors=True)
+            kept["methods"][method] = now
+        known = {subject for _, subject, _ in good} | {name.rpartition("-")[0] for _, name in half}
+        for subject, word in class_words.items():
+            before = kept["class_words"].get(subject, word)
+            if before != word and subject in known:
+                raise UserError(
+                    f"--data: the cells of {subject} in {self.root} were trained as {before!r}, not as {word!r}: give "
+                    "another folder."
+                )
+            kept["class_words"][subject] = word
+        write_atomically(self.settings, json.dumps(kept, indent=2) + "\n")
 
     def records(self) -> dict[tuple[str, str, int], dict[str, Any]]:
         """The last record of every cell, by method, subject and seed; half a line, as a kill leaves it, is none."""
@@ -175,3 +190,11 @@ class ComparisonFolder:
             file.write(("" if whole else "\n") + json.dumps(dict(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _are_same(mine: object, theirs: object) -> bool:
+    """Whether two settings are one; a path may have been said in another way."""
+    if isinstance(mine, str) and isinstance(theirs, str) and mine != theirs:
+        path = Path(theirs).expanduser()
+        return path.exists() and str(path.resolve()) == mine
+    return mine == theirs

@@ -35,9 +35,12 @@ def planned(
 
     Where cells trained together, of the largest batch: what was measured is the largest, too. The folder keeps what was
     rehearsed, so that a comparison to which cells are added rehearses no method again; without `rehearse` that is all
-    that is told.
+    that is told, and no run is looked at.
     """
     kept = _kept(folder)
+    if not rehearse:
+        methods = {record["method"] for record in records}
+        return {method: {key: one[key] for key in PLANNED} for method, one in kept.items() if method in methods}
     together: dict[str, int] = {}
     runs: dict[str, tuple[Path, str]] = {}
     for record in records:
@@ -48,14 +51,12 @@ def planned(
             runs.setdefault(method, (config, device_of(record)))
     found = {}
     for method, (config, device) in runs.items():
-        settings = read_recipe(config)
         try:
+            settings = read_recipe(config)
             of = _digest(settings, base, device, together[method])
-        except (UserError, OSError):  # the base is gone, or its hub cannot be reached
+        except (UserError, OSError, KeyError, TypeError):  # the base or its hub is out of reach, or the file damaged
             continue
         if kept.get(method, {}).get("of") != of:
-            if not rehearse:
-                continue
             row = rehearsed(config, base, settings, device, together[method])
             if row is None:
                 continue

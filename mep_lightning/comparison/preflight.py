@@ -25,11 +25,14 @@ from mep_lightning.quantization import why_not_int4
 from mep_lightning.run_folder import RunFolder
 
 OWN_OF_A_CELL = ("model.seed", "model.base", "data.path", "data.class_word")
-TRAINED_BY = (
-    *("trainer.max_steps", "trainer.precision", "trainer.callbacks"),
-    *("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
+TRAINED_BY = tuple(
+    f"trainer.{name}"
+    for name in (
+        *("max_steps", "max_epochs", "precision", "callbacks", "strategy", "devices"),
+        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    )
 )
-"""What of a Trainer decides what is learned."""
+"""What of a Trainer decides what is learned, with all below it."""
 
 
 class Settings(FitCLI):
@@ -81,8 +84,13 @@ def read_method(cell: Cell, class_word: str, templates: Sequence[str] | None, is
             raise UserError(f"--methods {cell.method} takes the base in int4: {why}.")
         learned = Learned(cli.model, RunFolder(cell.run), {}, class_word, {}, torch.device("cpu"))
         texts(learned, templates)
+    else:
+        token = (config.model.adapter or {}).get("init_args", {}).get("token", "<sks>")
+        for template in templates or ():
+            if "{" not in template and str(token) not in template:
+                raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} where it goes.")
     told = {key: value for part in ("model", "data") for key, value in flat(part, config[part].as_dict())}
-    told |= {key: value for key, value in flat("trainer", config.trainer.as_dict()) if key in TRAINED_BY}
+    told |= {key: value for key, value in flat("trainer", config.trainer.as_dict()) if key.startswith(TRAINED_BY)}
     own = (*OWN_OF_A_CELL, *FREE_TO_CHANGE)
     settings = {key: value for key, value in told.items() if key not in own}
     return Method(settings, config.data.templates == STYLE, config.trainer.devices)

@@ -198,20 +198,47 @@ def told(tmp_path, monkeypatch):
 GOOD = {"clip_t": 0.5, "clip_i": 0.5, "dino": 0.5, "dino_inter": None}
 
 
-def test_the_table_is_there_after_every_cell(told, capsys):
+def test_the_table_is_there_as_cells_end(told, capsys):
     engine = Told(GOOD, GOOD, {"error": "told to stop", "kind": "stopped"})
-    assert told(engine, "--subjects", "2") == 0
+    assert told(engine, "--subjects", "2") == 1, "what was asked for is not all there"
     assert engine.before == [None, 2, 2]
     assert len(Path("told/cells.jsonl").read_text().splitlines()) == 2, "who was stopped is gone on with"
     assert "textual_inversion on cube-0 #0: told to stop" in capsys.readouterr().out
-    assert told(Told(), "--subjects", "2") == 0 and "4 cells, 2 of them done" in capsys.readouterr().out
+    assert told(Told(GOOD, GOOD), "--subjects", "2") == 0
+    assert "4 cells, 2 of them done" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_yet_ends_nothing(told, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("mep_lightning.comparison.report.write_table", fails)
+    monkeypatch.setattr("mep_lightning.comparison.report.write_all", lambda *_: "written")
+    assert told(Told(GOOD, GOOD), "--subjects", "1") == 0
+    assert "The table could not be written yet (no room)." in capsys.readouterr().err
+
+
+def test_whether_memory_is_looked_at_first_may_change(told, monkeypatch):
+    assert told(Told(GOOD), "--subjects", "1", "--fit", "--samples.steps 1", methods="lora") == 0
+    assert told(Told(), "--subjects", "1", "--fit", "--no-plan --samples.steps 1", methods="lora") == 0
+    assert told(Told(), "--subjects", "1", "--fit", "--no-plan --samples.steps 2", methods="lora") == 2
+
+
+def test_what_is_done_needs_no_packages(told, monkeypatch):
+    assert told(Told(GOOD), "--subjects", "1", methods="qlora") == 0
+    monkeypatch.setattr("mep_lightning.comparison.preflight.why_not_int4", lambda: "bitsandbytes is missing")
+    assert told(Told(), "--subjects", "1", methods="qlora") == 0
+    assert told(Told(), "--subjects", "2", methods="qlora") == 2
 
 
 def test_sigterm_is_answered_as_ctrl_c_is(told, capsys):
     class Terminated(Told):
         def run_all(self, batches, logs):
             yield from super().run_all(batches, logs)
-            signal.raise_signal(signal.SIGTERM)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)  # told again while cells are being saved
 
     before = signal.getsignal(signal.SIGTERM)
     assert told(Terminated(GOOD), "--subjects", "1") == 143
@@ -282,7 +309,7 @@ def test_a_mistake_that_every_cell_would_tell_leaves_nothing_behind(
 
 
 def test_two_at_once_are_refused(told, capsys):
-    assert told(Told(GOOD), "--subjects", "1") == 0
+    assert told(Told(GOOD, GOOD), "--subjects", "1") == 0
     with ComparisonFolder(Path("told")).alone():
         assert told(Told(GOOD), "--subjects", "1") == 2
     assert "--out told: another `mep compare` is at work there" in capsys.readouterr().err

@@ -83,8 +83,9 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(fit, checkp
     assert checkpoint("r")["global_step"] == 4
 
 
-def test_sigterm_saves_too(fit, checkpoint, interrupt):
-    interrupt(at=6, number=signal.SIGTERM)
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_too_however_often_it_is_told(fit, checkpoint, interrupt, times):
+    interrupt(at=6, number=signal.SIGTERM, times=times)
     assert fit("--run", "r", steps=10) == 128 + signal.SIGTERM
     assert checkpoint("r")["global_step"] == 6
 
@@ -99,6 +100,20 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(fit, monkeypatch, capsys):
     assert fit("--run", "r") == 130
     assert "stopped before the first step; nothing is kept." in capsys.readouterr().err
     assert not Path("r").exists()
+
+
+def test_pictures_of_the_class_are_kept_when_ctrl_c_comes_before_the_first_step(fit, monkeypatch, capsys):
+    from mep_lightning import PersonalizationModule
+
+    def interrupted(self, *_):
+        Path("r/prior").mkdir()
+        Path("r/prior/00000.png").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PersonalizationModule, "load", interrupted)
+    assert fit("--run", "r") == 130
+    assert "what was made ahead of it is kept. Carry on with: mep fit --run r --resume" in capsys.readouterr().err
+    assert Path("r/prior/00000.png").is_file() and Path("r/config.yaml").is_file()
 
 
 def test_the_shells_own_handlers_are_back_after_a_run(fit):

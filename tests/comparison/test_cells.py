@@ -143,9 +143,17 @@ def test_what_the_training_took_is_kept_for_when_the_scoring_is_tried_again(tmp_
     run = RunFolder(one.run)
     run.checkpoints.mkdir()
     torch.save(checkpoint(3), run.last_checkpoint)
+    other = cell(tmp_path, "token", "b")
+    assert records([other])["b"]["kind"] == "failed"
+    run = RunFolder(other.run)
+    run.checkpoints.mkdir()
+    torch.save(checkpoint(3), run.last_checkpoint)
+    took = [json.loads((each.run / cells.TRAINED).read_text())["minutes"] for each in (one, other)]
     commands.scores = True
-    (record,) = records([one]).values()
-    assert commands.trained == ["a", "resume a"] and record["steps"] == 3 and record["minutes"] > 0
+    found = records([one, other])
+    assert commands.trained == ["a", "b", "resume ab"]
+    assert [found[name]["steps"] for name in "ab"] == [3, 3]
+    assert [found[name]["minutes"] for name in "ab"] == took and took[0] != took[1]
 
 
 @pytest.mark.parametrize("made", ["activations", "prior"])

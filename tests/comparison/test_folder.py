@@ -71,20 +71,48 @@ def test_a_file_system_without_locks_is_no_obstacle(folder, monkeypatch):
 
 def test_what_a_method_is_trained_with_stays_once_it_has_cells(folder):
     first = {"a": {"model.lr": 1e-3, "model.betas": (0.9, 0.999)}, "b": {"model.lr": 1.0}}
-    folder.settle(first)
-    folder.settle({"a": {"model.lr": 2e-3}})
+    folder.settle(first, {})
+    made_ahead = folder.run("a", "ball", 0) / "activations"
+    made_ahead.mkdir(parents=True)
+    folder.settle({"a": {"model.lr": 1e-3}}, {})
+    assert made_ahead.is_dir()
+    folder.settle({"a": {"model.lr": 2e-3}}, {})
+    assert not made_ahead.exists(), "of other settings"
     folder.keep(record(0, error="x"))
-    folder.settle({"a": {"model.lr": 1e-3}})  # nothing has come of it yet
+    folder.settle({"a": {"model.lr": 1e-3}}, {})  # nothing has come of it yet
     folder.keep(record(0, dino=0.5))
-    folder.settle({"a": {"model.lr": 1e-3, "model.younger": 4}, "c": {}})
+    folder.settle({"a": {"model.lr": 1e-3, "model.younger": 4}, "c": {}}, {})
     with pytest.raises(
         UserError, match=r"--methods a: the cells of it in .* have model.lr 0.001, not 0.002: give another"
     ):
-        folder.settle({"a": {"model.lr": 2e-3}})
+        folder.settle({"a": {"model.lr": 2e-3}}, {})
     half = folder.run("b", "ball", 0) / "checkpoints" / "last.ckpt"
     half.parent.mkdir(parents=True)
     half.touch()
     with pytest.raises(UserError, match="have model.lr 1.0, not 2.0"):
-        folder.settle({"b": {"model.lr": 2.0}})
-    folder.methods.write_text("[")
-    folder.settle({"b": {"model.lr": 2.0}})
+        folder.settle({"b": {"model.lr": 2.0}}, {})
+    folder.settings.write_text("[")
+    folder.settle({"b": {"model.lr": 2.0}}, {})
+
+
+def test_so_does_what_a_subject_is(folder):
+    folder.settle({}, {"rex": "rex", "ball": "ball", "half-1": "half"})
+    folder.settle({}, {"rex": "dog"})
+    folder.keep(record(0, dino=0.5))
+    half = folder.run("b", "half-1", 3) / "checkpoints" / "last.ckpt"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    for name, word in (("ball", "ball"), ("half-1", "half")):
+        with pytest.raises(UserError, match=f"the cells of {name} in .* were trained as '{word}', not as 'toy'"):
+            folder.settle({}, {name: "toy"})
+    folder.settle({}, {"rex": "cat", "ball": "ball"})
+
+
+def test_a_path_may_be_said_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()
+    folder = ComparisonFolder(tmp_path / "out")
+    folder.claim({"base": "sd15"})  # as folders have it that are older
+    folder.claim({"base": str((tmp_path / "sd15").resolve())})
+    with pytest.raises(UserError, match="a comparison with base 'sd15', not '/elsewhere'"):
+        folder.claim({"base": "/elsewhere"})

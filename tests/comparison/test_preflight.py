@@ -55,6 +55,9 @@ def test_packages_and_devices_are_those_of_who_runs_it(tmp_path, monkeypatch):
     assert read(tmp_path, "zoodip", *words, is_here=False).devices == "8"
     with pytest.raises(UserError, match="model.precisoin"):
         read(tmp_path, "zoodip", "--model.precisoin", "bf16", is_here=False)
+    read(tmp_path, "lora", prompts=["a {}", "a sks dog"], is_here=False)
+    with pytest.raises(UserError, match="'a dog' lacks the subject"):
+        read(tmp_path, "zoodip", prompts=["a dog"], is_here=False)
 
 
 def test_encoders_are_opened(tmp_path):

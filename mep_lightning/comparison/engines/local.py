@@ -22,6 +22,10 @@ from mep_lightning.comparison.engines import Ended
 
 PATIENCE = 60.0
 """Seconds that a process has to save what it trained once it is told to stop."""
+TOLD_TO_STOP = 75
+"""The status of a process that was told to stop, and did: EX_TEMPFAIL, which is what it is."""
+TOLD = (TOLD_TO_STOP, -signal.SIGTERM)
+"""And that of one that was so before it could hear."""
 ATTENTION = 1.0
 """Seconds after which who waits looks up: an interrupt that is no signal, as Ray's, wakes nobody."""
 
@@ -116,7 +120,7 @@ class LocalEngine:
                 for worker in list(busy):
                     lives = worker.process.is_alive()  # before it is listened to: its last words count
                     yield from worker.heard()
-                    if not lives and len(worker.left) > 1 and worker.process.exitcode:
+                    if not lives and len(worker.left) > 1 and worker.process.exitcode not in TOLD:
                         waiting.extendleft(reversed(halves(worker.left)))
                         worker.left = []
                     elif worker.left and (end := self._end(worker, lives)) is not None:
@@ -160,8 +164,8 @@ class LocalEngine:
 
 
 def _death(status: int | None, log: Path) -> dict[str, Any]:
-    if status == 0:
-        return {"error": "its process was told to stop, and has saved what it trained", "kind": "stopped"}
+    if status in TOLD:
+        return {"error": "its process was told to stop; what it saved is gone on with", "kind": "stopped"}
     if status == -signal.SIGKILL:
         return {"error": "killed, as systems do that run out of memory", "kind": "memory"}
     return {"error": f"its process died with status {status}; {log} may say why", "kind": "failed"}
@@ -172,16 +176,28 @@ def _work(connection: Connection, logs: Path, threads: int | None, gpu: str | No
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told as well, and says when to stop
+    signal.signal(signal.SIGTERM, _interrupt)
     end_with_parent()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    with suppress(EOFError, OSError, Interrupted):
-        while True:
+    while True:
+        try:
             batch: Batch = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
             for cell, record in run(batch, partial(_log_to, logs)):
                 connection.send((cell.key, record))
+        except (Interrupted, KeyboardInterrupt):
+            sys.exit(TOLD_TO_STOP)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Stop, as Ctrl-C does; once is enough."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _log(logs: Path, cell: Cell) -> Path:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,6 +170,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    answer = signal.getsignal(signal.SIGTERM)
     import ray
 
     if ray.is_initialized():
@@ -187,6 +189,8 @@ def _cluster(address: str | None) -> Iterator[None]:
                 f"--address {address}: no Ray cluster of this version answers there ({reason(error).rstrip('.')}); "
                 "give HOST:PORT of its head, or auto on one of its nodes."
             ) from error
+    with suppress(ValueError):  # only the main thread says so; Ray's own answer ends the cluster before cells save
+        signal.signal(signal.SIGTERM, answer)
     try:
         yield
     finally:

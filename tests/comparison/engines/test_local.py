@@ -68,19 +68,32 @@ def test_a_killed_process_is_told_as_out_of_memory_unless_fewer_cells_fit(tmp_pa
 def test_a_process_that_is_told_to_stop_is_no_failure_and_the_others_go_on(tmp_path, monkeypatch):
     give = Worker.give
 
+    one, other = cell(tmp_path, 0, "--trainer.log_every_n_steps", "1", steps="100000"), cell(tmp_path, 1)
+
     def give_and_stop(self, batch):
-        if batch[0].seed == 0:
-            self.connection.close()  # it ends by itself, with status 0, as one that was told to save and stop
-            self.process.join()
-            self.left, self.began, self.size = list(batch), time.monotonic(), len(batch)
-        else:
-            give(self, batch)
+        give(self, batch)
+        if batch[0] is one:
+            log, deadline = one.run / "log.csv", time.monotonic() + 120
+            while not (log.is_file() and len(log.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for _ in range(2):  # a system tells all of a group, and then the parent its own
+                self.process.terminate()
+        if batch[0].seed == 2:
+            self.process.terminate()  # before it can hear
 
     monkeypatch.setattr(Worker, "give", give_and_stop)
-    monkeypatch.setattr("mep_lightning.comparison.engines.local.wait", lambda *_: time.sleep(0.1))
-    batches = [[cell(tmp_path, 0), cell(tmp_path, 0)], [cell(tmp_path, 3, "--model.lr", "-1")]]
+    batches = [[one], [cell(tmp_path, 2), cell(tmp_path, 2)], [cell(tmp_path, 3, "--model.lr", "-1")]]
     found = list(LocalEngine(threads=1).run_all(batches, tmp_path / "logs"))
-    assert [record["kind"] for _, record in found] == ["stopped", "stopped", "failed"]
+    assert [record["kind"] for _, record in found] == ["stopped", "stopped", "stopped", "failed"]
+    assert (one.run / "checkpoints" / "last.ckpt").is_file(), "after the step that it was at"
+    assert not other.run.exists()
+
+
+def test_a_log_that_cannot_be_opened_is_a_failure(tmp_path):
+    wrong = cell(tmp_path, 0)
+    (tmp_path / "logs" / "ti-ball-0.txt").mkdir(parents=True)
+    ((_, record),) = LocalEngine(threads=1).run_all([[wrong]], tmp_path / "logs")
+    assert record["kind"] == "failed" and "died with status 1" in record["error"]
 
 
 def test_a_process_that_dies_tells_where_its_log_is(tmp_path, monkeypatch):
