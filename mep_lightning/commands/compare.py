@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def run(argv: Sequence[str]) -> int:
     read = _look(folder, options, which, len(methods), common["prompts"])
     styles = {method for method, settings in read.items() if settings is not None and settings.is_style}
     cells = [cell_of(folder, options, one, styles) for one in which]
+    all_of_it = partial(compared, folder, list(methods), options.base)
     folder.claim(common)
     with folder.alone(), _saving_on_sigterm():
         told = {method: settings.settings for method, settings in read.items() if settings is not None}
@@ -78,15 +80,10 @@ def run(argv: Sequence[str]) -> int:
         try:
             engine = _engine(options, methods, read)
             together = batches(todo, _sizes(todo, options.subjects_per_batch))
-            _run_all(
-                together,
-                folder,
-                engine,
-                lambda: write_table(folder, compared(folder, list(methods), options.base, False)),
-            )
+            _run_all(together, folder, engine, lambda: write_table(folder, all_of_it(rehearse=False)))
             is_done = True
         finally:  # whoever stops it does not wait for rehearsals
-            written = write_all(folder, compared(folder, list(methods), options.base, is_done), subjects)
+            written = write_all(folder, all_of_it(rehearse=is_done), subjects)
         print(written, flush=True)
         records = folder.records()
     return int(not all(cell.key in records and "error" not in records[cell.key] for cell in cells))
