@@ -92,9 +92,9 @@ def paths(rows: list[Row]) -> Figure:
                 dims.plot(kept, losses, line, color=colour, marker="o", label=f"{name}, {what}")
         assert passes <= BUDGET
     speed.set(xscale="log", xlabel="forward passes (a backward pass counts two)", ylabel="held-out loss")
-    dims.set(xlabel="principal components that a token keeps", ylabel="held-out loss")
+    dims.set(xlabel="components that a token keeps", ylabel="held-out loss")
     _powers_of_two(dims, list(DIMS))
-    start = values[f"textual_inversion, 0 {COMPONENTS[0]}"]
+    start = values[f"textual_inversion, 0 {COMPONENTS[1]}"]
     for axes in (speed, dims):
         axes.axhline(start, color=GREY, linestyle=":", label="where tokens begin")
         axes.grid(alpha=0.25)

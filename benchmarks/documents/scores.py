@@ -148,7 +148,7 @@ def travelled(rows: list[Row]) -> str:
 
 
 def truncated(rows: list[Row]) -> str:
-    """A run a line: the held-out loss with the first principal components of its path, or about its mean, alone."""
+    """A run a line: the held-out loss of a token that keeps so many components of the vocabulary, or of its path."""
     values = {row["case"]: row["value"] for row in rows}
     lines = [
         [f"{name}, {what}", *(f"{values[f'{name}, {k} {what}']:.4f}" for k in (0, *DIMS))]

@@ -2,8 +2,8 @@
 
 Of every run the held-out loss after so many forward passes (ZOODiP's Figure S5, with a number in the place of a
 picture), the share of its path's dimensions that Subspace Gradient keeps (its Figure 8), and how good the learned token
-still is when only the first principal components of its path are left (its Figure 3), those of the way from where it
-began and those of the scatter about the path's mean.
+still is when only a few of its components are left: those of the vocabulary that it moved most along, where the rest is
+what it began with (its Figure 3), or the first of its path.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ BUDGET = 13_500
 """Forward passes: a quarter of ZOODiP's."""
 MARKS = (450, 900, 1_800, 3_600, 5_400, 7_200, 10_200, BUDGET)
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128)
-COMPONENTS = ("components of its path", "components about its mean")
-"""Of the way from the path's start, and of the scatter about its mean."""
+COMPONENTS = ("components of the vocabulary", "components of its path")
 NAIVE: Settings = ZOODIP | {"sg": False, "standardize": False, "eps": 1e-8, "max_steps": BUDGET // 9}
 RUNS: dict[str, tuple[Settings, int]] = {
     "textual_inversion": (BACKPROP, 3),
@@ -50,9 +49,13 @@ class Watch(Callback):
 
     def __init__(self, who: Subject, passes: int) -> None:
         self.who, self.passes = who, passes
+        self.start = torch.zeros(0)
         self.path: list[Tensor] = []
         self.losses: dict[int, float] = {}
         self.kept: list[float] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.start = module.adapter.theta.detach().flatten().double().clone()
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.path.append(module.adapter.theta.detach().flatten().double().clone())
@@ -88,23 +91,31 @@ def _figures(index: int, name: str) -> list[tuple[str, str, float]]:
         found = [(f"{name}, {mark} forward passes", "held-out loss", loss) for mark, loss in watch.losses.items()]
         found += [(name, "share of the path's dimensions kept", share) for share in watch.kept]
         if name in ("textual_inversion", "zoodip_fast"):
-            path = torch.stack(watch.path)
-            for what, centre in zip(COMPONENTS, (path[0], path.mean(0)), strict=True):
-                losses = _truncated(module, who, path, centre)
+            start, path = watch.start, torch.stack(watch.path)
+            moved = path[-1] - start
+            words = module.adapter.vocabulary(module.base).double()
+            bases = most_moved(words, moved), torch.linalg.svd(path - start, full_matrices=False).Vh
+            for what, basis in zip(COMPONENTS, bases, strict=True):
+                losses = _truncated(module, who, start, basis)
                 found += [(f"{name}, {k} {what}", "held-out loss", loss) for k, loss in losses.items()]
     print(f"{who.name}, {name}: {list(watch.losses.values())[-1]:.4f}", flush=True)
     return found
 
 
-def _truncated(module: Any, who: Subject, path: Tensor, centre: Tensor) -> dict[int, float]:
-    """Held-out loss of the learned token with the first k components about a centre alone; 0 is the centre itself."""
+def most_moved(words: Tensor, moved: Tensor) -> Tensor:
+    """The principal components of words [N, D], those ahead along which a token has moved most, [D]; [D, D]."""
+    components = torch.linalg.eigh(torch.cov(words.T)).eigenvectors.T
+    return components[(components @ moved).abs().argsort(descending=True)]
+
+
+def _truncated(module: Any, who: Subject, start: Tensor, basis: Tensor) -> dict[int, float]:
+    """Held-out loss of the learned token when it has moved along the first k rows of a basis alone; 0 is its start."""
     theta = module.adapter.theta
     learned = theta.detach().clone()
-    components = torch.linalg.svd(path - centre, full_matrices=False).Vh
     losses = {}
     for k in (0, *DIMS):
-        kept = components[:k]
-        values = centre + (learned.flatten().double() - centre) @ kept.T @ kept
+        kept = basis[:k]
+        values = start + (learned.flatten().double() - start) @ kept.T @ kept
         theta.data.copy_(values.view_as(theta))
         losses[k] = heldout_loss(module, who)
     theta.data.copy_(learned)

@@ -20,6 +20,7 @@ from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import CMAES, RandomGradientEstimator
 from mep_lightning.estimators.estimator import LossFn
+from mep_lightning.estimators.perturbation import Probe
 from mep_lightning.estimators.subspace import Subspace
 from mep_lightning.kernels import philox_normal
 
@@ -98,6 +99,21 @@ class ScalarMoment(RandomGradientEstimator):
         self.moment = self.beta * self.moment + (1 - self.beta) * weights.square().mean().item()
         mean = self.moment / (1 - self.beta**self.told)
         return weights / math.sqrt(mean) if mean else weights
+
+
+class NeighbouringPoints(RandomGradientEstimator):
+    """What ZOODiP's supplement calls one-point (its Eq. S12): differences of neighbouring points, each told to one's
+    direction, c_i = [L(theta + mu e_i) - L(theta + mu e_i-1)] / mu.
+
+    The equation has e_i-1 in its place, whose expectation is the gradient turned round.
+    """
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [(i, 1.0) for i in range(self.count)]
+
+    def coefficients(self, losses: Tensor) -> Tensor:
+        return torch.cat([losses.new_zeros(1), losses.diff()]) / self.step_size
 
 
 class UnitComponents(CMAES):

@@ -60,6 +60,7 @@ ABLATION: dict[str, Settings] = {
     "n=4": SHORT | {"n": 4},
     "SPSA": SHORT | {"estimator": "SPSAEstimator"},
     "one-point": SHORT | {"estimator": "OnePointEstimator", "standardize": False},
+    "one-point, differences": SHORT | {"estimator": "NeighbouringPoints"},
     "SNR timesteps": SHORT | {"timesteps": "SNRTimesteps"},
     "μ 1e-4": SHORT | {"mu": 1e-4},
     "μ 1e-2": SHORT | {"mu": 1e-2},

@@ -24,6 +24,7 @@ scores, written to metrics.json in the run's folder:
   dino        pictures against the subject's photos, by DINO        higher is better
   dino_inter  pictures of a prompt among themselves                 lower is more diverse
               (with --images-per-prompt 1: of all prompts)
+DINO is DreamBooth's ViT-S/16; ZOODiP's paper scores with --dino facebook/dinov2-base.
 """
 
 

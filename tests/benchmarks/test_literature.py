@@ -7,6 +7,7 @@ from lightning import Trainer
 from benchmarks.trained.literature import (
     BestOfPopulation,
     GuidedSearch,
+    NeighbouringPoints,
     OwnNoise,
     PromptSearch,
     RandomDirections,
@@ -139,3 +140,12 @@ def test_every_member_hears_a_noise_of_its_own_on_the_same_latents(tiny_base, mo
     assert len({own.target.sum().item() for own in (draw, *told)}) == 4
     for own in latents[1:]:
         torch.testing.assert_close(own, latents[0], rtol=0, atol=1e-3)
+
+
+def test_differences_of_neighbouring_points_are_the_gradient_on_average():
+    slope = torch.linspace(-1, 1, 24)
+    estimator = NeighbouringPoints(n=4_000, mu=1e-2, seed=3)
+    grad, losses = estimator.estimate(lambda values: (values * slope).sum(1), torch.zeros(24))
+    assert losses.shape == (4_000,)
+    assert torch.nn.functional.cosine_similarity(grad, slope, dim=0) > 0.95
+    assert grad.norm() == pytest.approx(slope.norm().item(), rel=0.1)

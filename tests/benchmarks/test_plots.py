@@ -16,7 +16,7 @@ PATHS = [
     held_out("zoodip, 450 forward passes", 0.17),
     {"case": "zoodip", "metric": "share of the path's dimensions kept", "value": 0.25},
     *(held_out(f"textual_inversion, {k} components of its path", 0.16 - k / 1e4) for k in (0, *plots.DIMS)),
-    *(held_out(f"textual_inversion, {k} components about its mean", 0.15 - k / 1e4) for k in (0, *plots.DIMS)),
+    *(held_out(f"textual_inversion, {k} components of the vocabulary", 0.15 - k / 1e4) for k in (0, *plots.DIMS)),
 ]
 
 
@@ -25,18 +25,18 @@ def test_paths_over_forward_passes_and_over_components():
     drawn = {line.get_label(): line.get_xydata().tolist() for line in speed.lines}
     assert drawn["textual_inversion"] == [[450, 0.16], [900, 0.15]] and drawn["zoodip"] == [[450, 0.17]]
     assert drawn["zoodip_fast"] == []
-    along, about, begin = dims.lines
+    words, along, begin = dims.lines
     assert [line.get_text() for line in dims.get_legend().texts] == [
+        "textual_inversion, components of the vocabulary",
         "textual_inversion, components of its path",
-        "textual_inversion, components about its mean",
     ]
     assert begin.get_label() == "where tokens begin" and set(begin.get_ydata()) == {0.16}
     assert along.get_xydata()[0].tolist() == [1, pytest.approx(0.1599)]
-    assert about.get_xydata()[0].tolist() == [1, pytest.approx(0.1499)]
+    assert words.get_xydata()[0].tolist() == [1, pytest.approx(0.1499)]
     assert "| zoodip | 0.1700 |  |" in scores.travelled(PATHS) and "| 0.25 |" in scores.travelled(PATHS)
-    along, about = scores.truncated(PATHS).splitlines()[2:]
+    words, along = scores.truncated(PATHS).splitlines()[2:]
     assert along.startswith("| textual_inversion, components of its path | 0.1600 | 0.1599 |")
-    assert about.startswith("| textual_inversion, components about its mean | 0.1500 | 0.1499 |")
+    assert words.startswith("| textual_inversion, components of the vocabulary | 0.1500 | 0.1499 |")
 
 
 def test_every_range_of_timesteps_has_its_field():
