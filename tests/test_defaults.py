@@ -46,7 +46,7 @@ def test_a_method_has_all_that_it_needs_on_every_base(method, family, precision)
         ),
         (("zoodip", "sd1", "int8"), {"n": 2, "tau": 128, "nu": 1e-3}),
         (("zoodip", "sd2", "int8"), {"lr": 1e-2, "mu": 1e-2, "max_steps": 30_000}),
-        (("zoodip", "sdxl", "int8"), {"lr": 5e-3, "mu": 1e-2, "max_steps": 20_000, "puts_low": 700}),
+        (("zoodip", "sdxl", "int8"), {"lr": 5e-3, "mu": 1e-2, "max_steps": 20_000, "puts_low": 700, "puts_high": 900}),
         (("zoodip", "sd1", "int4"), {"lr": 5e-3, "mu": 1e-2}),
         (("zoodip_fast", "sd1", "int8"), {"n": 4, "mu": 1e-2, "max_steps": 30_000 * 3 // 4 // 5}),
         (("zoodip_fast", "sdxl", "int8"), {"n": 4, "max_steps": 20_000 * 3 // 4 // 5, "puts_low": 700}),

@@ -25,7 +25,7 @@ DINO_FILES = "config.json, model.safetensors and preprocessor_config.json"
 
 
 def default_encoders(family: str | None = None) -> tuple[str, str]:
-    """The CLIP and DINO checkpoints that a base is scored with: the embedded ones for `tiny`, DreamBooth's otherwise."""
+    """The CLIP and DINO checkpoints that score a base: the embedded ones for `tiny`, DreamBooth's otherwise."""
     if family == "tiny":
         from mep_lightning import tiny
 

@@ -79,4 +79,4 @@ def test_auto_is_asked_anew_in_every_fit(module, data, trainer_of):
         module.timesteps = None
         trainer_of(callback, max_steps=1).fit(with_base(module, family=family), data)
         found.append((callback.low, callback.high))
-    assert found == [(700, 1000), (500, 900)]
+    assert found == [(700, 900), (500, 900)]
