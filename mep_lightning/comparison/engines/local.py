@@ -182,16 +182,19 @@ def _work(connection: Connection, logs: Path, threads: int | None, gpu: str | No
         import torch
 
         torch.set_num_threads(threads)
-    while True:
-        try:
-            batch: Batch = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
+    try:
+        while (batch := _next(connection)) is not None:
             for cell, record in run(batch, partial(_log_to, logs)):
                 connection.send((cell.key, record))
-        except (Interrupted, KeyboardInterrupt):
-            sys.exit(TOLD_TO_STOP)
+    except (Interrupted, KeyboardInterrupt):
+        sys.exit(TOLD_TO_STOP)
+
+
+def _next(connection: Connection) -> Batch | None:
+    """What is to be run, as soon as it is told; None where nobody tells any more."""
+    with suppress(EOFError, OSError):
+        return connection.recv()
+    return None
 
 
 def _interrupt(number: int, frame: object) -> None:
