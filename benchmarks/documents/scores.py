@@ -62,7 +62,7 @@ def beside(paper: papers.Table, rows: list[Row]) -> str:
     ]
     if len(lines) < len(paper.rows):
         return "Not measured yet.\n"
-    counts, spreads = [], any("spread" in row for by_metric in ours.values() for row in by_metric.values())
+    counts, spreads = [], any("spread" in ours[name][metric] for name in paper.rows for metric in metrics)
     for metric in metrics:
         pairs = [
             (paper.rows[one][metric] - paper.rows[two][metric], ours[one][metric], ours[two][metric])
