@@ -144,8 +144,8 @@ def test_every_member_hears_a_noise_of_its_own_on_the_same_latents(tiny_base, mo
 
 def test_differences_of_neighbouring_points_are_the_gradient_on_average():
     slope = torch.linspace(-1, 1, 24)
-    estimator = NeighbouringPoints(n=4_000, mu=1e-2, seed=3)
+    estimator = NeighbouringPoints(n=500, mu=1e-2, seed=3)
     grad, losses = estimator.estimate(lambda values: (values * slope).sum(1), torch.zeros(24))
-    assert losses.shape == (4_000,)
-    assert torch.nn.functional.cosine_similarity(grad, slope, dim=0) > 0.95
-    assert grad.norm() == pytest.approx(slope.norm().item(), rel=0.1)
+    assert losses.shape == (500,)
+    assert torch.nn.functional.cosine_similarity(grad, slope, dim=0) > 0.9
+    assert grad @ slope == pytest.approx((slope @ slope).item(), rel=0.2)

@@ -142,7 +142,7 @@ def test_ctrl_c_in_the_first_stage_keeps_what_is_made(runs, monkeypatch, capsys,
     monkeypatch.setattr(Hollow, "answer", interrupted)
     assert fit("r", *HOLLOW, config="hollowed_net") == 130
     told = capsys.readouterr().err
-    assert "the activations made so far are kept. Carry on with: mep fit --run r --resume" in told
+    assert "what was made ahead of it is kept. Carry on with: mep fit --run r --resume" in told
     assert fit("r", *HOLLOW, config="hollowed_net") == 2  # its name is taken
     asked.clear()
     monkeypatch.setattr(Hollow, "answer", lambda *given: asked.append(1) or answer(*given))
