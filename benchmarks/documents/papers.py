@@ -114,7 +114,7 @@ ESTIMATORS = Table(
     {
         "SG": _scores(0.266, 0.759, 0.569),
         "SPSA": _scores(0.277, 0.732, 0.506),
-        "one-point": _scores(0.296, 0.703, 0.393),
+        "one-point, differences": _scores(0.296, 0.703, 0.393),
     },
 )
 OF_ONE_SUBJECT = (PARTS, SAMPLING, ESTIMATORS)
