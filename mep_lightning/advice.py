@@ -16,13 +16,12 @@ from mep_lightning.bases.load import INTEGERS, QUANTIZED
 from mep_lightning.distributed import DATA, NAME, Ranks
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import CMAES, FiniteDifferenceEstimator, ForwardGradientEstimator, ZerothOrderEstimator
+from mep_lightning.estimators.perturbation import ROUNDING
 
 if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
 
 ALLOWED_TRAINER_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""The mu at which a finite difference is truest where activations are in half precision (docs/performance.md)."""
 
 
 def refuse_precision(module: LightningModule) -> None:

@@ -21,6 +21,12 @@ COMMANDS = {
     "doctor": "show versions, devices and which kernels are active",
 }
 
+LESS_MEMORY = {
+    "fit": "--model.precision int8, a lower --data.resolution or --data.batch_size 1",
+    "compare": "--workers 1, or --fit '--model.precision int8'",
+    **dict.fromkeys(("test", "predict"), "--precision int8, or --device cpu where a GPU is too small"),
+}
+"""Command -> its options that take less memory."""
 LONGEST = 600
 """Characters of what is said about a mistake."""
 HELP = f"""usage: mep COMMAND [options]
@@ -84,7 +90,8 @@ def sentence_about(error: Exception, command: str) -> tuple[str, int] | None:
         return f"{_place(error)} cannot be used ({error.strerror}); {mend}.", 2
     if is_out_of_memory(error):
         whose = "GPU memory" if kind == "OutOfMemoryError" else "memory"
-        return f"out of {whose}; try --model.precision int8, a lower --data.resolution or --data.batch_size 1.", 1
+        mend = f"try {LESS_MEMORY[command]}" if command in LESS_MEMORY else "end other programs and try again"
+        return f"out of {whose}; {mend}.", 1
     if kind == "MisconfigurationException":  # Lightning's own word for wrong Trainer settings
         return f"wrong trainer setting: {error}", 2
     return None

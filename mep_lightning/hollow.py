@@ -230,8 +230,8 @@ def _done(progress: Path, path: Path, key: str, size: int) -> int:
         return 0  # damaged: they are made again
     if theirs != key:
         raise UserError(
-            f"{path} holds activations of another base, precision, cut, photos, prompts or seed: delete it, or name "
-            "another folder"
+            f"{path} holds activations of another base, precision, cut, number of samples, timesteps, batch, photos, "
+            "prompts or seed: delete it, or name another folder"
         )
     return max(done, 0) if path.is_file() and path.stat().st_size == size else 0
 

@@ -78,6 +78,11 @@ def find_photos(path: str | Path) -> list[Photo]:
     return [Photo(name, path / name, captions.get(name)) for name in names]
 
 
+def holds_photos(folder: Path) -> bool:
+    """Whether there is such a folder, and a photo in it."""
+    return folder.is_dir() and bool(_names(folder, SUFFIXES))
+
+
 def _names(folder: Path, suffixes: Sequence[str]) -> list[str]:
     """Visible files with one of the suffixes, in any case, sorted the same way on every system."""
     files = (f for f in _listing(folder) if f.suffix.lower() in suffixes and not f.name.startswith("."))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mep_lightning.bases import BaseFolder
 from mep_lightning.data import SubjectData
+from mep_lightning.errors import refuse_unless
 from mep_lightning.phases import phase
 
 if TYPE_CHECKING:
@@ -27,5 +28,7 @@ def acquaint(module: PersonalizationModule, data: Any) -> None:
 def encode(module: PersonalizationModule, data: Any, found: BaseFolder) -> None:
     """Encode the photos at every resolution that the module trains at."""
     with phase("encode"):
-        high = found.resolution if data.resolution == "auto" else data.resolution
-        data.encode(found, [high] if module.low_resolution is None else [high, module.low_resolution])
+        high, low = found.resolution if data.resolution == "auto" else data.resolution, module.low_resolution
+        if low is not None:
+            refuse_unless(low < high, "model.low_resolution", low, f"less than data.resolution, which is {high}")
+        data.encode(found, [high] if low is None else [high, low])

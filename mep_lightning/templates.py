@@ -65,6 +65,8 @@ STYLE_TEMPLATES = (
 )
 
 IN_THE_STYLE_OF = "in the style of"
+TAG = r"<[^<>\s:]+:[^<>]*>"
+"""What A1111 reads in a prompt as a setting, such as `<lora:add_detail:0.6>`."""
 
 
 def choose_templates(templates: Literal["object", "style"] | Sequence[str]) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
     """Make the hole in a caption: where it says so, at its token, at the class word, or else in front.
 
     "a {} on grass" stays; "a <sks> ball on grass" and "a ball on grass" become "a {} on grass"; "on grass" becomes
-    "{}, on grass". Of a style "a ball on grass" becomes "a ball on grass in the style of {}".
+    "{}, on grass". Of a style "a ball on grass" becomes "a ball on grass in the style of {}". Tags such as A1111's
+    `<lora:add_detail:0.6>`, a name with a colon in angle brackets, are no words of a prompt and are left out.
 
     Args:
         caption: free text; line breaks and runs of spaces become one space.
@@ -99,10 +102,12 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
             share a style.
         token: the subject's token where it has no angle brackets; a `<name>` is recognised without.
     """
-    caption = " ".join(caption.split())
+    caption = _without_tags(" ".join(caption.split()), token)
     if "{}" in caption:
         return caption
-    names = r"<[^<>\s]+>" + (f"|{re.escape(token)}" if token else "")
+    if not caption:
+        return "{}"
+    names = r"<[^<>\s:]+>" + (f"|{re.escape(token)}" if token else "")
     subjects = [rf"(?:{names})"]
     if class_word is not None:
         noun = re.escape(class_word)
@@ -112,6 +117,12 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
         if found:
             return f"{caption[: found.start()]}{{}}{caption[found.end() :]}"
     return f"{caption.rstrip('.')} {IN_THE_STYLE_OF} {{}}" if class_word is None else f"{{}}, {caption}"
+
+
+def _without_tags(caption: str, token: str | None) -> str:
+    """A caption without tags but the subject's token, and without the commas around them."""
+    words = re.sub(TAG, lambda tag: tag[0] if tag[0] == token else "", caption)
+    return caption if words == caption else re.sub(r"(,\s*)+", ", ", tidy(words)).strip(" ,")
 
 
 def fill(template: str, phrase: str, class_word: str | None = None) -> str:

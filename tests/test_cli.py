@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -93,6 +94,20 @@ def test_memory_that_runs_out_is_a_sentence(runs_out):
         runs_out()
     sentence, status = sentence_about(raised.value, "fit")
     assert sentence.startswith("out of memory; try --model.precision int8") and status == 1
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "compare"])
+def test_what_takes_less_memory_is_asked_for_by_options_that_the_command_has(command, capsys):
+    sentence, _ = sentence_about(torch.OutOfMemoryError("of a GPU"), command)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
+    named = re.findall(r"(?<!')--[a-z-]+", sentence)  # what stands in quotes is for `mep fit`
+    assert named and set(named) <= set(known)
+
+
+def test_a_command_without_such_options_says_so():
+    assert sentence_about(MemoryError(), "plan") == ("out of memory; end other programs and try again.", 1)
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), OSError("of a library, about no path"), ValueError("b")])

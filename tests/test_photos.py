@@ -358,6 +358,26 @@ def test_caption_with_a_token_without_brackets():
     assert caption_to_template("a c++ (1.5) thing", "c++ (1.5)") == "a {} thing"  # no regular expression of the user's
 
 
+@pytest.mark.parametrize(
+    ("caption", "template"),
+    [
+        ("photo of a dog on grass <lora:add_detail:0.6>", "photo of a {} on grass"),
+        ("a {} on grass <lora:add detail:0.6>", "a {} on grass"),
+        ("<lora:a:1>, a <sks> dog, <hypernet:b:0.5>, <lyco:c:1:0.5>, on grass, <lora:d:1>", "a {}, on grass"),
+        ("on grass, <lora:a:1>", "{}, on grass"),
+        ("<lora:a:1>", "{}"),
+        ("a dog ,on grass", "a {} ,on grass"),
+    ],
+)
+def test_tags_are_no_words_of_a_caption(caption, template):
+    assert caption_to_template(caption, "dog", token="<sks>") == template
+    assert caption_to_template(caption, "dog", token="<sks>").count("{}") == 1
+
+
+def test_a_token_is_no_tag_whatever_its_name():
+    assert caption_to_template("a <my:dog> on grass <lora:a:1>", "dog", token="<my:dog>") == "a {} on grass"
+
+
 def test_fill_leaves_other_braces_alone():
     assert fill("a {} {with braces}", "<sks> ball") == "a <sks> ball {with braces}"
 

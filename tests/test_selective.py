@@ -126,3 +126,11 @@ def test_parts_that_do_not_go_together_are_refused():
     mod.load()
     with pytest.raises(UserError, match="model.optimizer adam8bit needs a GPU, and this run is on cpu: use adam"):
         mod.configure_optimizers()
+
+
+@pytest.mark.parametrize("low", [64, 128])
+def test_a_low_resolution_that_is_not_lower_is_refused(low, tmp_path):
+    mod = module()
+    mod.low_resolution = low
+    with pytest.raises(UserError, match=f"model.low_resolution is {low}; use less than data.resolution, which is 64"):
+        fitted(tmp_path, mod, 1)

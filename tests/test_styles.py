@@ -50,6 +50,7 @@ def test_a_style_needs_no_class_word_and_prompts_hold_the_token_alone(pictures):
         ("a <sks> ball on grass", "a {} ball on grass"),
         ("a {} cube", "a {} cube"),
         ("a ball in sks", "a ball in {}"),
+        ("a lighthouse, <lora:add_detail:0.6>", "a lighthouse in the style of {}"),
     ],
 )
 def test_a_caption_says_what_is_shown_and_leaves_the_style_to_the_token(caption, template):

@@ -106,7 +106,7 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     reads_text, base = module.adapter.trains_text, []  # type: tuple[bool, list[Base]]
     peaks = {
         "encode": _autoencoder(found, planned.resolution, "encoder"),
-        "decode": _autoencoder(found, planned.resolution, "decoder"),
+        "decode": _autoencoder(found, found.resolution, "decoder"),
     }
     loading = peak_of(lambda: base.append(made_up.load(found, module)), found)
     on_cpu = found.device.type == "cpu"
@@ -120,7 +120,7 @@ def measure(module: PersonalizationModule, planned: Planned, device: str) -> dic
     held += moments + trained if on_cpu else 0
     # Pictures are decoded beside what is not parked: on a CPU all of it, of streamed weights the arenas.
     peaks["decode"] += held if on_cpu else moments + (arenas + trained if arenas else 0)
-    peaks["denoise"] = held + peak_of(lambda: denoise(module, planned.resolution // found.vae_factor, 1), found)
+    peaks["denoise"] = held + peak_of(lambda: denoise(module, found.resolution // found.vae_factor, 1), found)
     if module.hollow is not None:
         inside = module.hollow.inside(base[0])
         held -= _held(*inside) if on_cpu else 0

@@ -114,7 +114,7 @@ class LoRALinear(_LoRALayer, PeftLinear):
         members, layer = self.standing.members, self.base_layer
         moves = not (members.is_alone or isinstance(members, Tangents)) and all(f.requires_grad for f in self.factors)
         fused = moves and self.strength and isinstance(layer, Int8Linear) and runs_triton(x)
-        if not fused:
+        if not fused or layer.weight.device != x.device:  # a streamed one comes when the layer itself is called
             return super().forward(x)
         assert isinstance(layer, Int8Linear)
         return perturbed_lora_linear(

@@ -94,9 +94,9 @@ class TokenEmbedding(Adapter):
         return ids[0]
 
     def vocabulary(self, base: Base) -> Tensor:
-        """Embeddings of all words that the base knows, [N, D], as long as `theta`'s vectors."""
+        """Embeddings of all words that the base knows, [N, D], as long as `theta`'s vectors; on the host."""
         tables: list[Any] = [encoder.get_input_embeddings() for encoder in base.text_encoders]  # type: ignore[operator]
-        return torch.cat([table.weight for table in tables], dim=1)
+        return torch.cat([table.weight.detach().cpu() for table in tables], dim=1)
 
     def tokens(self, members: Tensor | Members | None = None) -> dict[str, Tensor]:
         if isinstance(members, Members):

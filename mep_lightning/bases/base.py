@@ -302,7 +302,8 @@ class Base(BaseFolder):
         pipe: _Pipeline | _XLPipeline
         if len(encoders) > 1:
             second = {"text_encoder_2": encoders[1], "tokenizer_2": self.tokenizers[1]}
-            pipe = _XLPipeline(**parts, **texts, **second, add_watermarker=False)
+            zeros = {"force_zeros_for_empty_prompt": self.info.force_zeros}
+            pipe = _XLPipeline(**parts, **texts, **second, **zeros, add_watermarker=False)
         else:
             unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             pipe = _Pipeline(**parts, **texts, **unused)

@@ -56,11 +56,13 @@ class Conditioning(NamedTuple):
         embeds: [N, T, D], of SDXL both encoders' side by side.
         pooled: [N, P], SDXL's second encoder's embedding of the whole prompt; None elsewhere.
         vae_factor: pixels a latent, from which SDXL is told the picture's size.
+        force_zeros: whether SDXL's guidance starts from zeros (see `Family`).
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     vae_factor: int = 8
+    force_zeros: bool = True
 
     def expand(self, count: int) -> Conditioning:
         """One prompt's, as often as asked for."""
@@ -73,8 +75,8 @@ class Conditioning(NamedTuple):
         return self._replace(embeds=self.embeds.repeat(count, 1, 1), pooled=pooled)
 
     def nothing(self) -> Conditioning:
-        """This prompt, an empty one, as guidance takes it: SDXL's guidance starts from zeros, as diffusers' does."""
-        if self.pooled is None:
+        """This prompt, an empty one, as guidance takes it: SDXL's mostly starts from zeros, as diffusers' does."""
+        if self.pooled is None or not self.force_zeros:
             return self
         return self._replace(embeds=torch.zeros_like(self.embeds), pooled=torch.zeros_like(self.pooled))
 
@@ -161,7 +163,7 @@ def condition_on_ids(base: Base, ids: Tensor, tokens: Tokens | None = None) -> C
     if len(answers) == 1:
         return Conditioning(answers[0].last_hidden_state, vae_factor=base.vae_factor)
     embeds = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
-    return Conditioning(embeds, answers[-1].text_embeds, base.vae_factor)
+    return Conditioning(embeds, answers[-1].text_embeds, base.vae_factor, base.info.force_zeros)
 
 
 def _read(encoder: nn.Module, ids: Tensor, vectors: Tensor | None, first: int, layers: bool) -> Any:

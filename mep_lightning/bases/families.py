@@ -6,16 +6,29 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mep_lightning.bases.single_file import SingleFile, is_single_file, open_file
+from mep_lightning.bases.single_file import FAMILIES, SingleFile, is_single_file, open_file, other_channels
 from mep_lightning.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent.parent / "tiny" / "weights" / "base"
 ARCHITECTURES = Path(__file__).parent / "architectures"
 """Configuration files of the public bases."""
-VARIANTS = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*"]
+WEIGHTS = (
+    "unet/diffusion_pytorch_model*",
+    "vae/diffusion_pytorch_model*",
+    "text_encoder/model*",
+    "text_encoder_2/model*",
+)
+"""What a hub repository's weights are called, up to their ending."""
+HALF, VARIANTS = ["*.fp16.*", "*.fp16-*"], ["*.non_ema[.-]*", "*.ema[.-]*", "safety_checker/*"]
+"""What is not fetched of one: the first only where a part has nothing else, the rest never."""
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 """The second of each is SDXL's."""
+PREDICTIONS = ("epsilon", "v_prediction")
+OTHER_PROCESSES = ("EDM", "FlowMatch")
+"""What the names of schedulers begin with whose noise is not added as these families' is."""
+TOLD_MORE = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
+"""Settings of U-Nets that must be told of classes or pictures."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,14 @@ class Family:
         resolution: its native side in pixels.
         vae_factor: pixels a latent.
         prediction: "epsilon" or "v_prediction".
+        force_zeros: whether SDXL's guidance starts from zeros, and not from what an empty prompt means.
     """
 
     family: str
     resolution: int
     vae_factor: int
     prediction: str
+    force_zeros: bool = True
 
 
 def locate(name: str | Path, *, weights: bool = True) -> Path:
@@ -83,19 +98,35 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _download(name: str, *, weights: bool) -> Path:
+    """A hub id's snapshot in the hub's cache; of a part that has no plain safetensors, those in fp16."""
     from huggingface_hub import snapshot_download
 
     repository, revision = _split(name)
-
-    files = ["unet/diffusion_pytorch_model*", "vae/diffusion_pytorch_model*", "text_encoder*/model*"]
-    patterns = ["*.json", "*.txt"] + ([f"{file}.safetensors" for file in files] if weights else [])
+    wanted = ["*.json", "*.txt"] + ([f"{files}.safetensors" for files in WEIGHTS] if weights else [])
+    ignored = [*HALF, *VARIANTS]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=VARIANTS))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+        parts = [files for files in WEIGHTS if weights and (folder / files).parent.is_dir()]
+        if lacking := [files for files in parts if not _stored(folder, files, ignored)]:
+            wanted = [f"{files}.fp16*{ending}" for files in lacking for ending in ("safetensors", "json")]
+            # By the commit, which the folder is named after: a branch may have moved on.
+            snapshot_download(repository, revision=folder.name, allow_patterns=wanted, ignore_patterns=VARIANTS)
     except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
         raise UserError(
             f"base {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): "
             "check the name and the network, or give a local folder or .safetensors file"
         ) from error
+    if missing := [files.split("/")[0] for files in lacking if not _stored(folder, files, VARIANTS)]:
+        raise UserError(
+            f"base {name!r} has no safetensors of its {', '.join(missing)} in {folder}: choose a repository or "
+            "revision with some, or connect to the hub where they were not fetched yet"
+        )
+    return folder
+
+
+def _stored(folder: Path, files: str, ignored: list[str]) -> bool:
+    """Whether a snapshot holds weights of that name, those left out that are ignored."""
+    return any(not any(map(path.match, ignored)) for path in folder.glob(f"{files}.safetensors"))
 
 
 def identify(name: str | Path) -> Family:
@@ -116,17 +147,36 @@ def describe(folder: Path, name: str | Path) -> Family:
         family = {128: "tiny", 768: "sd1", 1024: "sd2"}.get(width, "")
     if not family:
         raise UserError(f"base {str(name)!r} is of no known family (cross_attention_dim {width} in unet/config.json)")
-    if unet.get("in_channels", 4) != 4:
-        raise UserError(
-            f"base {str(name)!r} takes {unet['in_channels']} channels, as inpainting models do: use a text-to-image one"
-        )
+    _refuse_other_kinds(name, unet, scheduler)
     for part, config, key, kind in (("vae", vae, "block_out_channels", list), ("unet", unet, "sample_size", int)):
         if not isinstance(config.get(key), kind):
             raise UserError(f"{folder / part}/config.json has no {key}: fetch the base again")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     prediction = scheduler.get("prediction_type", "epsilon")
-    info = Family(family, unet["sample_size"] * factor, factor, prediction)
+    force_zeros = index.get("force_zeros_for_empty_prompt") is not False
+    info = Family(family, unet["sample_size"] * factor, factor, prediction, force_zeros)
     return _corrected(info, open_file(name), width) if is_single_file(name) else info
+
+
+def _refuse_other_kinds(name: str | Path, unet: dict, scheduler: dict) -> None:
+    """Raise UserError of a base that looks like its family, but adds noise or is told what it draws in another way."""
+    if unet.get("in_channels", 4) != 4:
+        raise UserError(f"base {str(name)!r} {other_channels(unet['in_channels'])}")
+    told = [key for key in TOLD_MORE if unet.get(key) is not None]
+    told += ["addition_embed_type"] if unet.get("addition_embed_type") not in (None, "text_time") else []
+    if told:
+        raise UserError(
+            f"base {str(name)!r} must be told more than a text ({told[0]} {unet[told[0]]!r} in unet/config.json): "
+            "use a text-to-image one"
+        )
+    kind, where = str(scheduler.get("_class_name")), "in scheduler/scheduler_config.json"
+    if kind.startswith(OTHER_PROCESSES):
+        raise UserError(f"base {str(name)!r} has a noise schedule of its own ({kind} {where}): {FAMILIES}")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(
+            f"base {str(name)!r} predicts neither noise nor v (prediction_type {prediction!r} {where}): {FAMILIES}"
+        )
 
 
 def _corrected(info: Family, file: SingleFile, width: int) -> Family:

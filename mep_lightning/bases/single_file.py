@@ -130,15 +130,19 @@ def _refusal(shapes: Mapping[str, tuple[int, ...]]) -> str:
         return "is a ControlNet, not a base: use a text-to-image one"
     if READS_LATENTS not in shapes:
         return _named_instead(shapes)
-    channels = shapes[READS_LATENTS][1]
-    if channels != 4:
-        like = f", as {OTHER_CHANNELS[channels]} do" if channels in OTHER_CHANNELS else ""
-        return f"takes {channels} channels{like}: use a text-to-image one"
+    if (channels := shapes[READS_LATENTS][1]) != 4:
+        return other_channels(channels)
     if _has(shapes, REFINER) and not _has(shapes, TEXTS["sdxl"][1]):
         return "is SDXL's refiner, which draws on what a base began: use the base"
     if "edm_mean" in shapes:
         return f"has a noise schedule of its own (EDM), as Playground's do: {FAMILIES}"
     return ""
+
+
+def other_channels(channels: int) -> str:
+    """Why a U-Net that takes so many channels is none to personalise, as the end of a sentence."""
+    like = f", as {OTHER_CHANNELS[channels]} do" if channels in OTHER_CHANNELS else ""
+    return f"takes {channels} channels{like}: use a text-to-image one"
 
 
 def _named_instead(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -130,7 +130,7 @@ class Stream:
             table.forward = partial(_look_up, table, device)  # type: ignore[method-assign]
 
     def close(self) -> None:
-        """Leave the module on the host, and give the device's memory back at once."""
+        """Leave the layers on the host, and give the arena's memory back at once; the rest stays on the device."""
         for handle in self._hooks:
             handle.remove()
         for table in self._tables:

@@ -135,6 +135,8 @@ class _Walk:
         if told.pooled is not None:
             if self.texts_differ:
                 self.part()
+            elif self.parted:  # `part` gave the timestep's embedding a row for every member
+                told = told.repeat(self.members)
             added = unet.get_aug_embed(self.temb, told.embeds, told.added(self.x))
             self.temb = self.temb + added
         if unet.time_embed_act is not None:

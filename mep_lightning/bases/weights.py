@@ -263,19 +263,30 @@ def read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tenso
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors to read: the shards of an index, or the one plain file, or the one variant there is.
+    """The safetensors to read: the shards of an index, or the one plain file; where neither is there, a variant's.
 
     What the libraries name otherwise, such as a single-file copy beside, comes last.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name)):
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{index} has no weight_map: fetch the base again") from None
-        return [folder / name for name in sorted(shards)]
-    files = sorted(
-        folder.glob("*.safetensors"), key=lambda path: (path.name.split(".")[0] not in STEMS, len(path.name), path.name)
-    )
-    if not files:
+    endings = ("", ".index.json", ".index.*.json")  # the last is a variant's, as diffusers and transformers write it
+    found = [path for ending in endings for path in folder.glob(f"*.safetensors{ending}")]
+    if not found:
         raise UserError(f"{folder} holds no safetensors: fetch the base again with safetensors weights")
-    return files[:1]
+    first = min(found, key=_rank)
+    if not _is_index(first):
+        return [first]
+    try:
+        shards = set(json.loads(first.read_text())["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{first} has no weight_map: fetch the base again") from None
+    return [folder / name for name in sorted(shards)]
+
+
+def _is_index(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+def _rank(path: Path) -> tuple[bool, bool, bool, int, str]:
+    """Of a file of weights or an index, the less the sooner it is read."""
+    stem, *words = path.name.split(".")
+    is_variant = not set(words) <= {"safetensors", "index", "json"}
+    return (stem not in STEMS and not _is_index(path), is_variant, not _is_index(path), len(path.name), path.name)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from mep_lightning import phases
 from mep_lightning.callbacks.meter import MemoryMeter, tensor_bytes
 from mep_lightning.errors import refuse_unless
+from mep_lightning.reading import read_json
 from mep_lightning.run_folder import RunFolder, replacing, write_atomically
 
 NOTED_STEPS = 3
@@ -42,6 +43,8 @@ class MemoryProfiler(Callback):
       the rest is `activations` in encode, step and sample (temporary buffers included), `other` elsewhere.
     - `peak_phase`: the innermost phase at the highest peak.
 
+    A resumed run keeps of every phase the session that took most.
+
     Nothing happens per step but an attribute test. On a CPU the peaks are the kernel's own high-water mark on Linux;
     elsewhere a thread reads the process's memory, and a peak between two readings is missed.
 
@@ -61,6 +64,7 @@ class MemoryProfiler(Callback):
         self._step_open = False
         self._explicit_steps = 0
         self._noted = 0
+        self._resumes = False
 
     # -- what phases.observers are told ------------------------------------------------------------------------------
 
@@ -95,7 +99,12 @@ class MemoryProfiler(Callback):
         self._meter = MemoryMeter(device, lambda: tensor_bytes(pl_module, trainer.optimizers, device), self.interval)
         self._meter.start()
         self._trainer, self._step_open, self._explicit_steps = trainer, False, 0
+        self._resumes = False
         phases.observers.append(self)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The run goes on, and with it its figures."""
+        self._resumes = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the step phase unless it is open."""
@@ -159,7 +168,24 @@ class MemoryProfiler(Callback):
             memory["subjects"] = len(self.runs)
         for run in self.runs or [RunFolder(Path(trainer.default_root_dir))]:
             if "step" in memory["phases"] or not run.memory_json.is_file():  # figures of a training outlast an attempt
-                write(memory, run)
+                write(with_earlier(memory, run.memory_json) if self._resumes else memory, run)
+
+
+def with_earlier(memory: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A resumed run's figures: of each phase those of the session, this or an earlier one on such a device, that took
+    more."""
+    earlier = read_json(path)
+    try:
+        if earlier["device"] != memory["device"]:
+            return memory
+        theirs, ours = dict(earlier["phases"]), memory["phases"]
+        more = {name for name in ours if name not in theirs or ours[name]["peak_bytes"] > theirs[name]["peak_bytes"]}
+        highest = earlier if earlier["peak_bytes"] > memory["peak_bytes"] else memory
+        whole = {key: highest[key] for key in ("peak_bytes", "peak_phase", "baseline_bytes")}
+        whole["process_peak"] = max(earlier["process_peak"], memory["process_peak"])
+    except (KeyError, TypeError):  # damaged, or there is none
+        return memory
+    return memory | whole | {"phases": theirs | {name: ours[name] for name in more}}
 
 
 def write(memory: dict[str, Any], run: RunFolder) -> None:

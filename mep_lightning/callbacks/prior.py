@@ -15,7 +15,7 @@ from mep_lightning import defaults
 from mep_lightning.data import SubjectData
 from mep_lightning.errors import UserError, refuse_unless
 from mep_lightning.evaluation.generate import generate
-from mep_lightning.photos import find_photos
+from mep_lightning.photos import find_photos, holds_photos
 from mep_lightning.run_folder import RunFolder, replacing
 
 PROMPT = "a photo of a {}"
@@ -89,7 +89,7 @@ class PriorPreservation(Callback):
 
 
 def _count(root: Path) -> int:
-    return len(find_photos(root)) if root.is_dir() and any(root.iterdir()) else 0
+    return len(find_photos(root)) if holds_photos(root) else 0
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -16,13 +16,11 @@ from PIL import Image
 from mep_lightning import defaults
 from mep_lightning.errors import SEEDS, UserError, is_out_of_memory, refuse_unless
 from mep_lightning.evaluation import grid
-from mep_lightning.evaluation.generate import evaluating, generate
+from mep_lightning.evaluation.generate import SAMPLING, evaluating, generate
 from mep_lightning.evaluation.prompts import prompts_for
 from mep_lightning.run_folder import RunFolder
 from mep_lightning.templates import fill
 
-SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5, "sampling_batch": 1}
-"""How a module is sampled whose method and base have no defaults."""
 NEVER = -1
 
 

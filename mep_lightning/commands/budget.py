@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from mep_lightning.distributed import ALONE, DDP, STRATEGIES, Ranks
 from mep_lightning.errors import TooLargeError, UserError, human
 from mep_lightning.plan import Budget, Row, first_fit, free_bytes, parse_size, plan, rehearse
 from mep_lightning.plan.budget import overhead
+from mep_lightning.plan.rows import GENERATING
 from mep_lightning.quantization import why_not_int4
 
 
@@ -121,7 +122,9 @@ def choose(request: FitRequest, size: str) -> tuple[FitRequest, Budget]:
     if not rows:
         raise UserError(f"--budget {size}: no method runs with what is asked for; leave one of its switches out.")
     if taken is None:
-        raise UserError(f"--budget {size}: {least(rows, device)}; give more, or a lower --data.resolution.")
+        has_photos = min(rows, key=lambda row: row.needed_bytes).peak_phase not in GENERATING
+        smaller = ", or a lower --data.resolution" if has_photos else ""
+        raise UserError(f"--budget {size}: {least(rows, device)}; give more{smaller}.")
     if not request.says("print_config"):
         each = f", on each of {devices} devices" if devices > 1 else ""
         say(
@@ -224,28 +227,30 @@ def refuse_too_large(
         )
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     if peak > free:
+        if resumed:
+            mend = "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
+        else:
+            sizes: dict[str, Any] = {"resolution": side, "batch_size": data.batch_size, "devices": ranks.world}
+            mend = _mend(
+                module, device, free, sizes if samples.batch_size == "auto" else sizes | {"pictures": together}
+            )
         raise TooLargeError(
             f"this run would take {human(peak)} ({highest}), and {human(free)} are free on {device}: "
-            f"{_mend(module, device, side, free, resumed, ranks.world)}; --no-plan tries it all the same."
+            f"{mend}; --no-plan tries it all the same."
         )
 
 
-def _mend(
-    module: PersonalizationModule, device: torch.device, resolution: int, free: int, resumed: bool, devices: int
-) -> str:
-    """What would fit."""
-    if resumed:
-        return "--model.offload stream, --model.checkpointing true and --samples.batch_size 1 take less"
+def _mend(module: PersonalizationModule, device: torch.device, free: int, sizes: Mapping[str, Any]) -> str:
+    """What would fit, of runs of these sizes (as for `plan`)."""
 
     def rehearsed(methods: Sequence[str]) -> list[Row]:
         return plan(
             {name: recipe(name) for name in methods},
             module.base_name,
-            resolution=resolution,
             device=device.type,
             precisions=available_precisions(),
             activations=module.activations,
-            devices=devices,
+            **sizes,
         )
 
     fitting, rows = first_fit(METHODS, rehearsed, Budget(free, device.type))

@@ -18,7 +18,7 @@ OPTIONAL = {
     "cma": "gf_ti",
     "ray": "mep compare --engine ray",
     "triton": "the kernels on a GPU",
-    "tensorboard": "--trainer.logger TensorBoardLogger",
+    "tensorboard": "--trainer.logger TensorBoardLogger --trainer.logger.save_dir DIR",
     "wandb": "--trainer.logger WandbLogger",
 }
 """Package -> what it is good for here."""

@@ -13,6 +13,7 @@ from mep_lightning.commands.recipes import mentions, nearest
 from mep_lightning.errors import UserError
 
 PART = re.compile(r"given class_path '([\w.]+)'")
+NEEDS = re.compile(r"given class_path '([\w.]+)':\s+the following arguments are required: (\w+(?:, \w+)*)")
 KEY = re.compile(r'[Pp]arser key "([^"]+)":?\s*(.*)', re.DOTALL)
 NOT_ACCEPTED = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
@@ -67,25 +68,30 @@ def sentence(message: str, parser: Any, sources: Sources) -> str:
     key, rest = key_match[1], key_match[2]
     inner = list(KEY.finditer(rest))
     part = PART.search(rest)
-    if refused:
+    if refused and all(one[1] != refused[2] for one in inner):  # else a part takes it, and only its value is wrong
         return _unknown_argument(key, refused[2], part[1] if part else None, sources)
     if inner:  # a part's own argument, such as n of model.estimator
         key, rest = f"{key}.{inner[-1][1]}", inner[-1][2]
     elif missing := re.search(r"dot import path string: (\S+)", rest):
         return _unknown_part(key, missing[1], parser, sources)
+    if needs := NEEDS.search(rest):
+        return _missing_arguments(key, needs[1].rpartition(".")[2], needs[2].split(", "), sources)
     return _wrong_value(key, rest, sources)
 
 
-def missing_package(error: ValueError, cause: ModuleNotFoundError) -> UserError:
-    """What to tell the user about a part, such as a logger, whose package is not installed.
+def missing_package(error: ValueError, cause: ModuleNotFoundError | None) -> UserError | None:
+    """What to tell the user about a part, such as a logger, whose package is not installed; None where it is not that.
 
     Args:
-        error: jsonargparse's, which names the part.
-        cause: the part's own, which names the package in quotes.
+        error: jsonargparse's, which names the part, and what the part said.
+        cause: the part's own; None where jsonargparse has kept nothing but its words.
     """
-    part, package = PART.search(str(error)), re.search(r"['`]([\w.-]+)", str(cause))
+    part = re.search(rf"{PART.pattern}:?\s*(.*)", str(error))
     who = part[1].rpartition(".")[2] if part else "A part of this run"
-    name = package[1] if package else str(cause)
+    told = str(cause) if cause is not None else part[2] if part else ""
+    if cause is None and not re.search("No module named|pip install", told):
+        return None
+    name = next((word for word in re.findall(r"['`]([\w.-]+)", told) if word != who), told)
     return UserError(f"{who} needs the package {name}, which is not installed; run: pip install {name}")
 
 
@@ -102,6 +108,15 @@ def _unknown_argument(key: str, argument: str, class_path: str | None, sources: 
     guess = nearest(argument, taken)
     mend = f"did you mean {guess}?" if guess else f"it takes {', '.join(taken)}." if taken else "it takes none."
     return f"{sources.where(f'{key}.{argument}')}{key}: {name} takes no {argument!r}; {mend}"
+
+
+def _missing_arguments(key: str, name: str, arguments: list[str], sources: Sources) -> str:
+    needs = f"{name} needs {' and '.join(arguments)}"
+    if any(name in word for word in sources.settings):
+        options = " ".join(f"--{key}.{argument} {argument.rpartition('_')[2].upper()}" for argument in arguments)
+        return f"{needs}: add {options} behind it."  # further behind, it would be told to the next part of a list
+    holding = Sources([(path, recipe) for path, recipe in sources.recipes if name in str(recipe)], [])
+    return f"{holding.where(key)}{key}: {needs}; add it to its init_args."
 
 
 def _unknown_part(key: str, name: str, parser: Any, sources: Sources) -> str:

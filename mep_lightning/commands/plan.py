@@ -102,7 +102,7 @@ def _options() -> Options:
     parser.add_argument(
         "--base", default="sd15", help="sd15, sd21, sdxl, tiny, a folder, file or hub id (default: %(default)s)"
     )
-    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the base's own)")
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the photos (default: the base's own)")
     parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")
     parser.add_argument("--precision", nargs="+", metavar="NAME", help="which precisions (default: all)")

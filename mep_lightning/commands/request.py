@@ -37,7 +37,21 @@ class FitRequest:
 
     def __post_init__(self) -> None:
         configs = [word for path, _ in self.recipes for word in ("--config", str(path))]
-        self.arguments = [*configs, *self.settings]
+        self.arguments = [*configs, *self._seed(), *self.settings]
+
+    def _seed(self) -> list[str]:
+        """The model's seed where the user gives everything's alone: what is drawn in training comes from the model's.
+
+        It stands before the command line, which may name another.
+        """
+        said = [recipe["seed_everything"] for _, recipe in self.recipes if "seed_everything" in recipe]
+        seed = self.setting("seed_everything") or (said[-1] if said else "")
+        is_own = any(mentions(recipe, "model.seed") for _, recipe in self._mine())
+        return ["--model.seed", str(seed)] if str(seed).isdecimal() and not is_own else []
+
+    def _mine(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The user's recipes, without the packaged ones."""
+        return [(path, recipe) for path, recipe in self.recipes if recipes_folder() not in path.parents]
 
     def says(self, key: str) -> bool:
         """Whether a recipe or the command line sets a key."""
@@ -55,8 +69,7 @@ class FitRequest:
 
     def own(self, key: str) -> Any:
         """As `value`, but leaving the packaged recipes out: what the user insists on."""
-        mine = [(path, recipe) for path, recipe in self.recipes if recipes_folder() not in path.parents]
-        return FitRequest(mine, self.settings).value(key)
+        return FitRequest(self._mine(), self.settings).value(key)
 
     def value(self, key: str) -> Any:
         """What the command line, or the last recipe that says it, sets a key of two parts to, such as model.base."""

@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning import Trainer
 
 from mep_lightning import defaults
 from mep_lightning.advice import ALLOWED_TRAINER_PRECISIONS
 from mep_lightning.bases import identify
-from mep_lightning.data import SubjectData
-from mep_lightning.errors import UserError
+from mep_lightning.commands.keeping import RunLog
+from mep_lightning.commands.request import say
+from mep_lightning.data import Batches, SubjectData
+from mep_lightning.errors import UserError, reason
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.run_folder import RunFolder, write_atomically
 
@@ -41,6 +44,14 @@ FREE_TO_CHANGE = (
 )
 """What a resumed run may change: an epoch's length draws nothing; the others change memory and speed, and
 `model.compile` and `model.members_at_once` also the last bits of what is computed."""
+NOT_HERE = {
+    "max_epochs": "an epoch of photos never ends; set trainer.max_steps, or data.repeats for epochs that do",
+    "default_root_dir": "a run keeps everything in a folder of its own; name that one with --run DIR",
+    "enable_checkpointing": "a run is resumed from its checkpoint; leave it out, and say how often by checkpoint.every",
+    "gradient_clip_val": "gradients are not clipped; lower model.lr (a step whose gradient is not finite is skipped)",
+    "accumulate_grad_batches": "every batch is a step here; raise data.batch_size, or a zeroth-order model.estimator.n",
+}
+"""What of the Trainer could not come true here -> why, and the mend."""
 LARGEST_SEED = 2**32 - 1
 """What numpy takes."""
 
@@ -53,8 +64,8 @@ def refuse_impossible(config: Namespace, where: Callable[[str], str]) -> None:
         where: how a sentence about a key begins, such as with the file that holds it.
 
     Raises:
-        UserError: 16-bit precision, whose scaled losses spoil hand-made gradients, no step to train, or a seed out of
-            range.
+        UserError: 16-bit precision, whose scaled losses spoil hand-made gradients, no step to train, an epoch without
+            end to count, a part of the Trainer that a run has no use for, or a seed out of range.
     """
     precision = str(config.trainer.precision)
     if PRECISION_SYNONYMS.get(precision, precision) not in ALLOWED_TRAINER_PRECISIONS:
@@ -68,11 +79,29 @@ def refuse_impossible(config: Namespace, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('trainer.max_steps')}trainer.max_steps is {steps}; use 1 or more, -1 (no end) or auto."
         )
+    epochs = config.trainer.max_epochs
+    if epochs is not None and epochs < 1 and epochs != -1:
+        raise UserError(f"{where('trainer.max_epochs')}trainer.max_epochs is {epochs}; use 1 or more, or -1 (no end).")
     if config.trainer.limit_train_batches == 0:
         raise UserError(f"{where('trainer.limit_train_batches')}trainer.limit_train_batches is 0; use 1 or more.")
+    asked = {
+        "max_epochs": epochs not in (None, -1) and _never_ends(config),
+        "default_root_dir": config.trainer.default_root_dir is not None,
+        "enable_checkpointing": config.trainer.enable_checkpointing is False,
+        "gradient_clip_val": bool(config.trainer.gradient_clip_val),
+        "accumulate_grad_batches": config.trainer.accumulate_grad_batches != 1,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        said = json.dumps(_plain(config.trainer[name]), ensure_ascii=False)
+        raise UserError(f"{where(f'trainer.{name}')}trainer.{name} is {said}, and {NOT_HERE[name]}.")
     seed = config.seed_everything
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"{where('seed_everything')}seed_everything is {seed}; use 0 to {LARGEST_SEED}.")
+
+
+def _never_ends(config: Namespace) -> bool:
+    """Whether an epoch goes on for ever."""
+    return config.data.repeats is None and not isinstance(config.trainer.limit_train_batches, int)
 
 
 def refuse_nulls(config: Namespace, where: Callable[[str], str]) -> None:
@@ -96,6 +125,23 @@ def refuse_nulls(config: Namespace, where: Callable[[str], str]) -> None:
             if name in settings and settings[name] is None and not is_free:
                 begin = where(f"{section}.{name}") if section else ""
                 raise UserError(f"{begin}{section or kind.__name__}.{name} is null; give it a value, or leave it out.")
+
+
+def count_epochs_in_steps(trainer: Trainer, data: SubjectData) -> str:
+    """Makes the last epoch's end the last step, as all that a run tells of its end is told in steps.
+
+    Returns:
+        The setting that the run ends by.
+    """
+    limit, epochs = trainer.limit_train_batches, trainer.max_epochs or -1
+    if epochs == -1 or (data.repeats is None and isinstance(limit, float)):
+        return "trainer.max_steps"
+    length = limit if data.repeats is None else len(Batches(data))
+    steps = epochs * int(min(length, limit) if isinstance(limit, int) else length * limit)
+    if steps < 1 or 0 < trainer.max_steps <= steps:
+        return "trainer.max_steps"
+    trainer.fit_loop.epoch_loop.max_steps = steps
+    return "trainer.max_epochs"
 
 
 def fill_in_auto(config: Namespace) -> None:
@@ -129,7 +175,7 @@ def refuse_endless_decay(config: Namespace) -> None:
         UserError: there is none.
     """
     trainer = config.trainer
-    endless = trainer.max_steps == -1 and (config.data.repeats is None or trainer.max_epochs == -1)
+    endless = trainer.max_steps == -1 and (trainer.max_epochs == -1 or _never_ends(config))
     if endless and config.model.lr_scheduler != "constant":
         raise UserError(
             f"model.lr_scheduler is {config.model.lr_scheduler}, and trainer.max_steps -1 is no end to run to; give it "
@@ -218,11 +264,42 @@ def _parts(node: Any) -> Iterator[Any]:
 
 def save_config(config: Namespace, run: RunFolder) -> None:
     """Writes config.yaml: every setting of the run, readable by `--config` and by `--resume`."""
-    settings = _plain(config.as_dict())
-    settings.pop("config", None)
-    settings["trainer"].pop("default_root_dir", None)  # the folder may be moved
+    settings = _settings(config)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
     write_atomically(run.config, f"# Written by mep fit; carry on with: mep fit --run {run.root} --resume\n{text}")
+
+
+def hyperparameters(config: Namespace) -> dict[str, Any]:
+    """The same settings for an experiment logger: by dotted key, those of callbacks by their class's name."""
+    settings = _settings(config)
+    settings["trainer"].pop("logger", None)  # may hold a key to where others read these
+    found: dict[str, Any] = {}
+    for section, node in settings.items():
+        for key, value in flat(section, node):
+            items = value if isinstance(value, list) else []
+            parts = [item for item in items if isinstance(item, dict) and "class_path" in item]
+            for part in parts:
+                found.update(flat(f"{key}.{part['class_path'].rpartition('.')[2]}", part))
+            if not parts:
+                found[key] = value
+    return found
+
+
+def tell_settings(trainer: Trainer, config: Namespace) -> None:
+    """Gives the settings to the loggers that the user has asked for."""
+    for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
+        try:
+            if not isinstance(logger, RunLog):
+                logger.log_hyperparams(hyperparameters(config))
+        except Exception as error:  # some take no other value for what they were told before, as when a run is resumed
+            say(f"Note: {type(logger).__name__} does not take the settings ({reason(error)}); config.yaml has them.")
+
+
+def _settings(config: Namespace) -> dict[str, Any]:
+    settings: dict[str, Any] = _plain(config.as_dict())
+    settings.pop("config", None)
+    settings["trainer"].pop("default_root_dir", None)  # the folder may be moved
+    return settings
 
 
 def _plain(node: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -40,6 +41,7 @@ from mep_lightning.commands.mistakes import Sources, missing_package, sentence
 from mep_lightning.commands.progress import StepProgress
 from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, is_one_of_many, say
 from mep_lightning.commands.settings import (
+    count_epochs_in_steps,
     fill_in_auto,
     make_absolute,
     refuse_changes,
@@ -47,6 +49,7 @@ from mep_lightning.commands.settings import (
     refuse_impossible,
     refuse_nulls,
     save_config,
+    tell_settings,
 )
 from mep_lightning.distributed import LostRankError, Ranks
 from mep_lightning.errors import CheckpointError, UserError, counted, is_out_of_memory, reason
@@ -138,9 +141,10 @@ class FitCLI(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, (UserError, ModuleNotFoundError)):
                 cause = cause.__cause__ or cause.__context__
-            if cause is None:
+            told = cause if isinstance(cause, UserError) else missing_package(error, cause)
+            if told is None:
                 raise
-            raise (missing_package(error, cause) if isinstance(cause, ModuleNotFoundError) else cause) from None
+            raise told from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.request.run is not None
@@ -163,11 +167,11 @@ class FitCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         self.stopper = StopAfterStep()
-        bar = [] if config.get("enable_progress_bar") is False else [StepProgress()]
         named = config["callbacks"] or []
         named = named if isinstance(named, list) else [named]
+        has_bar = config.get("enable_progress_bar") is False or any(isinstance(one, ProgressBar) for one in named)
         config["callbacks"] = [self.stopper, *named]  # first, so that it lets go before the last pictures are drawn
-        return super()._instantiate_trainer(config, [*callbacks, *bar])
+        return super()._instantiate_trainer(config, [*callbacks, *([] if has_bar else [StepProgress()])])
 
     def _new_run(self) -> RunFolder:
         """The default folder; other processes of the same run take the first one's name."""
@@ -223,11 +227,11 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
     if cli.request.resume and is_first_process():
         run.sweep()
     first_step = step_of(run.last_checkpoint) if cli.request.resume else 0
+    ends = count_epochs_in_steps(trainer, data)
     ended = first_step == trainer.max_steps > 0 and not is_finished(run)  # killed between its last step and its report
     if 0 < trainer.max_steps <= first_step and not ended:
         say(
-            f"{run.root} is at step {first_step}. Nothing is left to train; add --trainer.max_steps with a larger "
-            "number to go on."
+            f"{run.root} is at step {first_step}. Nothing is left to train; add --{ends} with a larger number to go on."
         )
         return 0
     data.setup("fit")  # a damaged photo is named before gigabytes are read
@@ -255,6 +259,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         with going_on([run], trainer, first_step):
             if is_first_process():
                 save_config(cli.config, run)
+                tell_settings(trainer, cli.config)
             checkpoint = str(run.last_checkpoint) if first_step else None
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except LostRankError as error:

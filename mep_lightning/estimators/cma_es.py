@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mep_lightning.errors import SEEDS, UserError, refuse_unless
+from mep_lightning.errors import SEEDS, CheckpointError, UserError, refuse_unless
 from mep_lightning.estimators.estimator import Estimator, LossFn
 from mep_lightning.kernels import philox_normal
 
@@ -139,7 +139,7 @@ class CMAES(Estimator):
             raise UserError("CMAES searches among a vocabulary's components: call follow() with its embeddings")
         if self.dims == "auto" or self.sigma == "auto":
             raise UserError("CMAES.dims or sigma is 'auto' outside a module; set them, such as dims=256, sigma=1.0")
-        words = self._vocabulary().detach().double().cpu()
+        words = self._vocabulary().detach().cpu().double()
         variances, components = torch.linalg.eigh(torch.cov(words.T))
         count = min(int(self.dims), width)
         lengths = variances[-count:].clamp_min(0).sqrt()
@@ -151,6 +151,12 @@ class CMAES(Estimator):
         return {"start": self._start, "basis": self._basis, "heard": heard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it is another estimator's, or damaged.
+        """
+        if lacking := {"start", "basis", "heard"} - state.keys():
+            raise CheckpointError(f"the state of the search lacks {', '.join(sorted(lacking))}: start the run anew")
         self._start, self._basis, self._heard = state["start"], state["basis"], list(state["heard"])
         self._search = None

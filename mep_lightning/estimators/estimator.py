@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mep_lightning.errors import CheckpointError
+
 LossFn = Callable[[Tensor], Tensor]
 """[V, *theta.shape] -> [V]: the loss of every member, over the same data, noise and timestep."""
 
@@ -21,7 +23,7 @@ class Estimator(ABC):
     moves_itself: ClassVar[bool] = False
     """Whether theta - grad is where theta goes: an optimizer then takes just that step."""
 
-    seed: int | None
+    seed: int | None = None
     """What the directions are drawn from; None is the owning module's to fill in, and 0 where there is none."""
 
     def begin(self, adapter: Any, base: Any) -> None:
@@ -36,10 +38,10 @@ class Estimator(ABC):
         """Go on from what `state_dict` answered.
 
         Raises:
-            ValueError: it is another estimator's.
+            CheckpointError: it is another estimator's.
         """
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, and was given {', '.join(state)}")
+            raise CheckpointError(f"{type(self).__name__} keeps no state, and was given {', '.join(state)}")
 
     @property
     @abstractmethod

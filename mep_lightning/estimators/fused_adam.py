@@ -54,7 +54,7 @@ class FusedZOAdam(Adam):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         self._told: dict[Tensor, _Told] = {}
-        self._left: dict[Tensor, Tensor | None] = {}
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}  # gradients to be looked at, and their versions
         self._clocks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # step and pace, on each parameter's device
         self._counts: dict[Tensor, int] = {}  # of updates so far: state["step"], which a GPU may hold
 
@@ -112,25 +112,25 @@ class FusedZOAdam(Adam):
         return loss
 
     def _step(self) -> None:
-        for theta, grad in self._left.items():
-            if theta.grad is grad:  # that of an earlier step
+        for theta, (left, version) in self._left.items():
+            if theta.grad is left and left._version == version:  # an earlier step's, to which nothing was added
                 theta.grad = None
         told = {theta: (self._told.pop(theta), group) for theta, group in self._all() if theta in self._told}
-        drawn = all(this.along is None for this, _ in told.values())
-        if drawn and (len(told) <= ALONE or next(iter(told)).is_cuda or not _are_drawn_together(told)):
-            for theta, (this, group) in told.items():
-                self._update(theta, this, group)
-            made = {theta: theta.grad for theta in told}
-            for theta in told:
-                theta.grad = None  # it is applied
-            self._take_gradients()
-        else:
-            self._give_gradients({theta: this for theta, (this, _) in told.items()})
-            self._take_gradients()
-            made = {theta: theta.grad for theta in told}
-        self._left = {theta: grad if told[theta][0].keep else None for theta, grad in made.items()}
-        for theta, grad in self._left.items():
-            theta.grad = grad
+        drawn = {theta: this for theta, (this, _) in told.items() if this.along is None}
+        alone = len(drawn) <= ALONE or next(iter(drawn)).is_cuda or not _are_drawn_together(drawn)
+        updated = drawn if alone else {}
+        for theta, this in updated.items():
+            self._update(theta, this, told[theta][1])
+        self._give_gradients({theta: this for theta, (this, _) in told.items() if theta not in updated})
+        made = {theta: theta.grad for theta in told}
+        for theta in updated:
+            theta.grad = None  # it is applied
+        self._take_gradients()
+        self._left = {}
+        for theta, grad in made.items():
+            theta.grad = grad if told[theta][0].keep else None
+            if theta.grad is not None:
+                self._left[theta] = theta.grad, theta.grad._version
 
     def _take_gradients(self) -> None:
         """Adam's own step, of what has a `grad`."""
@@ -198,8 +198,8 @@ class FusedZOAdam(Adam):
         )
 
 
-def _are_drawn_together(told: dict[Tensor, tuple[_Told, dict[str, Any]]]) -> bool:
+def _are_drawn_together(told: dict[Tensor, _Told]) -> bool:
     """Whether parameters' directions come from one draw, in which each has its own number, and nothing is projected."""
-    draws = {(this.seed, this.step) for this, _ in told.values()}
-    numbers = {this.param_id for this, _ in told.values()}
-    return len(draws) == 1 and len(numbers) == len(told) and all(this.basis is None for this, _ in told.values())
+    draws = {(this.seed, this.step) for this in told.values()}
+    numbers = {this.param_id for this in told.values()}
+    return len(draws) == 1 and len(numbers) == len(told) and all(this.basis is None for this in told.values())

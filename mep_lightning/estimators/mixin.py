@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from mep_lightning.distributed import Ranks
 from mep_lightning.errors import UserError
-from mep_lightning.estimators.perturbation import Probe, combine, displaced
+from mep_lightning.estimators.perturbation import ROUNDING, Probe, combine, displaced
 from mep_lightning.estimators.zeroth_order import FiniteDifferenceEstimator, SPSAEstimator
 from mep_lightning.kernels.tf32 import whole_products
 
@@ -57,6 +59,7 @@ class ZerothOrderMixin:
 
     _zo_step: int = -1
     _zo_moved: int = 0
+    _zo_met: int = 0
 
     @torch.no_grad()
     def zo_backward(
@@ -73,10 +76,13 @@ class ZerothOrderMixin:
         directions are a pure function of the estimator's seed, of `global_step` and of what earlier calls of the same
         step perturbed, so a resumed run repeats them; a module without a `global_step` counts its calls instead.
 
+        Over several processes each has data of its own, and the mean of their losses makes one gradient for all; what
+        is trained begins as the first has it.
+
         Args:
             loss_fn: () -> scalar.
-            params: what to perturb; floating point, any dtype and shape; those that require no gradient are left
-                alone. A copy of all of them is held meanwhile.
+            params: what to perturb; floating point, any dtype and shape, though mu drowns in half precision; those that
+                require no gradient are left alone. A copy of all of them is held meanwhile.
             estimator: one of finite differences; `SPSAEstimator(n=1, mu=1e-3)` by default.
 
         Returns:
@@ -92,7 +98,8 @@ class ZerothOrderMixin:
                 f"zo_backward moves parameters in place, which {type(estimator).__name__} does not: take "
                 "SPSAEstimator, or call its estimate()"
             )
-        if getattr(getattr(getattr(self, "_trainer", None), "precision_plugin", None), "scaler", None) is not None:
+        trainer = getattr(self, "_trainer", None)
+        if getattr(getattr(trainer, "precision_plugin", None), "scaler", None) is not None:
             raise UserError(
                 "a Trainer of precision 16-mixed divides gradients by its losses' scale, which zo_backward does not "
                 "know: take bf16-mixed, or 32-true"
@@ -100,6 +107,9 @@ class ZerothOrderMixin:
         trained = [param for param in dict.fromkeys(params) if param.requires_grad]  # a tied parameter is moved once
         if not trained:
             raise UserError("zo_backward got no parameter that requires a gradient: set requires_grad on what to train")
+        ranks = Ranks.of(trainer)
+        if self._zo_met != ranks.world:
+            self._meet(ranks, trained, estimator)
         step, first = self._next_directions(len(trained))
         numbered = dict(enumerate(trained, start=first))  # parameter id -> parameter
         seed, mu = estimator.seed or 0, estimator.step_size
@@ -112,12 +122,25 @@ class ZerothOrderMixin:
                 rewind()
                 with displaced_in_place(numbered, probe, mu, seed, step, originals):
                     losses.append(_scalar(loss_fn()))
-        stacked = torch.stack(losses)  # [V]
+        stacked = ranks.averaged_(torch.stack(losses))  # [V]
         weights = estimator.weights(stacked, dims=sum(param.numel() for param in trained))
         for param_id, param in numbered.items():
             grad = combine(weights.to(param.device), param, seed, step, param_id)
             param.grad = grad if param.grad is None else param.grad.add_(grad)
         return {"loss": stacked.mean(), "losses": stacked}
+
+    def _meet(self, ranks: Ranks, trained: Sequence[Tensor], estimator: FiniteDifferenceEstimator) -> None:
+        """What the first call sees to: processes begin alike, and a mu that drowns is told."""
+        self._zo_met = ranks.world
+        for param in trained:
+            param.copy_(ranks.agreed(param))
+        dtype = max((param.dtype for param in trained), key=lambda dtype: ROUNDING.get(dtype, 0.0))
+        name = str(dtype).removeprefix("torch.")
+        if estimator.step_size < ROUNDING.get(dtype, 0.0):
+            rank_zero_warn(
+                f"mu {estimator.step_size:g} drowns in {name} parameters, which round most of it "
+                "away: train parameters in fp32; the model may be in half precision"
+            )
 
     def _next_directions(self, count: int) -> tuple[int, int]:
         """The step that the noise belongs to, and the first of `count` parameter ids not used in it yet."""

@@ -19,6 +19,8 @@ from mep_lightning.tangents import Dual
 Probe = tuple[int, float]
 """Where a member stands: (i, sign) is theta + sign * mu * e_i, and sign 0 is theta itself."""
 
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""The mu at which a finite difference is truest in half precision (docs/performance.md)."""
 TANGENT = 2.0**-6
 """What a direction is scaled by while it is carried: next to a token e_i is as much longer, and what it becomes in a
 network would leave fp16's range. A power of two changes no digit."""

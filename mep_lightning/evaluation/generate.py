@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mep_lightning import defaults
 from mep_lightning.errors import UserError
 from mep_lightning.phases import phase
 from mep_lightning.seeding import seeded
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
     from mep_lightning.bases import Conditioning
 
 
+SAMPLING: dict[str, Any] = {"sampling_steps": 25, "guidance": 7.5, "sampling_batch": 1}
+"""How a module is sampled whose method and base have no defaults."""
+
+
 @torch.no_grad()
 def generate(
     module_or_base: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int = 25,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     batch_size: int = 8,
     resolution: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -43,14 +48,18 @@ def generate(
         module_or_base: a set-up `PersonalizationModule`, whose trained token the prompts may name, or a plain `Base`.
         prompts: N texts, the subject already filled in.
         seeds: N numbers.
-        steps: denoising steps.
-        guidance: the guidance scale w; 1 or less switches guidance off and halves the work.
+        steps: denoising steps; by default those of the module's method on its base, and 25 for a plain base.
+        guidance: the guidance scale w, by default as for steps, and 7.5; 1 or less switches guidance off and halves the
+            work.
         batch_size: how many pictures are denoised at once.
         resolution: pixels a side; the base's own by default.
         progress: called with (pictures denoised, N) after every batch.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts need as many seeds, and {len(seeds)} were given.")
+    known = SAMPLING | defaults.of(module_or_base)
+    steps = known["sampling_steps"] if steps is None else steps
+    guidance = known["guidance"] if guidance is None else guidance
     is_module = hasattr(module_or_base, "condition_on")
     base = module_or_base.base if is_module else module_or_base
     resolution = base.resolution if resolution is None else resolution

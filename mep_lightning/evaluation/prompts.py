@@ -70,16 +70,20 @@ _LIVING = """
     hamster horse kitten lion lizard man monkey mouse owl panda parrot penguin person pet pig pony poodle puppy rabbit
     rat sheep sloth snake squirrel tiger turtle wolf woman
 """
-_NOT_ALIVE = "toy plush plushie plushy stuffed figurine statue figure doll sculpture drawing"
+_NOT_ALIVE = """
+    backpack doll drawing figure figurine gummy hot plush plushie plushy rubber sculpture statue stuffed teddy toy
+"""
 LIVING_CLASSES = frozenset(_LIVING.split())
 
 
 def is_living(class_word: str) -> bool:
-    """Whether a class word names a living subject: `dog` and `corgi dog` do, `dog toy` and `stuffed animal` do not."""
+    """Whether a class word names a living subject: `dog` and `corgi dog` do, `dog toy` and `teddy bear` do not."""
     words = re.findall(r"[a-z]+", class_word.lower())
     if not words or set(_NOT_ALIVE.split()) & set(words):
         return False
-    return words[-1] in LIVING_CLASSES or words[-1].removesuffix("s") in LIVING_CLASSES
+    many = words[-1]
+    one = many.removesuffix("s"), re.sub("ies$", "y", many), re.sub("ves$", "f", many), re.sub("men$", "man", many)
+    return not LIVING_CLASSES.isdisjoint((many, many.removesuffix("es"), *one))
 
 
 def prompts_for(class_word: str | None, family: str | None = None) -> tuple[str, ...]:
@@ -106,4 +110,5 @@ def without_token(prompt: str, token: str) -> str:
     A token of several vectors (`<sks> <sks>_1`, diffusers' way of writing it) goes as a whole.
     """
     named = rf"{re.escape(token)}(_\d+)?(?![\w>])"
-    return tidy(re.sub(rf"(?<!\S)({IN_THE_STYLE_OF}\s+)?{named}(\s+{named})*", "", prompt))
+    plain = re.sub(rf"(?<![\w<])({IN_THE_STYLE_OF}\s+)?{named}(\s+{named})*('s\b)?\s*", "", prompt)
+    return tidy(re.sub(r"\(\)|\"\"|''", "", plain))

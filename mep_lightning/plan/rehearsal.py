@@ -75,8 +75,8 @@ Phases = dict[str, Peak]
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a rehearsal is of: `found` the base, `resolution` in px, `pictures` denoised at once, `live` the bytes,
-    `subjects` in a batch."""
+    """What a rehearsal is of: `found` the base, `resolution` of photos in px, `pictures` denoised at once, `live` the
+    bytes, `subjects` in a batch."""
 
     live: LiveBytes
     found: BaseFolder
@@ -118,7 +118,7 @@ def rehearse(
         modules: fresh, as recipes make them; each takes the fake base and is of no use afterwards. Of several `ranks`
             the one is played that takes most.
         found: the base, its precision, and its dtype, device and offload as they will be.
-        resolution: side of the photos and of the pictures in px.
+        resolution: side of the photos in px; pictures are drawn at the base's own.
         batch_size: samples a step.
         pictures: how many are denoised at once when samples are drawn, each twice for the guidance.
         subjects: that train in one batch, as in a `SubjectBatch`.
@@ -209,11 +209,12 @@ def _autoencoder(setting: _Setting, host: BaseFolder, half: Half) -> tuple[Peak,
     gc.collect()
     before = setting.live.now
     vae = skeleton_vae(host, unwritten, half)
-    held, side = setting.live.now, setting.resolution // host.vae_factor
-    seen = (
-        (3, setting.resolution, setting.resolution) if half == "encoder" else (vae.config.latent_channels, side, side)
-    )
-    picture = torch.empty(1, *seen, dtype=vae.dtype)
+    held = setting.live.now
+    if half == "encoder":
+        channels, side = 3, setting.resolution
+    else:
+        channels, side = vae.config.latent_channels, host.resolution // host.vae_factor
+    picture = torch.empty(1, channels, side, side, dtype=vae.dtype)
     run = vae.encode if half == "encoder" else vae.decode
     peak = setting.peak(lambda: run(picture), weights=held)
     return replace(peak, weights=held - before), streamed_bytes(vae)
@@ -269,7 +270,7 @@ def _training(setting: _Setting, module: PersonalizationModule, base: Base, draw
         hollowed,
     )
     if kind not in drawn:
-        side = setting.resolution // base.vae_factor
+        side = base.resolution // base.vae_factor
         drawn[kind] = setting.peak(lambda: denoise(module, side, setting.pictures), **held).activations
     peaks["denoise"] = Peak(**held, activations=drawn[kind])
     del kept, trained, run

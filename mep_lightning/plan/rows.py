@@ -34,7 +34,7 @@ class Row:
         method: the recipe's name.
         base: as the user gave it.
         precision: of the frozen base.
-        resolution: px a side.
+        resolution: of the photos, px a side.
         offload: where the weights wait: "none" keeps them on the device.
         checkpointing: whether activations are recomputed in the backward pass.
         phases: the peak of every phase, of the process that takes most.
@@ -137,12 +137,12 @@ def plan(
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Rehearse every recipe in every precision: with and without checkpointing where there is a backward pass, and
-    resident and streamed, on a GPU, where there is none.
+    resident and, on a GPU, streamed where there is none or weights are quantised and checkpointed.
 
     Args:
         recipes: name -> maker of fresh modules.
         base: `sd15`, `sd21`, `sdxl`, or what `load_base` takes; only its JSON files are read.
-        resolution: px a side; the base's own by default.
+        resolution: of the photos, px a side; the base's own by default, as pictures are drawn in any case.
         batch_size: samples a step.
         pictures: how many samples are denoised at once; by default what is usual for the base.
         subjects: that train in one batch, as in a `SubjectBatch`.

@@ -137,6 +137,23 @@ def test_members_go_through_the_op_that_triton_answers(monkeypatch):
     torch.testing.assert_close(fused, apart, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_wait_elsewhere_come_by_their_own_layers(monkeypatch):
+    """As streamed ones do: what a layer's call brings is there for the op of many members neither before nor after."""
+    there = load_base("tiny", "int8", vae=False)
+    adapter = attached(there)
+    members = RandomGradientEstimator(2, mu=0.05).around(step=3)
+    with adapter.at(members):
+        apart = predicted(there, members=3, apart=adapter.layers)
+    monkeypatch.setattr(lora_layers, "runs_triton", lambda _: True)
+    monkeypatch.setattr(lora_layers, "perturbed_lora_linear", lambda *_: pytest.fail("the weight is elsewhere"))
+    for layer in adapter.layers:
+        weight = layer.base_layer.weight
+        layer.base_layer.weight = weight.to("meta")
+        layer.base_layer.register_forward_pre_hook(lambda own, _, weight=weight: setattr(own, "weight", weight))
+    with adapter.at(members):
+        torch.testing.assert_close(predicted(there, members=3, apart=adapter.layers), apart)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_recomputed_activations_give_the_same_gradients(precision):
     found = []

@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from mep_lightning.bases import base as base_module
@@ -346,6 +347,53 @@ def test_a_broken_folder_is_named_with_its_mend(tmp_path, spoil, message):
         load_base(folder)
 
 
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        (SCHEDULER, {"prediction_type": "sample"}, r"neither noise nor v .prediction_type 'sample' in scheduler/sch"),
+        (
+            SCHEDULER,
+            {"prediction_type": "flow_prediction"},
+            "prediction_type 'flow_prediction' in scheduler/scheduler_",
+        ),
+        (SCHEDULER, {"prediction_type": None}, "prediction_type None in scheduler/scheduler_config.json"),
+        (
+            SCHEDULER,
+            {"_class_name": "EDMDPMSolverMultistepScheduler"},
+            "a noise schedule of its own .EDMDPMSolverMultistepScheduler in scheduler/scheduler_config.json.: use a",
+        ),
+        (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "of its own .FlowMatchEulerDiscreteScheduler"),
+        (UNET, {"class_embed_type": "projection"}, "class_embed_type 'projection' in unet/config.json.: use a text-to"),
+        (UNET, {"num_class_embeds": 7}, "must be told more than a text .num_class_embeds 7 in unet/config.json"),
+        (UNET, {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type 'image_proj' in unet/config.json"),
+        (UNET, {"encoder_hid_dim": 7}, "encoder_hid_dim 7 in unet/config.json"),
+        (UNET, {"addition_embed_type": "image"}, "addition_embed_type 'image' in unet/config.json"),
+        (UNET, {"in_channels": 9}, "takes 9 channels, as inpainting models do: use a text-to-image one"),
+        (UNET, {"in_channels": 8}, "takes 8 channels, as InstructPix2Pix models do"),
+        (UNET, {"in_channels": 7}, "takes 7 channels, as upscalers do"),
+        (UNET, {"in_channels": 6}, "takes 6 channels: use a text-to-image one"),
+        (UNET, {"in_channels": 5}, "takes 5 channels, as depth models do"),
+    ],
+)
+def test_a_base_of_another_kind_is_refused_before_anything_is_loaded(tmp_path, path, changes, message):
+    folder = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    changed(folder / path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        identify(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_a_scheduler_that_draws_from_the_same_noise_is_taken(tmp_path, kind):
+    folder = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    changed(folder / SCHEDULER, _class_name=kind)
+    without(folder / SCHEDULER, "prediction_type")  # as SD1's repositories, which are older than the setting
+    assert identify(folder) == identify("tiny")
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere", "/no/such/folder"])
 def test_a_base_that_is_not_there(name):
     with pytest.raises(UserError, match="is no folder"):
@@ -375,6 +423,72 @@ def test_a_hub_id_may_be_pinned_to_a_revision(tmp_path, monkeypatch):
     for name in ("some-owner/some-model", "some-owner/some-model@v1.0"):
         with pytest.raises(UserError, match="neither a folder here nor to be had from the hub"):
             open_base(name)
+
+
+def on_hub(monkeypatch, root, files):
+    """A repository in the place of the hub; answers the list that fetched files are added to."""
+    commit, fetched = root / "snapshots" / ("c" * 40), []
+
+    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns):
+        assert revision in (None, commit.name)
+        chosen = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for path in chosen:
+            (commit / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[path], commit / path)
+            fetched.append(path)
+        return str(commit)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+def published(*names):
+    """What a repository holds: the embedded base, its weights once under each of these names."""
+    files = {path.relative_to(BASE).as_posix(): path for path in BASE.rglob("*.*")}
+    weights = [path for path in files if path.endswith(".safetensors")]
+    others = {path: file for path, file in files.items() if path not in weights}
+    return others | {path.replace(".safetensors", name): files[path] for path in weights for name in names}
+
+
+def test_plain_weights_are_fetched_and_no_other_variant(tmp_path, monkeypatch):
+    names = (".safetensors", ".fp16.safetensors", ".fp16-00001-of-00001.safetensors", ".non_ema.safetensors", ".bin")
+    fetched = on_hub(monkeypatch, tmp_path, published(*names))
+    assert open_base("some-owner/some-model").family == "tiny"
+    assert sorted(fetched) == sorted(published(".safetensors"))
+    assert len([path for path in fetched if path.endswith(".safetensors")]) == 3
+
+
+def test_fp16_is_fetched_of_the_parts_that_have_nothing_else(tmp_path, monkeypatch, tiny_base):
+    files = published(".fp16.safetensors", ".fp16.bin", ".non_ema.fp16.safetensors")
+    files["vae/diffusion_pytorch_model.safetensors"] = BASE / "vae/diffusion_pytorch_model.safetensors"
+    fetched = on_hub(monkeypatch, tmp_path, files)
+    identify("some-owner/some-model")
+    assert not [path for path in fetched if "fp16" in path]  # nor any other weights
+    base = load_base("some-owner/some-model")
+    assert sorted(path for path in fetched if path.endswith((".safetensors", ".bin"))) == [
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    for theirs, ours in zip(tiny_base.modules(), base.modules(), strict=True):
+        assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
+
+
+def test_shards_in_fp16_are_fetched_with_their_index(tmp_path, monkeypatch, tiny_base):
+    files = published(".safetensors")
+    whole = files.pop("unet/diffusion_pytorch_model.safetensors")
+    save_sharded(tmp_path / "unet", whole.parent)
+    files |= {f"unet/{path.name}": path for path in (tmp_path / "unet").iterdir()}
+    on_hub(monkeypatch, tmp_path, files)
+    ours = load_base("some-owner/some-model", vae=False).unet.state_dict()
+    assert all(torch.equal(ours[key], value.half().float()) for key, value in tiny_base.unet.state_dict().items())
+
+
+def test_a_repository_without_safetensors_is_told_apart_from_one_that_is_not_there(tmp_path, monkeypatch):
+    on_hub(monkeypatch, tmp_path, published(".bin", ".non_ema.safetensors"))
+    message = "'some-owner/some-model' has no safetensors of its unet, vae, text_encoder in .*: choose a repository or"
+    with pytest.raises(UserError, match=message):
+        open_base("some-owner/some-model")
 
 
 def test_an_unknown_precision():
@@ -412,6 +526,27 @@ def test_shards_are_read_by_their_index(tmp_path, tiny_base):
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     ours = tiny_base.unet.state_dict()
     assert all(torch.equal(ours[k], v) for k, v in load_base(folder).unet.state_dict().items())
+
+
+def save_sharded(folder, unet):
+    """A U-Net as diffusers writes its variant fp16 in shards."""
+    UNet2DConditionModel.from_pretrained(unet).half().save_pretrained(folder, variant="fp16", max_shard_size="8MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert [path.name for path in folder.glob("*.index*")] == ["diffusion_pytorch_model.safetensors.index.fp16.json"]
+
+
+def test_a_variants_shards_are_read_by_their_index_where_nothing_is_plain(tmp_path, tiny_base):
+    folder = copy_of_tiny(tmp_path)
+    plain = {path: path.read_bytes() for path in (folder / "unet").glob("*.safetensors")}
+    shutil.rmtree(folder / "unet")
+    save_sharded(folder / "unet", BASE / "unet")
+    expected = tiny_base.unet.state_dict()
+    ours = load_base(folder, vae=False).unet.state_dict()
+    assert all(torch.equal(ours[key], value.half().float()) for key, value in expected.items())
+    for path, content in plain.items():
+        path.write_bytes(content)
+    ours = load_base(folder, vae=False).unet.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in expected.items())
 
 
 def test_an_int8_base_never_exists_in_floats_and_maps_no_file(tmp_path):

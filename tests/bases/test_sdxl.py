@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning import Trainer
 from safetensors.torch import load_file
 
 from mep_lightning import PersonalizationModule, SubjectData
-from mep_lightning.adapters import TokenEmbedding
+from mep_lightning.adapters import LoRA, QuantizationScales, TokenEmbedding
 from mep_lightning.bases import condition_on, identify, load_base, open_base, predict_noise
 from mep_lightning.bases.families import TINY_FOLDER
 from mep_lightning.bases.weights import vae_dtype
@@ -85,6 +86,80 @@ def test_members_are_told_apart(folder):
             alone = predict_noise(base.unet, latents, timestep, condition_on(base, prompt, adapter.tokens(member)))
             torch.testing.assert_close(found, alone[0], rtol=1e-4, atol=1e-5)
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "make"),
+    [
+        ("int8", QuantizationScales),
+        ("fp32", lambda: LoRA(rank=2, targets=["linear_1"])),
+        ("fp32", lambda: LoRA(rank=2, targets=["to_k", "conv_out"])),
+    ],
+    ids=["scales", "embeddings", "outside the line"],
+)
+def test_members_of_different_layers_are_told_the_same(folder, precision, make, batch):
+    """They part ahead of the time's embedding, which is joined to pooled text: losses are those of one by one."""
+    estimator = RandomGradientEstimator(n=2, mu=1e-2)
+    module = PersonalizationModule(str(folder), precision, adapter=make(), estimator=estimator)
+    module.class_word = "ball"
+    module.load()
+    mean = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    draw = module.draw({"mean": mean, "std": torch.zeros_like(mean), "prompts": ["a {}", "{} on grass"][:batch]})
+    members = estimator.asked(0).drawn_for(module.adapter.numbered())
+    with torch.no_grad():
+        together = module.losses(members, draw)
+        alone = torch.cat([module.losses(members.chosen([place]), draw) for place in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    assert len(set(together.tolist())) == 3
+
+
+def guided_by_words(folder, tmp_path):
+    """A copy whose guidance starts from the empty prompt's embeddings."""
+    other = shutil.copytree(folder, tmp_path / "base")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    return other
+
+
+def test_what_guidance_starts_from_is_the_bases_to_say(folder, tmp_path):
+    other = guided_by_words(folder, tmp_path)
+    assert (identify(folder).force_zeros, identify(other).force_zeros, identify("tiny").force_zeros) == (1, 0, 1)
+    index = json.loads((other / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    assert identify(other).force_zeros  # as diffusers has it
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_guidance_starts_from_what_it_does_in_diffusers(folder, tmp_path, zeros):
+    path = folder if zeros else guided_by_words(folder, tmp_path)
+    pipe, base = StableDiffusionXLPipeline.from_pretrained(path, add_watermarker=False), load_base(path)
+    assert pipe.config.force_zeros_for_empty_prompt == zeros
+    assert base.pipeline(None).config.force_zeros_for_empty_prompt == zeros
+    with torch.no_grad():
+        _, embeds, _, pooled = pipe.encode_prompt("a red ball")
+        nothing = condition_on(base, [""]).nothing()
+    torch.testing.assert_close(nothing.embeds, embeds)
+    torch.testing.assert_close(nothing.pooled, pooled)
+    assert (embeds.count_nonzero() == 0) == zeros
+
+
+def test_the_empty_prompt_is_remembered_where_text_encoders_are_gone(folder, tmp_path):
+    module = PersonalizationModule(str(guided_by_words(folder, tmp_path)), adapter=LoRA(rank=1))
+    module.class_word = "ball"
+    base = module.load()
+    with torch.no_grad():
+        empty = condition_on(base, [""]).embeds
+    base.release_text_encoders()
+    read, times, told = base.read_text_encoders, [], []
+    base.read_text_encoders = lambda: times.append(1) or read()
+    base.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    generate(module, ["a sks ball"], [0], steps=1, resolution=SIDE)
+    assert len(times) == 1 and torch.equal(base.remembered[""].embeds, empty)
+    torch.testing.assert_close(told[0][:1], empty)
 
 
 def test_the_export_gives_diffusers_the_same_picture(folder, theirs, tmp_path):

@@ -15,11 +15,12 @@ from torch import nn
 
 from mep_lightning import phases
 from mep_lightning.callbacks import MemoryProfiler
+from mep_lightning.callbacks.memory import with_earlier
 from mep_lightning.callbacks.meter import KINDS, MemoryMeter
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation import plots
 from mep_lightning.phases import phase
-from mep_lightning.run_folder import RunFolder
+from mep_lightning.run_folder import RunFolder, write_atomically
 from tests.callbacks.test_meter import MIB, Base, block
 
 
@@ -207,3 +208,42 @@ def test_weights_that_found_their_owner_after_loading_are_weights_of_loading(tra
     # weights are no more than what the process grew by, and a long-lived worker frees up to a MiB meanwhile
     assert load["breakdown"]["weights"] >= 79 * MIB
     assert sum(load["breakdown"].values()) == load["peak_bytes"]
+
+
+def figures(device="cpu", **phases):
+    parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "other"), 0)
+    peaks = {name: {"peak_bytes": size, "breakdown": parts} for name, size in phases.items()}
+    top = max(phases, key=phases.get)
+    whole = {"peak_bytes": phases[top], "peak_phase": top, "process_peak": 2 * phases[top], "baseline_bytes": len(top)}
+    return {"device": device, "phases": peaks} | whole
+
+
+def test_a_resumed_run_keeps_what_an_earlier_session_took(tmp_path):
+    path = tmp_path / "memory.json"
+    now = figures(load=3, step=7)
+    assert with_earlier(now, path) == now
+    for text in ("{", "[]", "{}", '{"device": "cpu", "phases": {"step": 1}}'):  # damaged
+        path.write_text(text)
+        assert with_earlier(now, path) == now
+    path.write_text(json.dumps(figures(precompute=9, load=4, step=5)))
+    found = with_earlier(now, path)
+    assert {name: phase["peak_bytes"] for name, phase in found["phases"].items()} == {
+        "precompute": 9,
+        "load": 4,
+        "step": 7,
+    }
+    assert (found["peak_bytes"], found["peak_phase"], found["process_peak"]) == (9, "precompute", 18)
+    path.write_text(json.dumps(figures("NVIDIA H200", step=99)))
+    assert with_earlier(now, path) == now  # of another device
+
+
+def test_only_a_fit_from_a_checkpoint_goes_on_with_earlier_figures(module, data, trainer_of, tmp_path):
+    run = RunFolder(tmp_path)
+    first = trainer_of(MemoryProfiler(), max_steps=1)
+    first.fit(module, data)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    for checkpoint, kept in ((tmp_path / "one.ckpt", True), (None, False)):
+        write_atomically(run.memory_json, json.dumps(figures(precompute=9)))
+        settings = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint else {}
+        trainer_of(MemoryProfiler(), max_steps=2).fit(type(module)(), data, **settings)
+        assert ("precompute" in read(tmp_path)["phases"]) is kept

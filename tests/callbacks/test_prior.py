@@ -8,6 +8,7 @@ from PIL import Image
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import FullUNet, LoRA
 from mep_lightning.callbacks import PriorPreservation
+from mep_lightning.callbacks.prior import _count
 from mep_lightning.errors import UserError
 
 QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
@@ -40,3 +41,11 @@ def test_pictures_that_a_resumed_full_fine_tuning_lacks_are_asked_for(tmp_path):
     (tmp_path / "prior" / "00001.png").unlink()
     with pytest.raises(UserError, match="prior lacks 1 of 2 pictures of the class, and .* trained over: put them back"):
         fitted(tmp_path, FullUNet(), 2, tmp_path / "one.ckpt")
+
+
+def test_a_folder_without_a_picture_in_it_lacks_them_all(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "notes.txt").touch()
+    assert _count(tmp_path) == _count(tmp_path / "nowhere") == 0
+    Image.new("RGB", (64, 64)).save(tmp_path / "00003.png")
+    assert _count(tmp_path) == 1

@@ -93,10 +93,13 @@ def test_several_processes_get_the_strategy_that_suits_the_method(words, strateg
 
 def test_nothing_fits(said, monkeypatch):
     monkeypatch.setattr(budget, "METHODS", ("zoodip", "peqa", "dreambooth"))
-    status, sentence = said(["fit", "--budget", "540MB", *INT8, "--model.checkpointing", "true"])
-    assert status == 2
-    assert sentence.startswith("mep fit: --budget 540MB: the least, ")
-    assert sentence.endswith("; give more, or a lower --data.resolution.")
+    told = []
+    for resolution in ("64", "512"):
+        words = ["--data.resolution", resolution, "--model.checkpointing", "true"]
+        status, sentence = said(["fit", "--budget", "540MB", *INT8, *words])
+        assert status == 2 and sentence.startswith("mep fit: --budget 540MB: the least, ")
+        told.append(sentence.partition("; ")[2])
+    assert told == ["give more.", "give more, or a lower --data.resolution."]  # pictures have the base's own size
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,24 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded(said, qui
     assert "and 9.54 MiB are free on cpu: the least, " in sentence
     assert sentence.endswith("; --no-plan tries it all the same.")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("crowded")
+def test_what_would_fit_is_looked_for_in_the_runs_own_sizes(said, monkeypatch):
+    asked = []
+
+    def noted(*given, **named):
+        asked.append(named)
+        return plan(*given, **named)
+
+    plan = budget.plan
+    monkeypatch.setattr(budget, "plan", noted)
+    monkeypatch.setattr(budget, "available_precisions", lambda: ["int8"])
+    monkeypatch.setattr(budget, "METHODS", ("zoodip",))
+    sizes = ["--data.batch_size", "3", "--data.resolution", "32", "--samples.batch_size", "2"]
+    assert said(["fit", "--config", "zoodip", *sizes, "--run", "r"])[0] == 2
+    wanted = {"batch_size": 3, "resolution": 32, "pictures": 2}
+    assert asked and all(one.items() >= wanted.items() for one in asked)
 
 
 @pytest.mark.usefixtures("crowded")

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import torch
+import yaml
 
 from mep_lightning import defaults
 from mep_lightning.cli import main
@@ -114,6 +115,22 @@ def test_another_logger_comes_beside_the_runs_own_log(fit):
     assert fit("--run", "r", *words, steps=2) == 0
     assert list(Path("tb").rglob("events.out.tfevents.*"))
     assert Path("r/log.csv").exists()
+    (told,) = Path("tb").rglob("hparams.yaml")
+    told, values = yaml.safe_load(told.read_text()), defaults.lookup("zoodip", "tiny", "int8")
+    assert (told["model.lr"], told["model.estimator.mu"]) == (values["lr"], values["mu"])
+    assert (told["data.class_word"], told["trainer.max_steps"]) == ("ball", 2)
+
+
+def test_a_run_ends_with_its_last_epoch_where_that_comes_first(checkpoint, quick, capsys):
+    words = ["fit", "--config", "zoodip", "--run", "r", *quick, "--data.repeats", "1", "--trainer.max_epochs"]
+    assert main([*words, "1"]) == 0
+    assert "Training for 5 steps." in capsys.readouterr().out  # a step a photo
+    assert checkpoint("r")["global_step"] == 5
+    assert main(["fit", "--run", "r", "--resume"]) == 0
+    assert "Nothing is left to train; add --trainer.max_epochs with a larger number" in capsys.readouterr().out
+    assert main(["fit", "--run", "r", "--resume", "--trainer.max_epochs", "2", "--trainer.max_steps", "7"]) == 0
+    assert "Resuming at step 5 for 2 steps." in capsys.readouterr().out
+    assert checkpoint("r")["global_step"] == 7
 
 
 def test_the_suggested_command_can_be_pasted(fit, capsys):

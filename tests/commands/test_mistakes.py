@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+
+from mep_lightning.commands.fit import requested
+from mep_lightning.comparison.preflight import Settings
 
 
 class Absent(CSVLogger):
@@ -12,6 +16,13 @@ class Absent(CSVLogger):
 
     def __init__(self):
         raise ModuleNotFoundError("Requirement 'no-such-package>=1.2' not met. HINT: Try running `pip install -U …`")
+
+
+class AbsentBar(Callback):
+    """A callback whose package is not there, in Lightning's other words."""
+
+    def __init__(self):
+        raise ModuleNotFoundError("`AbsentBar` requires `no-such-package` >= 1.2. Install it: `pip install …`.")
 
 
 FIT_MISTAKES = {
@@ -103,7 +114,42 @@ FIT_MISTAKES = {
         "has no JPEG, PNG or WebP photo in it: put 3 to 10 photos of the subject there",
     ),
     "no class word": (["--config", "zoodip", "--data.path", "."], "data.class_word is missing"),
-    "clipping": (["--config", "zoodip", "--trainer.gradient_clip_val", 1], "clipping is not supported.*Remove"),
+    "clipping": (
+        ["--config", "zoodip", "--trainer.gradient_clip_val", 0.5],
+        "trainer.gradient_clip_val is 0.5, and gradients are not clipped; lower model.lr",
+    ),
+    "accumulation": (
+        ["--config", "zoodip", "--trainer.accumulate_grad_batches", 4],
+        "trainer.accumulate_grad_batches is 4, and every batch is a step here; raise data.batch_size, or a",
+    ),
+    "epochs without end": (
+        ["--config", "zoodip", "--trainer.max_epochs", 3],
+        "trainer.max_epochs is 3, and an epoch of photos never ends; set trainer.max_steps, or data.repeats",
+    ),
+    "no epochs": (
+        ["--config", "zoodip", "--data.repeats", 1, "--trainer.max_epochs", 0],
+        "trainer.max_epochs is 0; use 1 or more, or -1 (no end).",
+    ),
+    "another folder": (
+        ["--config", "zoodip", "--trainer.default_root_dir", "out"],
+        'trainer.default_root_dir is "out", and a run keeps everything in a folder of its own; name that one',
+    ),
+    "no checkpoints": (
+        ["--config", "zoodip", "--trainer.enable_checkpointing", "false"],
+        "trainer.enable_checkpointing is false, and a run is resumed from its checkpoint.*by checkpoint.every",
+    ),
+    "logger without a folder": (
+        ["--config", "zoodip", "--trainer.logger", "TensorBoardLogger"],
+        "fit: TensorBoardLogger needs save_dir: add --trainer.logger.save_dir DIR behind it.",
+    ),
+    "callback without what it watches": (
+        ["--config", "zoodip", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks+=Timer"],
+        "fit: EarlyStopping needs monitor: add --trainer.callbacks.monitor MONITOR behind it.",
+    ),
+    "wrong value for the last callback": (
+        ["--config", "zoodip", "--trainer.callbacks+=Timer", "--trainer.callbacks.verbose", "x"],
+        "trainer.callbacks.verbose is 'x'; it takes true or false.",
+    ),
     "strategy": (["--config", "zoodip", "--trainer.strategy", "magic"], "wrong trainer setting.*'magic'"),
     "lr": (["--config", "zoodip", "--model.lr", -1], "model.lr is -1.0; use a number above 0, or auto."),
     "lr of 0": (["--config", "zoodip", "--model.lr", 0], "model.lr is 0.0; use a number above 0, or auto."),
@@ -134,6 +180,14 @@ FIT_MISTAKES = {
         ["--config", "zoodip", "--trainer.logger", "Absent"],
         "Absent needs the package no-such-package, which is not installed; run: pip install no-such-package",
     ),
+    "one of several loggers that is not installed": (
+        ["--config", "zoodip", "--trainer.logger+=Absent"],
+        "Absent needs the package no-such-package, which is not installed; run: pip install no-such-package",
+    ),
+    "callback that is not installed": (
+        ["--config", "zoodip", "--trainer.callbacks+=AbsentBar"],
+        "AbsentBar needs the package no-such-package, which is not installed; run: pip install no-such-package",
+    ),
     "folder below a file": (["--config", "zoodip", "--run", "a.txt/r"], "a.txt/r cannot be used (Not a directory)"),
     "resume what": (["--resume"], "--resume needs the run to carry on: add --run DIR."),
     "resume nothing": (["--run", "none", "--resume"], "none holds no config.yaml to resume from"),
@@ -149,6 +203,15 @@ def test_a_mistake_is_answered_with_one_sentence(said, name):
     assert sentence.startswith("mep fit: ")
     assert status == 2
     assert not Path("runs").exists() or not list(Path("runs").iterdir())  # no folder for a run that never began
+
+
+@pytest.mark.parametrize("word", ["--trainer.logger=TensorBoardLogger", "--trainer.callbacks+=EarlyStopping"])
+def test_a_part_that_needs_more_takes_what_is_advised(said, word):
+    _, sentence = said(["fit", "--config", "zoodip", word])
+    option = re.search(r"add (--\S+) ", sentence)[1]
+    words = ["--config", "zoodip", "--run", "r", word, option, "x", "--trainer.callbacks+=Timer"]
+    told = Settings(requested(words)[0]).config.trainer.as_dict()
+    assert f"'{option.rpartition('.')[2]}': 'x'" in str(told)
 
 
 def test_photos_are_asked_for_before_gigabytes_are_read(said):
@@ -175,6 +238,10 @@ RECIPE_MISTAKES = {
     "model: {lr: fast}": "bad.yaml: model.lr is 'fast'; it takes a number or auto.",
     "model: {estimator: {init_args: {n: x}}}": "bad.yaml: model.estimator.n is 'x'; it takes a whole number or auto.",
     "trainer: {precision: 16-mixed}": "bad.yaml: trainer.precision 16-mixed cannot train this",
+    "trainer: {callbacks+: [{class_path: EarlyStopping}]}": (
+        "bad.yaml: trainer.callbacks: EarlyStopping needs monitor; add it to its init_args."
+    ),
+    "trainer: {max_epochs: 3}": "bad.yaml: trainer.max_epochs is 3, and an epoch of photos never ends",
     "trainer: {callbacks+: [{class_path: PUTS, init_args: {lo: 3}}]}": "PUTS takes no 'lo'; did you mean low?",
 }
 

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 
+from mep_lightning.commands.fit import requested
 from mep_lightning.commands.progress import StepProgress
+from mep_lightning.commands.training import FitCLI
 
 LINE = r"100%.* 3/3 \[\d+:\d+<\d+:\d+, +[\d.]+(step/s|s/step), loss \d\.\d+, \d+\.\d+ GiB\]$"
 
@@ -31,6 +34,12 @@ def test_progress_shows_steps_time_left_speed_loss_and_memory(fit, capsys):
     assert fit("--run", "r", steps=3) == 0
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(LINE, last), last
+
+
+@pytest.mark.parametrize("name", ["TQDMProgressBar", "RichProgressBar"])
+def test_another_progress_bar_takes_its_place(name):
+    cli = FitCLI(requested(["--config", "zoodip", "--run", "r", f"--trainer.callbacks+={name}"])[0])
+    assert [type(one).__name__ for one in cli.trainer.callbacks if isinstance(one, ProgressBar)] == [name]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 90), (1, 90), (24, 90)])

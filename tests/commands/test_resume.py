@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 import mep_lightning
@@ -316,6 +317,23 @@ def test_a_resumed_run_may_change_memory_and_speed(trained, config_of, checkpoin
     assert checkpoint("r")["global_step"] == 12
     model = config_of("r")["model"]
     assert model["cuda_graph"] and model["checkpointing"] and model["members_at_once"] == 1
+
+
+class Unchanging(CSVLogger):
+    """A logger that takes no other value for a setting than the one that it was given first, as MLflow's does."""
+
+    def log_hyperparams(self, params):
+        if params.get("trainer.max_steps", 10) != 10:
+            raise ValueError("trainer.max_steps was 10")
+
+
+def test_a_resumed_run_goes_on_though_its_logger_keeps_the_old_settings(trained, checkpoint, capsys):
+    shutil.copytree(trained, "r")
+    words = ["--trainer.logger", "Unchanging", "--trainer.logger.save_dir", "csv", "--trainer.max_steps", "11"]
+    assert main(["fit", "--run", "r", "--resume", *words]) == 0
+    told = capsys.readouterr().out
+    assert "Note: Unchanging does not take the settings (trainer.max_steps was 10); config.yaml has them." in told
+    assert checkpoint("r")["global_step"] == 11
 
 
 def test_a_checkpoint_from_before_there_were_activations_goes_on(trained, checkpoint):

@@ -8,8 +8,8 @@ from sklearn.decomposition import PCA
 
 from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
-from mep_lightning.errors import UserError
-from mep_lightning.estimators import CMAES, SubspaceGradient
+from mep_lightning.errors import CheckpointError, UserError
+from mep_lightning.estimators import CMAES, SPSAEstimator, SubspaceGradient
 from tests.personalizing import StopAt, fitted, trainer
 
 WIDTH = 24
@@ -181,3 +181,9 @@ def test_a_search_given_to_two_modules_is_one_of_each():
     other = run(second, words()[:1], quadratic(words()[7:8]), 3)
     assert all(torch.equal(mine, theirs) for (mine, _), (theirs, _) in zip(one, other, strict=True))
     assert len(first._heard) == 3 and not given._heard
+
+
+@pytest.mark.parametrize(("kind", "told"), [(CMAES, "lacks basis, heard, start"), (SPSAEstimator, "keeps no state")])
+def test_the_state_of_another_estimator_is_refused(kind, told):
+    with pytest.raises(CheckpointError, match=told):
+        kind().load_state_dict({"pace": 1})

@@ -149,3 +149,27 @@ def test_autocast_leaves_nothing_of_what_is_projected_out():
     with torch.autocast("cpu", torch.bfloat16):
         subspace_project_(grad, basis)
     assert (basis @ grad).norm() < 1e-5 * grad.norm()
+
+
+def test_what_is_added_to_a_gradient_that_was_left_is_not_taken_for_it():
+    theta = torch.nn.Parameter(torch.ones(5))
+    optimizer = FusedZOAdam([theta], lr=0.1)
+    optimizer.receive(theta, torch.tensor([1.0]), seed=0, step=0, param_id=0)
+    optimizer.step()
+    left, before = theta.grad.clone(), theta.detach().clone()
+    theta.sum().backward()  # accumulates, as no zero_grad came between
+    optimizer.step()
+    assert not torch.equal(theta, before)
+    torch.testing.assert_close(optimizer.state[theta]["exp_avg"], 0.9 * 0.1 * left + 0.1 * (left + 1))
+
+
+def test_beside_directions_of_ones_own_others_are_projected_still():
+    own, theta, alone = (torch.nn.Parameter(torch.ones(6)) for _ in range(3))
+    basis = torch.eye(6)[:2]
+    together, single = FusedZOAdam([own, theta], lr=0.1), FusedZOAdam([alone], lr=0.1)
+    together.receive(own, torch.ones(1), seed=0, step=0, param_id=0, along=torch.ones(1, 6))
+    for optimizer, parameter in ((together, theta), (single, alone)):
+        optimizer.receive(parameter, torch.ones(2), seed=3, step=0, param_id=1, basis=basis)
+        optimizer.step()
+    assert torch.equal(theta, alone) and torch.equal(theta.grad[:2], torch.zeros(2))
+    assert theta.grad[2:].abs().min() > 0 and torch.equal(own.grad, torch.ones(6))

@@ -7,8 +7,10 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from mep_lightning.distributed import Ranks
 from mep_lightning.errors import UserError
-from mep_lightning.estimators import OnePointEstimator, RandomGradientEstimator, SPSAEstimator, ZerothOrderMixin
+from mep_lightning.estimators import OnePointEstimator, RandomGradientEstimator, SPSAEstimator, ZerothOrderMixin, mixin
+from mep_lightning.estimators.perturbation import combine
 
 ESTIMATORS = [
     RandomGradientEstimator(n=2, mu=1e-2, seed=3),
@@ -290,3 +292,33 @@ def test_a_trainer_that_scales_losses_is_refused():
     own._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
     with pytest.raises(UserError, match="16-mixed divides gradients by its losses' scale"):
         own.zo_backward(lambda: torch.zeros(()), [nn.Parameter(torch.ones(1))])
+
+
+class Two(Ranks):
+    """One of two processes, the other of which always says the same."""
+
+    def _reduce_(self, numbers, how=None):
+        numbers += torch.arange(len(numbers), dtype=numbers.dtype) if len(numbers) != 2 else numbers
+
+
+def test_over_several_processes_the_mean_of_their_losses_makes_the_gradient(monkeypatch):
+    estimator, parameter = SPSAEstimator(n=2, seed=1), nn.Parameter(torch.linspace(-1, 1, 6))
+    alone = Bare().zo_backward(lambda: loss_of(parameter), [parameter], estimator)["losses"]
+    parameter.grad = None
+    monkeypatch.setattr(mixin.Ranks, "of", lambda trainer: Two(0, 2))
+    told = Bare().zo_backward(lambda: loss_of(parameter), [parameter], estimator)
+    torch.testing.assert_close(told["losses"], (alone + torch.arange(4)) / 2)
+    weights = estimator.weights(told["losses"], dims=6)
+    assert torch.equal(parameter.grad, combine(weights, parameter.detach(), 1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mu", "told"),
+    [(torch.bfloat16, 1e-3, True), (torch.float16, 1e-3, True), (torch.float16, 1e-2, False), (None, 1e-3, False)],
+)
+def test_a_step_that_drowns_in_half_precision_is_told_once(dtype, mu, told, recwarn):
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=dtype))]
+    module = Bare()
+    for _ in range(2):
+        module.zo_backward(lambda: loss_of(parameters[1]), parameters, SPSAEstimator(mu=mu))
+    assert [str(one.message).startswith(f"mu {mu:g} drowns in") for one in recwarn] == [True] * told

@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from mep_lightning import phases
+from mep_lightning import defaults, phases
 from mep_lightning.errors import UserError
 from mep_lightning.evaluation import generate
 from mep_lightning.evaluation.generate import evaluating
@@ -144,3 +144,14 @@ def test_modes_are_restored_part_by_part():
     with evaluating(module):
         assert not any(part.training for part in module.modules())
     assert [part.training for part in module.modules()] == before
+
+
+def test_steps_and_guidance_are_those_of_the_method_on_its_base(personalised, base, monkeypatch):
+    calls = []
+    handle = base.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(defaults, "of", lambda module: {"sampling_steps": 3, "guidance": 1.0})
+    (ours,) = generate(personalised, PROMPTS[:1], [0])
+    handle.remove()
+    assert len(calls) == 3
+    (theirs,) = generate(personalised, PROMPTS[:1], [0], steps=3, guidance=1.0)
+    assert differ(ours, theirs) == 0

@@ -56,6 +56,14 @@ def test_prompts_are_numbered_as_in_the_papers_tables(number, living, text):
         ("dog toy", False),
         ("toy", False),
         ("hot dog stand", False),
+        ("hot dog", False),
+        ("teddy bear", False),
+        ("rubber duck", False),
+        ("backpack dog", False),
+        ("wolves", True),
+        ("puppies", True),
+        ("foxes", True),
+        ("women", True),
         ("", False),
     ],
 )
@@ -72,6 +80,9 @@ def test_the_class_word_decides_which_set_is_used(class_word, living):
         ("a ball, <sks>, on grass", "a ball,, on grass"),
         ("a picture in the style of <sks>", "a picture"),
         ("a <skscraper> and a <sks>ball", "a <skscraper> and a <sks>ball"),
+        ('a photo of a "<sks>" toy', "a photo of a toy"),
+        ("a (<sks> dog) in snow", "a (dog) in snow"),
+        ("a <sks>'s hat", "a hat"),
     ],
 )
 def test_the_token_and_only_the_token_leaves_the_prompt(prompt, text):

@@ -1,5 +1,7 @@
 """A LoRA linear for members at different points: the definition, peft's own layer, and PyTorch's modes."""
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,6 +10,7 @@ from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator
 from mep_lightning.estimators.perturbation import perturb
 from mep_lightning.kernels import int8_linear, perturbed_lora_linear, quantize_rows
 
+OWN = "mep_lightning.kernels.perturbed_lora_linear"
 OP = torch.ops.mep_lightning.perturbed_lora_linear.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROBES = [(0, 0.0), (0, 1.0), (2, -1.0)]
@@ -103,3 +106,17 @@ def test_works_under_fake_tensors():
     with FakeTensorMode() as mode:
         y = run(torch.randn(3, 2, 7).bfloat16(), [mode.from_tensor(part) for part in parts])
     assert (y.shape, y.dtype) == ((3, 2, 6), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rank", "launched"), [(256, True), (257, False)])
+def test_ranks_that_a_gpu_has_no_room_for_are_pytorchs(rank, launched, monkeypatch):
+    triton = pytest.importorskip("mep_lightning.kernels.perturbed_lora_linear.triton")
+    calls = []
+    monkeypatch.setattr(sys.modules[OWN], "runs_triton", lambda x: True)
+    monkeypatch.setattr(triton, "perturbed_lora_linear", lambda x, q, *_: calls.append(x) or x.new_zeros(3, len(q)))
+    parts = layer(rank=rank)
+    x = torch.randn(3, 7)
+    ours = run(x, parts)
+    assert bool(calls) is launched
+    if not launched:
+        torch.testing.assert_close(ours, run(x, parts, function=perturbed_lora_linear.reference))

@@ -59,3 +59,10 @@ def test_works_under_fake_tensors():
     with FakeTensorMode():
         q, scale = quantize_rows(torch.randn(3, 4, 2, dtype=torch.bfloat16))
     assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((3, 4, 2), torch.int8, (3,), torch.float32)
+
+
+def test_a_row_with_a_nan_is_no_number_any_more_and_others_stay():
+    x = torch.tensor([[1.0, float("nan"), 2.0], [1.0, -2.0, 0.5]])
+    q, scale = quantize_rows(x)
+    assert scale[0].isnan() and scale[1] == 2 / 127
+    assert q[1].tolist() == [64, -127, 32]

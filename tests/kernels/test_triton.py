@@ -97,6 +97,16 @@ def test_quantize_rows(shape, dtype, device):
             assert torch.equal(ours.cpu(), theirs)
 
 
+def test_quantize_rows_of_a_row_that_is_no_number(device):
+    from mep_lightning.kernels.quantize_rows import triton
+
+    x = torch.randn(3, 1500)
+    x[1, 1200] = math.nan
+    (q, scale), (theirs, exact) = triton.quantize_rows(x.to(device)), quantize_rows(x)
+    assert scale.isnan().tolist() == exact.isnan().tolist() == [False, True, False]
+    assert torch.equal(scale[::2].cpu(), exact[::2]) and torch.equal(q[::2].cpu(), theirs[::2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (33, 70, 65), (16, 32, 16), (130, 3, 129)], ids=str)

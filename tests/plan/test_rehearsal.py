@@ -157,8 +157,14 @@ def test_more_of_anything_takes_more():
         return planned
 
     least, most = peak(), peak(128, batch_size=2, pictures=4)
-    assert all(most[name].activations > 2 * least[name].activations for name in ("encode", "step", "denoise", "decode"))
+    assert all(most[name].activations > 2 * least[name].activations for name in ("encode", "step", "denoise"))
     assert most["load"] == least["load"]
+
+
+def test_pictures_are_drawn_at_the_bases_own_size_whatever_the_photos_have():
+    small, own = (rehearse([METHODS["zoodip"]("int8")], open_base("tiny", "int8"), side)[0] for side in (32, 64))
+    assert all(small[name].activations < own[name].activations / 2 for name in ("encode", "step"))
+    assert all(small[name] == own[name] for name in ("denoise", "decode"))
 
 
 def test_streamed_weights_take_an_arena():

@@ -43,9 +43,9 @@ def _perturbed_lora_linear(
     if runs_triton(x):
         from mep_lightning.kernels.perturbed_lora_linear import triton
 
-        return triton.perturbed_lora_linear(
-            x, q, scale, bias, a, b, scaling, probes, mu, seed, step, (param_a, param_b)
-        )
+        if triton.takes(a):
+            ids = param_a, param_b
+            return triton.perturbed_lora_linear(x, q, scale, bias, a, b, scaling, probes, mu, seed, step, ids)
     members = x.reshape(len(probes), -1, x.shape[-1])  # [V, N, I]
     with torch.autocast(x.device.type, enabled=False):  # it would round mu away
         low = members.float() @ _moved(a, probes, mu, seed, step, param_a).mT  # [V, N, r]

@@ -18,6 +18,17 @@ from mep_lightning.kernels.tiling import GROUP, WIDE, milliseconds, place_of_til
 ROWS = 64  # of a member, a program of the first launch
 DEPTH = 64  # of its inner dimension at a time
 LARGEST = 64 * 64  # outputs of the second launch's tiles: all larger ones take a compiler minutes with r = 128
+WIDEST = 256  # of ranks, for whose tiles a consumer's GPU has the shared memory
+
+
+def stages(width: int) -> int:
+    """How many tiles of A, of a rank's width, the first launch has on their way at once: 99 KiB of them at most."""
+    return 3 if width <= 64 else 2 if width <= 128 else 1
+
+
+def takes(a: Tensor) -> bool:
+    """Whether the launches below hold factors of this rank."""
+    return len(a) <= WIDEST
 
 
 @triton.jit
@@ -169,7 +180,7 @@ def perturbed_lora_linear(
     step: int,
     param_ids: tuple[int, int],
 ) -> Tensor:
-    """As the reference. x [V * N, ..., K] in fp32, bf16 or fp16 -> [..., O]."""
+    """As the reference; `takes(a)` must hold. x [V * N, ..., K] in fp32, bf16 or fp16 -> [..., O]."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     members, (outputs, inputs), rank = len(probes), q.shape, len(a)
     each = len(rows) // members
@@ -184,7 +195,19 @@ def perturbed_lora_linear(
     common, sizes = (directions, amounts), (each, inputs, rank)
     aligned = [width % 4 == 0 for width in (inputs, rank)]
     _down_kernel[down](
-        rows, a.contiguous(), h, *common, seed, step, param_ids[0], *sizes, ROWS, wide, DEPTH, aligned[0]
+        rows,
+        a.contiguous(),
+        h,
+        *common,
+        seed,
+        step,
+        param_ids[0],
+        *sizes,
+        ROWS,
+        wide,
+        DEPTH,
+        aligned[0],
+        num_stages=stages(wide),
     )
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:

@@ -17,11 +17,14 @@ ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it roun
 def _quantize_rows_kernel(x, q, scale, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * size
     largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    broken = tl.zeros((BLOCK,), dtype=tl.int32)  # a maximum leaves NaN out
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.abs(tl.load(x + row + at, mask=at < size, other=0.0).to(tl.float32)))
+        value = tl.load(x + row + at, mask=at < size, other=0.0).to(tl.float32)
+        largest, broken = tl.maximum(largest, tl.abs(value)), broken | (value != value).to(tl.int32)
     step = tl.div_rn(tl.max(largest, 0), 127.0)
-    step = tl.where(step > 0, step, 1.0)
+    step = tl.where(step == 0, 1.0, step)
+    step = tl.where(tl.max(broken, 0) > 0, float("nan"), step)
     tl.store(scale + tl.program_id(0), step)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)

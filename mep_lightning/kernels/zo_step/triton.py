@@ -65,8 +65,9 @@ def _zo_step_kernel(
 
 
 def takes(theta: Tensor, basis: Tensor | None) -> bool:
-    """Whether the launch below holds this parameter: contiguous, and where there is a basis, not too long."""
-    return theta.is_contiguous() and (basis is None or theta.numel() <= LARGEST)
+    """Whether the launch below holds this parameter: contiguous, at most fp32, its basis in fp32 and not too long."""
+    fits = basis is None or (theta.numel() <= LARGEST and basis.dtype.itemsize == 4)
+    return theta.is_contiguous() and theta.dtype.itemsize <= 4 and fits
 
 
 @launches
