@@ -27,10 +27,10 @@ from mep_lightning.draws import Draw, step_generator
 from mep_lightning.estimation import shared_losses
 from mep_lightning.estimators import Backprop, Estimator, ZerothOrderEstimator
 from mep_lightning.estimators.perturbation import Members
-from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.module import PersonalizationModule
 from mep_lightning.plan.answers import Answers
 from mep_lightning.plan.tracker import LiveBytes
+from mep_lightning.plan.transient import transient
 from mep_lightning.plan.workspaces import WORKSPACES
 from mep_lightning.subject_batch import SubjectBatch
 
@@ -427,22 +427,3 @@ def denoise(module: PersonalizationModule, side: int, pictures: int) -> None:
     times = torch.zeros(2 * pictures, dtype=torch.int64, device=base.device)
     with module.drawing():
         base.unet(noise, times, encoder_hidden_states=told.embeds, added_cond_kwargs=told.added(noise))
-
-
-def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:
-    """Bytes that an operation holds only while it runs.
-
-    Our own hold the dequantised weight. On a CPU oneDNN brings every convolution's weight into an order of its own.
-    """
-    name = str(operation)
-    if name.startswith("mep_lightning.int8_linear_w8a8."):
-        rows, outputs = args[0].numel() // args[0].shape[-1], args[1].shape[0]
-        return args[0].numel() + (8 * rows * outputs if on_cpu else 0)  # rows of int8; sums of int32, scaled in fp32
-    if name.startswith("mep_lightning.int8_linear."):
-        return args[1].numel() * args[0].element_size()
-    if name.startswith("mep_lightning.int8_conv2d."):
-        weight = args[1].numel() * args[0].element_size()
-        return 2 * min(weight, PORTION) if on_cpu else weight
-    if name.startswith("aten.convolution.") and on_cpu:
-        return args[1].numel() * args[1].element_size()
-    return 0

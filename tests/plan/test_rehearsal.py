@@ -5,7 +5,6 @@ import gc
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.performance.memory import allocated_peak
 from mep_lightning import PersonalizationModule
@@ -16,9 +15,8 @@ from mep_lightning.bases.streaming import Stream
 from mep_lightning.callbacks import HollowedActivations
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator, SPSAEstimator, SubspaceGradient
-from mep_lightning.kernels.int8_conv2d import PORTION
 from mep_lightning.plan import rehearse
-from mep_lightning.plan.rehearsal import gradients_together, step, transient
+from mep_lightning.plan.rehearsal import gradients_together, step
 from mep_lightning.quantization import why_not_int4
 from mep_lightning.selection import TimestepAwareSelector
 from mep_lightning.subject_batch import SubjectBatch
@@ -164,7 +162,8 @@ def test_more_of_anything_takes_more():
 def test_pictures_are_drawn_at_the_bases_own_size_whatever_the_photos_have():
     small, own = (rehearse([METHODS["zoodip"]("int8")], open_base("tiny", "int8"), side)[0] for side in (32, 64))
     assert all(small[name].activations < own[name].activations / 2 for name in ("encode", "step"))
-    assert all(small[name] == own[name] for name in ("denoise", "decode"))
+    assert small["decode"] == own["decode"]
+    assert small["denoise"].activations == pytest.approx(own["denoise"].activations, rel=0.01)
 
 
 def test_streamed_weights_take_an_arena():
@@ -215,19 +214,6 @@ def held_by_stream(module) -> int:
     stream = Stream(module, torch.device("cpu"))
     moving = sum(like.numel() * like.element_size() for layer in stream.layers for *_, like in layer.places)
     return len(stream.arena) + whole - moving - tables
-
-
-def test_an_operation_of_our_own_holds_its_dequantised_weight():
-    x, q = torch.zeros(2, 7, dtype=torch.float16), torch.zeros(6, 7, dtype=torch.int8)
-    assert transient(torch.ops.mep_lightning.int8_linear.default, (x, q)) == 84
-    assert transient(torch.ops.aten.add.Tensor, (x, x)) == 0
-
-
-def test_a_large_convolutions_weight_comes_in_portions_on_a_cpu():
-    with FakeTensorMode():
-        x, q = torch.empty(1, 2560, 8, 8), torch.empty(1280, 2560, 3, 3, dtype=torch.int8)
-        assert transient(torch.ops.mep_lightning.int8_conv2d.default, (x, q), on_cpu=True) == 2 * PORTION
-        assert transient(torch.ops.mep_lightning.int8_conv2d.default, (x, q)) == 4 * q.numel()
 
 
 def test_text_encoders_are_gone_where_no_text_is_trained():
