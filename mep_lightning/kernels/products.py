@@ -28,6 +28,13 @@ def prefers_onednn() -> bool:
     return has_both and is_wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _is_intel()
 
 
+def onednn_knows(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in a dtype here: in half precision not every CPU does, and PyTorch's own stand in."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def _is_intel() -> bool:
     try:
         return "GenuineIntel" in CPUINFO.read_text()

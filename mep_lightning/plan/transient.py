@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mep_lightning.kernels.int8_conv2d import PORTION
+from mep_lightning.kernels.products import onednn_knows
 
 
 def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> int:
@@ -30,18 +30,11 @@ def transient(operation: Any, args: tuple[Any, ...], on_cpu: bool = False) -> in
         if not on_cpu:
             return weight
         portion = min(weight, PORTION)
-        return 2 * portion if knows(x.dtype) else portion + unfolded(x, q, stride, padding)
+        return 2 * portion if onednn_knows(x.dtype) else portion + unfolded(x, q, stride, padding)
     if name.startswith("aten.convolution.") and on_cpu:
         x, weight, _, stride, padding, *_ = args
-        return weight.numel() * weight.element_size() if knows(x.dtype) else unfolded(x, weight, stride, padding)
+        return weight.numel() * weight.element_size() if onednn_knows(x.dtype) else unfolded(x, weight, stride, padding)
     return 0
-
-
-def knows(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has convolutions in a dtype here: those in half precision are not for every CPU."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def unfolded(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:

@@ -39,12 +39,12 @@ def test_a_convolution_takes_what_this_cpu_takes_for_it(dtype, side, stride, pad
         answer = F.conv2d(x, weight, None, stride, padding)
         taken = allocated_peak(lambda: F.conv2d(x, weight, None, stride, padding)) - answer.nbytes
     planned = transient(CONVOLUTION, (x, weight, None, [stride] * 2, [padding] * 2, [1, 1]), on_cpu=True)
-    slack = 2.5 * weight.nbytes + x.nbytes + answer.nbytes if module.knows(dtype) else weight.nbytes
+    slack = 2.5 * weight.nbytes + x.nbytes + answer.nbytes if module.onednn_knows(dtype) else weight.nbytes
     assert taken == pytest.approx(planned, rel=0.1, abs=slack)
 
 
 def test_without_half_precision_in_onednn_patches_are_laid_side_by_side(monkeypatch):
-    monkeypatch.setattr(module, "knows", lambda dtype: False)
+    monkeypatch.setattr(module, "onednn_knows", lambda dtype: False)
     x, weight = torch.zeros(2, 4, 8, 6, dtype=torch.bfloat16), torch.zeros(5, 4, 3, 3, dtype=torch.bfloat16)
     given = x, weight, None, [2, 1], [1, 1], [1, 1]
     assert transient(CONVOLUTION, given, on_cpu=True) == 2 * (2 * 4 * 9) * (4 * 6)

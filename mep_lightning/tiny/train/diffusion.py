@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from mep_lightning.bases.tokens import token_ids
 from mep_lightning.tiny.captions import scene_caption
 from mep_lightning.tiny.names import LOOK_SIZE, named_scenes
-from mep_lightning.tiny.train.loop import Ema, device_of, fit
+from mep_lightning.tiny.train.loop import Ema, device_of, fit, in_bf16
 from mep_lightning.tiny.train.naming import NamingTextEncoder
 from mep_lightning.tiny.train.text import build_text_encoder
 from mep_lightning.tiny.world import Scenes, random_scenes, render
@@ -77,7 +77,7 @@ class CachedScenes:
         for scenes, _ in self.parts:
             images = render(scenes) * 2 - 1
             for chunk in images.split(50):
-                with torch.autocast(device.type, torch.bfloat16):
+                with in_bf16(device):
                     posterior = vae.encode(chunk.to(device)).latent_dist
                 means.append(posterior.mean.half().cpu())
                 stds.append(posterior.std.half().cpu())

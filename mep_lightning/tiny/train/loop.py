@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mep_lightning.kernels.products import onednn_knows
 from mep_lightning.run_folder import replacing
 
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -38,6 +39,12 @@ class Ema:
 
 def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def in_bf16(device: torch.device) -> torch.autocast:
+    """Autocast to bf16, but on a CPU that would emulate it slowly."""
+    knows = device.type != "cpu" or onednn_knows(torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=knows)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -73,7 +80,7 @@ def fit(
     for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
-        with torch.autocast(device_of(module).type, torch.bfloat16):
+        with in_bf16(device_of(module)):
             loss, seen = loss_fn(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
