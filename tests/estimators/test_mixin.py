@@ -312,6 +312,14 @@ def test_over_several_processes_the_mean_of_their_losses_makes_the_gradient(monk
     assert torch.equal(parameter.grad, combine(weights, parameter.detach(), 1, 0, 0))
 
 
+def test_over_several_processes_what_is_trained_begins_as_the_first_has_it(monkeypatch):
+    parameter, firsts = nn.Parameter(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
+    monkeypatch.setattr(mixin.Ranks, "of", lambda trainer: Two(1, 2))
+    monkeypatch.setattr(Two, "agreed", lambda self, param: firsts)
+    Bare().zo_backward(lambda: loss_of(parameter), [parameter])
+    assert torch.equal(parameter.detach(), firsts)
+
+
 @pytest.mark.parametrize(
     ("dtype", "mu", "told"),
     [(torch.bfloat16, 1e-3, True), (torch.float16, 1e-3, True), (torch.float16, 1e-2, False), (None, 1e-3, False)],

@@ -189,9 +189,8 @@ def _cluster(address: str | None) -> Iterator[None]:
                 f"--address {address}: no Ray cluster of this version answers there ({reason(error).rstrip('.')}); "
                 "give HOST:PORT of its head, or auto on one of its nodes."
             ) from error
-    with suppress(
-        ValueError, TypeError
-    ):  # of the main thread alone; Ray's own answer ends the cluster before cells save
+    # Of the main thread alone; Ray's own answer ends the cluster before cells save.
+    with suppress(ValueError, TypeError):
         signal.signal(signal.SIGTERM, answer)
     try:
         yield
