@@ -28,6 +28,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """A test draws the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_base():
     """The embedded base in fp32, loaded once; tests must leave it as it was."""

@@ -70,6 +70,18 @@ def test_gradients_equal_those_of_the_dequantised_layer(dtype):
         torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
 
 
+def test_a_scales_gradient_in_double_is_rounded_once():
+    """Its terms are hundreds of times as large as their sum may be: added in fp32 they lost three digits of it."""
+    q, scale, bias = layer()
+    scale.requires_grad_()
+    for seed in range(100):
+        x = torch.randn(15, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        weight = torch.arange(6, dtype=torch.float64)
+        (ours,) = torch.autograd.grad((int8_linear(x, q, scale, bias) * weight).sum(), scale)
+        exact = weight * (x.sum(0) * q).sum(1)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-7, atol=0)
+
+
 def test_gradcheck_in_double():
     q, scale, bias = layer(3, 4)
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)

@@ -9,7 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mep_lightning.kernels.dequantize.reference import dequantize_reference, per_output
 from mep_lightning.kernels.dispatch import defined_by, runs_triton
 
-__all__ = ["dequantize", "dequantize_reference", "per_output", "scale_output_", "scales_output"]
+__all__ = [
+    "dequantize",
+    "dequantize_reference",
+    "gradient_of_scale",
+    "per_output",
+    "scale_output_",
+    "scales_output",
+]
 
 PORTION = 2**19  # elements, 2 MiB of fp32; larger portions were no faster
 
@@ -64,3 +71,9 @@ def scale_output_(y: Tensor, scale: Tensor, bias: Tensor | None, dim: int) -> Te
     shape = [-1 if i == dim % y.dim() else 1 for i in range(y.dim())]
     factor = scale.to(y.dtype).view(shape)
     return y.mul_(factor) if bias is None else torch.addcmul(bias.to(y.dtype).view(shape), y, factor, out=y)
+
+
+def gradient_of_scale(grad_weight: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """That of W = q * s in s, from that in W [O, ...]: summed in the wider dtype of the two, as terms cancel -> [O]."""
+    wide = torch.promote_types(grad_weight.dtype, scale.dtype)
+    return (grad_weight.to(wide) * q).flatten(1).sum(1).to(scale.dtype)

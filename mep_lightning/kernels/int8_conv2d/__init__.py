@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from mep_lightning.kernels.dequantize import dequantize, scale_output_, scales_output
+from mep_lightning.kernels.dequantize import dequantize, gradient_of_scale, scale_output_, scales_output
 from mep_lightning.kernels.dispatch import autocast_activation, defined_by, needs_op, needs_reference, runs_triton
 from mep_lightning.kernels.int8_conv2d import reference
 from mep_lightning.kernels.int8_conv2d.reference import Pair
@@ -85,7 +85,7 @@ def _gradient_of_scale(
     grad: Tensor, x: Tensor, q: Tensor, scale: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     grad_weight = conv2d_weight(x, q.shape, grad, stride, padding)  # [O, I, kh, kw]
-    return (grad_weight.to(scale.dtype) * q).sum((1, 2, 3))
+    return gradient_of_scale(grad_weight, q, scale)
 
 
 def gradients(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mep_lightning.kernels.dequantize import dequantize, scale_output_, scales_output
+from mep_lightning.kernels.dequantize import dequantize, gradient_of_scale, scale_output_, scales_output
 from mep_lightning.kernels.dispatch import (
     asks_gradient,
     autocast_activation,
@@ -64,7 +64,7 @@ def _gradient_of_x(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 def _gradient_of_scale(grad: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     grad_weight = linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)  # [O, I]
-    return (grad_weight.to(scale.dtype) * q).sum(1)
+    return gradient_of_scale(grad_weight, q, scale)
 
 
 def gradients(grad: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
