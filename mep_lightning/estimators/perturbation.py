@@ -63,13 +63,15 @@ def moving(probes: Sequence[Probe]) -> list[int]:
 
 def _moved_along(theta: Tensor, probes: Sequence[Probe], mu: float, noises: Iterable[tuple[int, Tensor]]) -> Tensor:
     members = theta.new_empty(len(probes), *theta.shape)
-    for member, (_, sign) in zip(members, probes, strict=True):
-        if not sign:
+    moved: dict[int, list[tuple[Tensor, float]]] = {}  # by direction
+    for member, (i, sign) in zip(members, probes, strict=True):
+        if sign:
+            moved.setdefault(i, []).append((member, sign))
+        else:
             member.copy_(theta)
     for direction, noise in noises:
-        for member, (i, sign) in zip(members, probes, strict=True):
-            if sign and i == direction:
-                member.copy_(_moved(theta, noise, sign * mu))
+        for member, sign in moved[direction]:
+            member.copy_(_moved(theta, noise, sign * mu))
     return members
 
 
