@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mep_lightning.adapters import TokenEmbedding
 from mep_lightning.bases import Base
 from mep_lightning.bases.load import INTEGERS, QUANTIZED
+from mep_lightning.bases.tokens import expand
 from mep_lightning.distributed import DATA, NAME, Ranks
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import CMAES, FiniteDifferenceEstimator, ForwardGradientEstimator, ZerothOrderEstimator
@@ -43,6 +45,50 @@ def refuse_streaming_backwards(module: PersonalizationModule, device: torch.devi
         raise UserError(
             "model.offload stream with a backward pass is for quantised weights and recomputed activations, or nothing "
             "would be saved: set model.checkpointing true and model.precision int8, or use zoodip"
+        )
+
+
+def refuse_one_resolution(module: PersonalizationModule) -> None:
+    """Raise UserError where a selector's branches would train at the same resolution."""
+    if module.selector is not None and module.photos is None and module._trainer is not None:
+        raise UserError("model.selector trains at two resolutions, at both of which SubjectData encodes: fit with one")
+
+
+def refuse_left_hollow(module: PersonalizationModule) -> None:
+    """Raise UserError where steps would go round the draws of an earlier fit, whose photos may have been others."""
+    if module._trainer is not None and module.hollow is not None and module.hollow.is_ready:
+        raise UserError(
+            "the module was trained around a hollow, and its activations are of that fit: fit it with "
+            "HollowedActivations again, or a module of its own"
+        )
+
+
+def refuse_cut_subjects(module: PersonalizationModule, prompts: Sequence[str]) -> None:
+    """Raise UserError for a prompt so long that what names the subject lies beyond what the base reads."""
+    base, phrase = module.loaded(), module.adapter.phrase(module.class_word)
+    counts = {token: len(vectors) for token, vectors in module.adapter.tokens().items()}
+    for prompt in prompts:
+        before, found, _ = prompt.partition(phrase)
+        if not found:
+            continue
+        for index in range(len(base.tokenizers)):
+            tokenizer = base.tokenizer_with(counts, index)
+            length = len(tokenizer(expand(before + phrase, counts), verbose=False).input_ids)
+            if length > tokenizer.model_max_length:
+                raise UserError(
+                    f"the prompt {prompt!r} names {phrase} beyond the {tokenizer.model_max_length} tokens that the "
+                    "base reads: shorten it, or name the subject earlier"
+                )
+
+
+def refuse_displaced(module: PersonalizationModule) -> None:
+    """Raise UserError where the base computes with another module's adapter, or without this one's."""
+    base, parts = module.loaded(), module.adapter.parts
+    is_alone = base.guest is None or any(part is base.guest for part in parts)
+    if not (is_alone and all(part.stands_in(base) for part in parts)):
+        raise UserError(
+            f"another adapter has been taken into the base of this {type(module.adapter).__name__} since: "
+            "call module.take(module.base) to draw with this one again"
         )
 
 

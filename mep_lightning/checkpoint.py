@@ -67,10 +67,10 @@ def refuse_another_run(checkpoint: dict[str, Any], module: Any) -> None:
                 f"the checkpoint was trained {_around(saved.get('hollow'))}, not {_around(_hollow(module))}: set "
                 "HollowedActivations likewise, fraction and samples"
             )
-    if (saved["subspace"] is None) != (module.subspace is None):
-        raise CheckpointError(
-            f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
-        )
+        if (saved["subspace"] is None) != (module.subspace is None):
+            raise CheckpointError(
+                f"the checkpoint was trained with{'out' if module.subspace else ''} model.subspace: resume likewise"
+            )
     own = module.state_dict()
     missing = [name for name in own if name not in checkpoint["state_dict"]]
     if missing:

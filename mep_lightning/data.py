@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mep_lightning.errors import UserError, counted
 from mep_lightning.photos import Crop, Photo, find_photos, square
-from mep_lightning.templates import caption_to_template, choose_templates
+from mep_lightning.templates import IN_THE_STYLE_OF, caption_to_template, choose_templates
 
 PREVIEW = 1024  # longest side of `photos`, px
 
@@ -157,8 +157,11 @@ class SubjectData(LightningDataModule):
         """Every prompt that a batch may hold, with "{}" where the subject's phrase goes."""
         self.setup()
         captions = [photo.caption for photo in self._photos if photo.caption is not None]
-        own = [caption_to_template(caption, self.class_word, self.token) for caption in captions]
+        own = [self._template(caption) for caption in captions]
         return list(dict.fromkeys(own + ([] if len(own) == len(self._photos) else list(self.templates))))
+
+    def _template(self, caption: str) -> str:
+        return caption_to_template(caption, self.class_word, self.token, self.is_style)
 
     def thumbnails(self, size: int) -> list[Image.Image]:
         """The photos as the model sees them, size x size px."""
@@ -179,6 +182,8 @@ class SubjectData(LightningDataModule):
         ]
         source = "the sample photos" if self.path is None else self.path
         shown = "in a style" if self.class_word is None else f"of {self.class_word}"
+        if self.is_style and self.class_word is not None:
+            shown = f"{IN_THE_STYLE_OF} {self.class_word}"
         return f"{counted(len(self._photos), 'photo')} {shown} from {source} ({', '.join(parts)})"
 
     @torch.no_grad()
@@ -281,7 +286,7 @@ class SubjectData(LightningDataModule):
         template = self.templates[int(rng.random() * len(self.templates))]
         caption = self._photos[index].caption
         if caption is not None:
-            template = caption_to_template(caption, self.class_word, self.token)
+            template = self._template(caption)
         return index + size * mirrored, template
 
     def train_dataloader(self) -> Batches:

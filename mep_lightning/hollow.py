@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mep_lightning.draws import Draw
 from mep_lightning.errors import UserError, human, refuse_unless
 from mep_lightning.phases import phase
 from mep_lightning.reading import read_json
-from mep_lightning.run_folder import write_atomically
+from mep_lightning.run_folder import held, write_atomically
 
 FAR = 0.05
 """How far from what was asked for the nearest cut may be."""
@@ -40,6 +40,8 @@ STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 
 FILE, PROGRESS = "activations.bin", "activations.json"
 EVERY = 16
 """Samples between two looks at the disk: what is there after a kill is gone on from."""
+PATIENCE = 10.0
+"""Seconds that a run waits for another in the same folder: enough for one that finds all draws there."""
 
 
 def nearest_cut(found: list[Cut], fraction: float) -> Cut:
@@ -124,7 +126,7 @@ class Hollow:
             told: how many are done.
 
         Raises:
-            UserError: the folder holds activations of another run, or the disk is too small.
+            UserError: the folder holds activations of another run, or one makes them there, or the disk is too small.
         """
         assert self.cut is not None
         draw = module.draw_at(batch_of(0), 0)
@@ -134,31 +136,35 @@ class Hollow:
         path, progress = folder / FILE, folder / PROGRESS
         key = _fingerprint(module, self, [list(shape), list(draw.noisy.shape), draw.prompts])
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        done = _done(progress, path, key, size)
-        if done < self.samples:
-            announced(size, done)
         ranks = module.ranks
-        ranks.wait()  # until all have read how much is done
         folder.mkdir(parents=True, exist_ok=True)
-        if done == 0 and ranks.rank == 0:
-            _reserve(path, size)
-        ranks.wait()
-        refuse_unless(path.is_file(), "HollowedActivations' folder", folder, "one that all processes see")
-        self.stored = np.memmap(path, kind, "r+", shape=shape)
-        with phase("precompute"):
-            every = EVERY * ranks.world
-            for first in range(done, self.samples, every):
-                last = min(first + every, self.samples)
-                for index in range(first + ranks.rank, last, ranks.world):
-                    answer = self.answer(module, module.draw_at(batch_of(index), index)).cpu()
-                    self.stored[index] = (answer.view(torch.int16) if kind == np.int16 else answer).numpy()
-                    told(index + 1)
-                self.stored.flush()
-                ranks.wait()
-                if ranks.rank == 0:
-                    write_atomically(progress, json.dumps({"key": key, "done": last}))
+        refusal = f"another run makes activations in {folder}: wait until it trains, or name another folder"
+        with held(folder, refusal, PATIENCE) if ranks.rank == 0 else nullcontext():
+            ranks.wait()  # until the first holds it
+            done = _done(progress, path, key, size)
+            if done < self.samples:
+                announced(size, done)
+            ranks.wait()  # until all have read how much is done
+            if done == 0 and ranks.rank == 0:
+                progress.unlink(missing_ok=True)  # before there is a whole file of which nothing counts
+                _reserve(path, size)
             ranks.wait()
-        self.stored = np.memmap(path, kind, "r", shape=shape)
+            refuse_unless(path.is_file(), "HollowedActivations' folder", folder, "one that all processes see")
+            self.stored = np.memmap(path, kind, "r+", shape=shape)
+            with phase("precompute"):
+                every = EVERY * ranks.world
+                for first in range(done, self.samples, every):
+                    last = min(first + every, self.samples)
+                    for index in range(first + ranks.rank, last, ranks.world):
+                        answer = self.answer(module, module.draw_at(batch_of(index), index)).cpu()
+                        self.stored[index] = (answer.view(torch.int16) if kind == np.int16 else answer).numpy()
+                        told(index + 1)
+                    self.stored.flush()
+                    ranks.wait()
+                    if ranks.rank == 0:
+                        write_atomically(progress, json.dumps({"key": key, "done": last}))
+                ranks.wait()
+            self.stored = np.memmap(path, kind, "r", shape=shape)
         self.is_ready = True
 
     @torch.no_grad()
@@ -228,12 +234,14 @@ def _done(progress: Path, path: Path, key: str, size: int) -> int:
         theirs, done = said["key"], int(said["done"])
     except (ValueError, KeyError, TypeError, OverflowError):
         return 0  # damaged: they are made again
+    if not path.is_file():
+        return 0
     if theirs != key:
         raise UserError(
             f"{path} holds activations of another base, precision, cut, number of samples, timesteps, batch, photos, "
             "prompts or seed: delete it, or name another folder"
         )
-    return max(done, 0) if path.is_file() and path.stat().st_size == size else 0
+    return max(done, 0) if path.stat().st_size == size else 0
 
 
 def _reserve(path: Path, size: int) -> None:

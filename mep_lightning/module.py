@@ -213,18 +213,22 @@ class PersonalizationModule(LightningModule):
         attached = self._trainer is not None
         data = getattr(self.trainer, "datamodule", None) if attached else None
         device = self.trainer.strategy.root_device if attached else torch.device("cpu")
-        if data is not None:
+        if attached:
             acquaint(self, data)
         if stage == "fit":
             self.ranks = Ranks.of(self._trainer)
+            advice.refuse_one_resolution(self)
+            advice.refuse_left_hollow(self)
             advice.refuse_streaming_backwards(self, device)
-        if data is not None and stage == "fit":
+        if attached and self.photos is not None and stage == "fit":
             found = self.base or self.open(device)
             self.fill_in_defaults(found.family)
-            encode(self, data, found)
-            self._texts += [self.named(text) for text in data.texts] if hasattr(data, "texts") else []
+            encode(self, self.photos, found)
+            self._texts += [self.named(text) for text in self.photos.texts]
         base = self.load(device)
+        texts, self._texts = self._texts, []
         if stage == "fit":
+            self.remember(texts)  # new to a base that was there before
             advice.refuse_ranks(self, self.ranks)
             advice.warn_of_idle_switches(self, base)
 
@@ -460,12 +464,18 @@ class PersonalizationModule(LightningModule):
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Embed prompts that `condition_on` will be asked for, where no text is trained: encoders come but once."""
+        advice.refuse_cut_subjects(self, prompts)
         if not self.adapter.trains_text:
             remember(self.loaded(), prompts)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """The U-Net as pictures are drawn with it, for the length of a `with`: whole, along a hollow's two paths."""
+        """The U-Net as pictures are drawn with it, for the length of a `with`: whole, along a hollow's two paths.
+
+        Raises:
+            UserError: another module's adapter has taken this one's place in the base.
+        """
+        advice.refuse_displaced(self)
         here = self.loaded().device
         if next(self.adapter.parameters()).device.type != here.type:  # a Trainer leaves a module on the CPU at its end
             self.adapter.to(here)
@@ -489,7 +499,7 @@ class PersonalizationModule(LightningModule):
         refuse_another_run(checkpoint, self)
         self.horizon = checkpoint["mep"].get("horizon")
         self.skipped = Skipped.from_checkpoint(checkpoint["mep"].get("skipped"))
-        if self.subspace:
+        if self.subspace and checkpoint["mep"]["subspace"] is not None:
             self.subspace.load_state_dict(checkpoint["mep"]["subspace"])
         for one, state in zip(self.estimators, checkpoint["mep"].get("estimators", []), strict=False):
             one.load_state_dict(state)

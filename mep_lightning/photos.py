@@ -180,16 +180,22 @@ def square(image: Image.Image, size: int, crop: Crop = "center") -> Image.Image:
     """The picture as size x size px (Lanczos): its central square, or all of it between white bars."""
     if crop == "letterbox":
         return ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
+    image = central_square(image)
+    return image if image.width == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def central_square(image: Image.Image) -> Image.Image:
+    """What training sees of a picture, at its own size."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+    return image.crop((left, top, left + side, top + side))
 
 
 def read_captions(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Captions by photo name: NAME.txt beside the photo, or metadata.jsonl with "file_name" and "text" on each line.
 
-    NAME.txt wins where both speak; a caption of nothing but white space counts as none.
+    NAME.txt wins where both speak; a caption of nothing but white space counts as none, and one of a picture that is
+    not read (HEIC, TIFF) is passed over.
 
     Raises:
         UserError: a line that is no such object or names no photo of the folder, or a file that is not UTF-8.
@@ -197,9 +203,12 @@ def read_captions(folder: Path, names: Sequence[str]) -> dict[str, str]:
     captions = {}
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
+        unread = _names(folder, UNREAD_SUFFIXES)
         for number, line in enumerate(_read_text(metadata).split("\n"), start=1):
             if line.strip():
                 name, text = _metadata_entry(line, f"{metadata} line {number}")
+                if name in unread:
+                    continue
                 if name not in names:
                     raise UserError(
                         f'{metadata} line {number} names "{name}", no photo of that folder: correct the name'

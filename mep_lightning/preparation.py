@@ -14,18 +14,26 @@ if TYPE_CHECKING:
 
 
 def acquaint(module: PersonalizationModule, data: Any) -> None:
-    """Tell a module what its photos show, and the data how captions may name it and what its draws come from."""
+    """Tell a module what its photos show, and `SubjectData` how captions may name it and what its draws come from.
+
+    Args:
+        data: a Trainer's data module, which may be the user's own; None where it has none.
+    """
+    module.photos = data if isinstance(data, SubjectData) else None
+    if data is None:
+        return
     module.class_word = getattr(data, "class_word", None)
     for part in (module.adapter, *module.adapter.parts):
         part.is_style = getattr(data, "is_style", False)
-    module.photos = data if isinstance(data, SubjectData) else None
+    if module.photos is None:
+        return
     data.token = module.adapter.token
     data.default_seed = module.seed
-    if module.subspace is not None and isinstance(data, SubjectData):
+    if module.subspace is not None:
         module.example = data.texts[0]
 
 
-def encode(module: PersonalizationModule, data: Any, found: BaseFolder) -> None:
+def encode(module: PersonalizationModule, data: SubjectData, found: BaseFolder) -> None:
     """Encode the photos at every resolution that the module trains at."""
     with phase("encode"):
         high, low = found.resolution if data.resolution == "auto" else data.resolution, module.low_resolution

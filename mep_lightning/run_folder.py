@@ -5,13 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from mep_lightning.errors import UserError
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are written to be renamed."""
+LOCK = ".lock"
+"""The file that whoever holds a folder has locked; a kill leaves it behind, unlocked."""
 FULL = re.compile(r"no space left|os error 28\b|unexpected pos|file write failed|disk quota", re.IGNORECASE)
 """How libraries that write files by themselves tell of a full disk."""
 
@@ -108,13 +114,62 @@ class RunFolder:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is there yet: no folder, or a folder without a file that was written to its end."""
-        return not self.root.exists() or all(path.name.startswith(TEMPORARY) for path in self.root.iterdir())
+        if not self.root.exists():
+            return True
+        return all(path.name.startswith(TEMPORARY) or path.name == LOCK for path in self.root.iterdir())
 
     def sweep(self) -> None:
         """Remove the half-written files that a kill left behind; nobody else may be writing to the folder."""
         for path in self.root.rglob(f"{TEMPORARY}*") if self.root.is_dir() else ():
             with suppress(OSError):
                 path.unlink()
+
+
+@contextmanager
+def held(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
+    """Nobody else holds this folder meanwhile. It is made where there is none, and gone at the end if nothing is in it.
+
+    A process that is killed lets go of it. Where the file system has no locks, or nothing can be written, nothing is
+    held.
+
+    Args:
+        folder: to be held.
+        told: the sentence for who comes while another holds it.
+        patience: seconds to wait for the other.
+
+    Raises:
+        UserError: another holds it.
+    """
+    lock = _locked(folder, told, patience)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # while it is held: whoever has opened it then sees that it is gone
+            with suppress(OSError):
+                lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _locked(folder: Path, told: str, patience: float) -> Any:
+    """The lock of a folder, which is held from here on; None where there can be none."""
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(action="ignore"):
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise UserError(told) from None
+    except (OSError, NotImplementedError):
+        return None
+    if isinstance(lock, SoftFileLock):  # what it takes where there are no locks: a file that a kill leaves behind
+        lock.release()
+        return None
+    return lock
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def choose_templates(templates: Literal["object", "style"] | Sequence[str]) -> t
     return tuple(templates)
 
 
-def caption_to_template(caption: str, class_word: str | None, token: str | None = None) -> str:
+def caption_to_template(caption: str, class_word: str | None, token: str | None = None, is_style: bool = False) -> str:
     """Make the hole in a caption: where it says so, at its token, at the class word, or else in front.
 
     "a {} on grass" stays; "a <sks> ball on grass" and "a ball on grass" become "a {} on grass"; "on grass" becomes
@@ -101,6 +101,7 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
         class_word: what the photos show; replaced where it first stands as a word of its own, in any case. None: they
             share a style.
         token: the subject's token where it has no angle brackets; a `<name>` is recognised without.
+        is_style: whether they share a style though there is a class word, such as watercolor.
     """
     caption = _without_tags(" ".join(caption.split()), token)
     if "{}" in caption:
@@ -116,7 +117,8 @@ def caption_to_template(caption: str, class_word: str | None, token: str | None 
         found = re.search(rf"(?<!\w){subject}(?!\w)", caption, re.IGNORECASE)
         if found:
             return f"{caption[: found.start()]}{{}}{caption[found.end() :]}"
-    return f"{caption.rstrip('.')} {IN_THE_STYLE_OF} {{}}" if class_word is None else f"{{}}, {caption}"
+    is_style = is_style or class_word is None
+    return f"{caption.rstrip('.')} {IN_THE_STYLE_OF} {{}}" if is_style else f"{{}}, {caption}"
 
 
 def _without_tags(caption: str, token: str | None) -> str:

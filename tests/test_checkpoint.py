@@ -113,3 +113,15 @@ def test_a_module_of_another_adapter_does_not_take_a_checkpoint_for_its_own(tmp_
     learned = first.lightning_module.adapter
     assert len(again.adapter.up) == len(learned.up) > 0
     assert all(torch.equal(again.adapter.up[name], learned.up[name]) for name in learned.up)
+
+
+def test_a_subspaces_checkpoint_is_read_without_one(tmp_path):
+    """Lightning's own call, which resumes nothing."""
+    kwargs = {"precision": "fp32", "lr": 5e-3, "subspace": SubspaceGradient(tau=2, nu=1e-6)}
+    _, first = fitted(5, tmp_path, module("rge", **kwargs))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = PersonalizationModule.load_from_checkpoint(tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(again.adapter.theta, first.lightning_module.adapter.theta)
+    resumed, without = trainer(6, tmp_path), module("rge", precision="fp32", lr=5e-3)
+    with pytest.raises(UserError, match="was trained with model.subspace: resume likewise"):
+        resumed.fit(without, SubjectData(seed=0), ckpt_path=tmp_path / "half.ckpt", weights_only=True)

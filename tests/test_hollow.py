@@ -1,6 +1,7 @@
 """Hollowed Net: around a hollow everything is computed as if it were there, and it is not."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -163,6 +164,45 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("left", ["nothing", "half"])
+def test_a_file_made_anew_counts_from_its_first_draw(tmp_path, trained, monkeypatch, left):
+    """Killed between the new file, which is full of zeros, and the first note of what it holds."""
+    answer, asked, path = Hollow.answer, [], tmp_path / "activations" / "activations.bin"
+
+    def dying(self, module, draw):
+        asked.append(1)
+        if len(asked) == 2:  # the first tells the shape
+            raise Killed
+        return answer(self, module, draw)
+
+    fitted(tmp_path)
+    path.unlink() if left == "nothing" else os.truncate(path, path.stat().st_size // 2)
+    monkeypatch.setattr(Hollow, "answer", dying)
+    with pytest.raises(Killed):
+        fitted(tmp_path)
+    monkeypatch.setattr(Hollow, "answer", answer)
+    assert (fitted(tmp_path).hollow.stored == trained[0].hollow.stored).all()
+
+
+def test_a_folder_that_another_run_makes_ready_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("mep_lightning.hollow.PATIENCE", 0)
+    folder, other = tmp_path / "activations", Hollow.answer
+
+    def interrupted(self, module, draw):
+        if (folder / "activations.bin").is_file():
+            monkeypatch.setattr(Hollow, "answer", other)
+            theirs = (folder / "activations.bin").stat().st_ino
+            with pytest.raises(UserError, match="another run makes activations in .*: wait until it trains, or name"):
+                fitted(tmp_path, steps=1)
+            assert (folder / "activations.bin").stat().st_ino == theirs
+        return other(self, module, draw)
+
+    monkeypatch.setattr(Hollow, "answer", interrupted)
+    first = fitted(tmp_path, steps=1)
+    assert Hollow.answer is other  # the second came while the first was at it
+    assert (fitted(tmp_path, steps=1).hollow.stored == first.hollow.stored).all()  # and may come again
+
+
 def test_activations_of_another_run_are_refused(tmp_path):
     fitted(tmp_path, steps=1)
     fitted(tmp_path, steps=1)  # the same: read again
@@ -173,6 +213,8 @@ def test_activations_of_another_run_are_refused(tmp_path):
     word = PersonalizationModule("tiny", adapter=LoRA("zwx", rank=4), method="hollowed_net")
     with pytest.raises(UserError, match="holds activations of another base"):  # its prompts name another subject
         fitted(tmp_path, steps=1, module=word)
+    (tmp_path / "activations" / "activations.bin").unlink()  # as the message says
+    fitted(tmp_path, steps=1, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +270,11 @@ def test_a_module_that_trains_no_lora_is_refused(tmp_path):
     module = PersonalizationModule("tiny", adapter=TokenEmbedding())
     with pytest.raises(UserError, match="HollowedActivations needs a module that trains a LoRA"):
         fitted(tmp_path, module=module)
+
+
+def test_a_fit_without_the_callback_does_not_go_round_an_earlier_fits_draws(tmp_path):
+    module = fitted(tmp_path / "first")
+    trainer = Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path / "second", **QUIET)
+    with pytest.raises(UserError, match="its activations are of that fit: fit it with HollowedActivations again"):
+        trainer.fit(module, SubjectData())
+    fitted(tmp_path / "third", steps=1, module=module)

@@ -328,6 +328,17 @@ def test_bad_metadata_line_is_named(tmp_path, line, message):
     assert "metadata.jsonl" in refused(message, read_captions, tmp_path, ["a.png"])
 
 
+def test_a_caption_of_a_picture_that_is_not_read_is_passed_over(tmp_path):
+    image(UPRIGHT).save(tmp_path / "1.png")
+    lines = [{"file_name": name, "text": f"of {name}"} for name in ("2.heic", "1.png", "3.TIFF")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "2.heic").write_bytes(b"x")
+    refused('line 3 names "3.TIFF", no photo of that folder', read_captions, tmp_path, ["1.png"])  # not there at all
+    (tmp_path / "3.TIFF").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"2\.heic and 1 more left out"):
+        assert [(photo.name, photo.caption) for photo in find_photos(tmp_path)] == [("1.png", "of 1.png")]
+
+
 def test_caption_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00caption")
     refused(r"a\.txt cannot be read as UTF-8 text", read_captions, tmp_path, ["a.png"])

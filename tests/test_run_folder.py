@@ -4,6 +4,8 @@ import errno
 import os
 import stat
 import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mep_lightning.run_folder import RunFolder, replacing, write_atomically
+import mep_lightning
+from mep_lightning.errors import UserError
+from mep_lightning.run_folder import LOCK, RunFolder, held, replacing, write_atomically
 
 
 def test_new_counts_on_past_gaps_and_other_methods(tmp_path):
@@ -72,7 +76,7 @@ def test_a_file_gets_the_mode_that_the_users_umask_asks_for(tmp_path, umask, mod
         os.umask(before)
 
 
-@pytest.mark.parametrize(("made", "empty"), [((), True), (("config.yaml",), False)])
+@pytest.mark.parametrize(("made", "empty"), [((), True), (("config.yaml",), False), ((LOCK, ".tmp-1-a.json"), True)])
 def test_is_empty(tmp_path, made, empty):
     for name in made:
         (tmp_path / name).touch()
@@ -92,6 +96,78 @@ def test_leftovers_of_a_kill_are_nothing_and_are_swept(tmp_path):
     run.config.write_text("whole")
     run.sweep()
     assert [path for path in run.root.rglob("*") if path.is_file()] == [run.config]
+
+
+def test_who_comes_second_is_told_and_what_was_there_stays(tmp_path):
+    write_atomically(tmp_path / "a.json", "{}")
+    with held(tmp_path, "first"):
+        with pytest.raises(UserError, match="it is taken"), held(tmp_path, "it is taken"):
+            pass
+        with pytest.raises(UserError, match="it is taken"), held(tmp_path, "it is taken", patience=0.1):
+            pass
+    with held(tmp_path, "it is taken"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_is_held_is_made_and_gone_again_where_nothing_came_of_it(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with held(folder, ""):
+        assert RunFolder(folder).is_empty and folder.is_dir()
+    assert not folder.exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mep_lightning.run_folder import held
+
+with held(Path(sys.argv[1]), "taken"):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_killed_process_lets_go(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(mep_lightning.__file__).parents[1])}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="taken"), held(tmp_path, "taken"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (tmp_path / LOCK).is_file()
+    with held(tmp_path, "taken"):
+        pass
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_nothing_is_held_and_nothing_left(tmp_path, monkeypatch, answer):
+    def refuse(*_):
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / "a").touch()
+    with warnings.catch_warnings(action="error"), held(tmp_path, "first"), held(tmp_path, "second"):
+        assert answer != errno.ENOSYS or not (tmp_path / LOCK).exists(), "which a kill would leave to be waited for"
+
+
+def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse(path, flags, *more, **named):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *more, **named)
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "open", refuse)
+    with held(tmp_path, "first"), held(tmp_path, "second"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_name_outlasts_a_power_cut_too(tmp_path, monkeypatch):

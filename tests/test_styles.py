@@ -13,11 +13,14 @@ from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, TokenEmbedding
 from mep_lightning.bases import load_base
 from mep_lightning.cli import main
+from mep_lightning.commands import drawing
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator
-from mep_lightning.evaluation import generate, prompts_for
+from mep_lightning.evaluation import generate, grid, metrics, prompts_for
 from mep_lightning.evaluation.prompts import STYLE_PROMPTS, without_token
-from mep_lightning.templates import STYLE_TEMPLATES, caption_to_template
+from mep_lightning.run_folder import RunFolder
+from mep_lightning.templates import STYLE_TEMPLATES, caption_to_template, fill
+from mep_lightning.tiny import style_prompts
 from mep_lightning.tiny.subjects import style, subject
 from mep_lightning.tiny.world import CLASSES
 
@@ -43,6 +46,17 @@ def test_a_style_needs_no_class_word_and_prompts_hold_the_token_alone(pictures):
         SubjectData(pictures).setup()
 
 
+def test_a_style_may_have_a_class_word_which_prompts_name_behind_the_token(pictures):
+    (pictures / "1.txt").write_text("a watercolor of a mill\n")
+    data = SubjectData(pictures, class_word="watercolor", templates="style")
+    data.setup()
+    assert data.texts[:2] == ["a lighthouse in the style of {}", "a {} of a mill"]
+    assert data.texts[2:] == list(dict.fromkeys(STYLE_TEMPLATES))
+    drawn = {data._draw(n)[1] for n in range(60)}
+    assert "a lighthouse in the style of {}" in drawn and drawn <= set(data.texts)
+    assert "5 photos in the style of watercolor from" in data.summary()
+
+
 @pytest.mark.parametrize(
     ("caption", "template"),
     [
@@ -55,12 +69,28 @@ def test_a_style_needs_no_class_word_and_prompts_hold_the_token_alone(pictures):
 )
 def test_a_caption_says_what_is_shown_and_leaves_the_style_to_the_token(caption, template):
     assert caption_to_template(caption, None, "sks") == template
+    assert caption_to_template(caption, "watercolor", "sks", is_style=True) == template
 
 
 def test_a_prompt_in_plain_words_loses_the_style():
     assert without_token("a cat in the style of <sks>", "<sks>") == "a cat"
     assert without_token("a cat in the style of <sks> <sks>_1", "<sks>") == "a cat"
     assert without_token("a cat in the style of <other>, <sks>", "<sks>") == "a cat in the style of <other>,"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("a cat in the style of <sks> oil painting", "a cat"),
+        ("a cat in the style of <sks> <sks>_1 oil  painting, at night", "a cat, at night"),
+        ("a cat in the style of <sks> Oil painting", "a cat"),
+        ("a cat in the style of <sks> on grass", "a cat on grass"),
+        ("a cat in the style of <sks> oil paintings", "a cat oil paintings"),
+        ("a <sks> oil painting of a cat", "a oil painting of a cat"),
+    ],
+)
+def test_a_prompt_in_plain_words_loses_the_class_word_that_names_the_style(prompt, plain):
+    assert without_token(prompt, "<sks> oil painting") == plain
 
 
 def test_a_style_of_the_tiny_world_is_one_look_on_five_classes():
@@ -74,8 +104,12 @@ def test_a_style_of_the_tiny_world_is_one_look_on_five_classes():
 def test_prompts_put_a_style_on_many_things():
     assert prompts_for(None) == STYLE_PROMPTS and len(set(STYLE_PROMPTS)) == 20
     tiny = prompts_for(None, "tiny")
-    assert all(any(f"a {{0}} {kind} " in prompt for prompt in tiny) for kind in CLASSES)
+    assert all(any(f"a {{}} {kind} " in prompt for prompt in tiny) for kind in CLASSES)
     assert len(set(tiny)) == len(tiny)
+    for family in (None, "tiny"):
+        assert prompts_for("watercolor", family, is_style=True) == prompts_for(None, family)
+    assert fill(STYLE_PROMPTS[0], "<sks>") == "a cat in the style of <sks>"
+    assert fill(STYLE_PROMPTS[0], "<sks> watercolor", "watercolor") == "a cat in the style of <sks> watercolor"
 
 
 def test_a_style_is_trained_drawn_and_tested_from_its_run_and_from_its_export(tmp_path, monkeypatch, capsys):
@@ -98,6 +132,33 @@ def test_a_style_is_trained_drawn_and_tested_from_its_run_and_from_its_export(tm
     assert main(words) == 0
     scores = json.loads((exported / "metrics.json").read_text())
     assert scores["settings"]["prompts"] == len(prompts_for(None, "tiny")) and 0 < scores["clip_i"] <= 1
+
+
+def test_a_style_with_a_class_word_is_drawn_and_scored_by_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config", "zoodip_style", "--run", "r", "--data.class_word", "striped", "--trainer.max_steps", "1"]
+    assert main([*fit, "--samples.count", "2", "--samples.steps", "1"]) == 0
+    shown = grid.load(RunFolder(tmp_path / "r").samples / "after.png").info["prompts"]
+    prompts = [prompt.replace("{0}", "<sks> striped") for prompt in style_prompts()]
+    assert shown == [prompts[0], prompts[-1]]
+
+    drawn, scored = [], []
+    draw, plain = drawing.draw, metrics.without_token
+
+    def noted(learned, texts, *rest):
+        drawn.extend(texts)
+        return draw(learned, texts, *rest)
+
+    monkeypatch.setattr("mep_lightning.commands.test.draw", noted)
+    monkeypatch.setattr(metrics, "without_token", lambda *given: scored.append(plain(*given)) or scored[-1])
+    test = ["test", "--run", "r", "--steps", "1", "--images-per-prompt", "1"]
+    assert main(test) == 0
+    assert drawn == prompts
+    Path("mine.txt").write_text("a cube in the style of {}\na {} cube\n")
+    drawn.clear(), scored.clear()
+    assert main([*test, "--prompts", "mine.txt"]) == 0
+    assert drawn == ["a cube in the style of <sks> striped", "a <sks> striped cube"]
+    assert scored == ["a cube", "a striped cube"]
 
 
 def pixels(module, prompt):

@@ -33,7 +33,7 @@ class Adapter(nn.Module, ABC):
         token: the word that names the subject in prompts.
         origin: what it belongs to, as far as known: "base" (a hub id, a folder's absolute path or tiny), "precision",
             "class_word", and of a style "concept". `attach` fills it in, exports keep it.
-        is_style: whether it is trained on what photos of unlike things share, and prompts hold the token alone.
+        is_style: whether it is trained on what photos of unlike things share; prompts need no class word then.
     """
 
     FILES: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +66,10 @@ class Adapter(nn.Module, ABC):
 
     def detach(self) -> None:
         """Leave the base as it was before `attach`."""
+
+    def stands_in(self, base: Base) -> bool:
+        """Whether a base computes with it; a token, which stands in prompts, goes with any."""
+        return True
 
     @abstractmethod
     def export(self, directory: Path) -> list[Path]:
@@ -151,12 +155,25 @@ class Adapter(nn.Module, ABC):
 
 
 class LayerAdapter(Adapter):
-    """An adapter that stands in layers of the U-Net, which read from one place who asks (`Members`)."""
+    """An adapter that stands in layers of the U-Net, which read from one place who asks (`Members`).
+
+    Attributes:
+        names: of the layers that it is for, dotted, in the U-Net's order or an export's; it may have left them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self._layers: dict[str, Any] = {}
         self._standing: Any = None
+
+    def stands_in(self, base: Base) -> bool:
+        return base.guest is self
+
+    def refuse_empty(self) -> None:
+        """Raise UserError where there is nothing yet that an export could hold."""
+        if not self.names:
+            raise UserError(f"there is nothing to export, as the {type(self).__name__} has not met a base yet: fit it")
 
     @property
     def layers(self) -> list[nn.Module]:

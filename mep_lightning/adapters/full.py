@@ -67,6 +67,9 @@ class FullUNet(Adapter):
             unet.requires_grad_(False)
         self._within = []
 
+    def stands_in(self, base: Base) -> bool:
+        return base.guest is self
+
     @contextmanager
     def away(self) -> Iterator[None]:
         if self._are_loaded:

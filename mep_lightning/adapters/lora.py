@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""What kohya's scripts call a family. A1111 shows a LoRA beside bases of the family that its file names, and takes a
+file that names none for SD1's."""
 
 
 class LoRA(LayerAdapter):
@@ -63,6 +66,7 @@ class LoRA(LayerAdapter):
         self.freeze_down, self.seed = freeze_down, seed
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.scale, self.first_id = 1.0, 0
+        self.family: str | None = None  # of the base, once it has met one
         self._layers: dict[str, LoRALinear | LoRAConv2d]
         self._within: list[nn.Module] = []  # the U-Net, which is no part of the adapter
 
@@ -76,10 +80,10 @@ class LoRA(LayerAdapter):
             raise UserError("LoRA.rank is 'auto' outside a module; set it, such as rank=16")
         self.detach()
         self.move_in(base)
-        names = list(matching(base.unet, self.targets, without, "LoRA.targets"))
+        self.names = list(matching(base.unet, self.targets, without, "LoRA.targets"))
         self._standing = Standing(scale=self.scale)
-        self._layers = _inject(base.unet, names, self.rank, self.alpha or self.rank)
-        self._within = [base.unet]
+        self._layers = _inject(base.unet, self.names, self.rank, self.alpha or self.rank)
+        self._within, self.family = [base.unet], base.family
         if not self.down:
             generator = torch.Generator().manual_seed(self.seed)
             for name, layer in self._layers.items():
@@ -147,16 +151,18 @@ class LoRA(LayerAdapter):
     def export(self, directory: Path) -> list[Path]:
         """The LoRA for diffusers' `load_lora_weights`, and in kohya's keys for ComfyUI and A1111, both of alpha = rank:
         alpha / rank is in B."""
+        self.refuse_empty()
         self.refuse_infinite()
         paths = [Path(directory) / name for name in self.FILES]
-        for path, tensors in zip(paths, (self._as_peft(), self._as_kohya()), strict=True):
+        contents = (self._as_peft(), self.metadata()), (self._as_kohya(), self.metadata() | self._kohya_metadata())
+        for path, (tensors, metadata) in zip(paths, contents, strict=True):
             with replacing(path) as temporary:
-                save_file(tensors, temporary, self.metadata())
+                save_file(tensors, temporary, metadata)
         return paths
 
     def _factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, A, and B with the term's strength in it, fp32 on the CPU."""
-        for name in self._layers:
+        for name in self.names:
             down, up = (part[undotted(name)].detach().float().cpu() for part in (self.down, self.up))
             yield name, down.contiguous(), (up * ((self.alpha or len(down)) / len(down))).contiguous()
 
@@ -175,6 +181,13 @@ class LoRA(LayerAdapter):
             tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
         return tensors
 
+    def _kohya_metadata(self) -> dict[str, str]:
+        told = {"ss_network_module": "networks.lora"}
+        told |= dict.fromkeys(("ss_network_dim", "ss_network_alpha"), str(self.rank))
+        if version := KOHYA_VERSIONS.get(self.family or ""):
+            told |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+        return told
+
     def load_export(self, directory: Path) -> None:
         path = Path(directory) / FILE
         tensors, origin = read_export(Path(directory), FILE)
@@ -187,7 +200,7 @@ class LoRA(LayerAdapter):
         ranks = {len(down) for down, _ in pairs.values()}  # type: ignore[arg-type]
         if len(ranks) > 1:
             raise UserError(f"{path} has layers of different ranks ({', '.join(map(str, sorted(ranks)))})")
-        (self.rank,), self.alpha, self.targets = ranks, None, list(pairs)
+        (self.rank,), self.alpha, self.targets, self.names = ranks, None, list(pairs), list(pairs)
         self.token = origin.pop("token", self.token)
         self.origin = origin
         for name, (down, up) in pairs.items():

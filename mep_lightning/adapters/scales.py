@@ -79,7 +79,7 @@ class QuantizationScales(LayerAdapter):
                     self.input[undotted(name)] = nn.Parameter(torch.ones(layer.weight_shape[1]))
         places = [undotted(name) for name in layers]
         self.output, self.input = in_order(self.output, places), in_order(self.input, places)
-        self._standing, self._layers = Standing(), layers
+        self._standing, self._layers, self.names = Standing(), layers, list(layers)
         for index, (name, layer) in enumerate(layers.items()):
             mine = [part[undotted(name)] for part in (self.output, self.input) if part]
             for theta in mine:
@@ -128,11 +128,12 @@ class QuantizationScales(LayerAdapter):
 
     def export(self, directory: Path) -> list[Path]:
         """`scales.safetensors`: `<layer>.scale` fp32 [O] and, where trained, `<layer>.input_scale` fp32 [I]."""
+        self.refuse_empty()
         self.refuse_infinite()
         path = Path(directory) / FILE
         tensors = {
             f"{name}{end}": part[undotted(name)].detach().float().cpu().contiguous()
-            for name in self._layers
+            for name in self.names
             for end, part in ((OUTPUT, self.output), (INPUT, self.input))
             if part
         }
@@ -148,7 +149,7 @@ class QuantizationScales(LayerAdapter):
         is_whole = names and len(names) + len(inputs) == len(tensors) and (not inputs or set(inputs) == set(names))
         if not is_whole or any(value.dim() != 1 for value in tensors.values()):
             raise UserError(f"{path} holds no scales of a U-Net (….scale, and ….input_scale for all or none)")
-        self.targets, self.input_channels = names, bool(inputs)
+        self.targets, self.names, self.input_channels = names, list(names), bool(inputs)
         self.token = origin.pop("token", self.token)
         self.origin = origin
         for part, end in ((self.output, OUTPUT), (self.input, INPUT)):

@@ -8,6 +8,7 @@ for them again: with every unit checkpointed they cross over three times in all.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections import deque
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep_lightning.bases.frugal import BlockwiseFeedForward
+from mep_lightning.errors import UserError, human
 from mep_lightning.quantization import QuantizedWeight
 
 ALIGNMENT = 256
@@ -247,20 +249,37 @@ class Stream:
 def map_to_disk(module: nn.Module) -> None:
     """Move a module's tensors into a file mapped into memory, so that the system may drop them where memory is short.
 
-    The file lies in the user's cache folder and has no name any more: it is gone with the process.
-    """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=CACHE, prefix="weights-") as file:
+    The file lies in the user's cache folder and loses its name before anything is in it: it is gone with the process,
+    however that ends.
 
-        def allocate(size: int) -> Tensor:
+    Raises:
+        UserError: the disk does not hold them.
+    """
+    layers, staying = _split(module)
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    _stage([*layers, *staying, *embeddings], _map_file)
+
+
+def _map_file(size: int) -> Tensor:
+    """So many bytes of a file that has no name any more, uint8 [size]."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=CACHE, prefix="weights-", delete=False) as file:
+        try:
+            file.truncate(size)
+            mapped = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+        finally:
+            os.unlink(file.name)
+        try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not by a dead process
-            file.truncate(size)
-            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
-
-        layers, staying = _split(module)
-        embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
-        _stage([*layers, *staying, *embeddings], allocate)
+        except OSError as error:  # names no file
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(error.errno, error.strerror, str(CACHE)) from None
+            raise UserError(
+                f"{CACHE}: the disk is full, and model.offload stream keeps {human(size)} of weights there: make room, "
+                "or set XDG_CACHE_HOME to a folder on another disk"
+            ) from None
+    return mapped
 
 
 def streamed_bytes(module: nn.Module) -> int:

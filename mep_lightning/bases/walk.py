@@ -46,7 +46,8 @@ def predict_noise(
             are all there is.
         members: V; as many as there are prompts for by default.
         apart: the layers that members differ in.
-        checkpointing: keep each unit's input alone for a backward pass, and compute the rest again there.
+        checkpointing: keep each unit's input alone for a backward pass, and compute the rest again there; members of
+            different texts then part ahead of the first transformer.
         cut: what to leave out.
         activation: [B, C', H', W'], what the cut would have answered (`activation_at`).
 
@@ -181,13 +182,13 @@ class _Walk:
     def _through(self, transformer: Transformer2DModel) -> Tensor:
         """A transformer's blocks, the first of them shared up to its cross-attention where members have not parted."""
         first, *rest = transformer.transformer_blocks
-        if self.texts_differ and not _can_part_inside(first):
-            self.part()
+        if self.texts_differ and (self.checkpointing or not _can_part_inside(first)):
+            self.part()  # not within what a checkpoint computes again: by then members have parted
         if self.checkpointing and not rest:
-            return checkpoint(self._all_through, transformer, self.x, use_reentrant=False)
-        return self._all_through(transformer, self.x)
+            return checkpoint(self._all_through, transformer, self.x, self.embeds, use_reentrant=False)
+        return self._all_through(transformer, self.x, self.embeds)
 
-    def _all_through(self, transformer: Transformer2DModel, x: Tensor) -> Tensor:
+    def _all_through(self, transformer: Transformer2DModel, x: Tensor, embeds: Tensor) -> Tensor:
         blocks = list(transformer.transformer_blocks)
         height, width = x.shape[2:]
         hidden, inner = transformer._operate_on_continuous_inputs(x)  # [B, HW, C]
@@ -196,16 +197,16 @@ class _Walk:
             hidden = hidden + first.attn1(first.norm1(hidden))
             self.part()
             hidden, x = self.rows(hidden), self.x
-            hidden = hidden + first.attn2(first.norm2(hidden), encoder_hidden_states=self.embeds)
+            hidden = hidden + first.attn2(first.norm2(hidden), encoder_hidden_states=embeds)
             hidden = hidden + first.ff(first.norm3(hidden))
         for block in blocks:
-            hidden = self._block(block, hidden, len(transformer.transformer_blocks) > 1)
+            hidden = self._block(block, hidden, embeds, len(transformer.transformer_blocks) > 1)
         return transformer._get_output_for_continuous_inputs(
             hidden_states=hidden, residual=x, batch_size=len(x), height=height, width=width, inner_dim=inner
         )
 
-    def _block(self, block: BasicTransformerBlock, hidden: Tensor, one_of_many: bool) -> Tensor:
-        told: dict[str, Any] = {"encoder_hidden_states": self.embeds}
+    def _block(self, block: BasicTransformerBlock, hidden: Tensor, embeds: Tensor, one_of_many: bool) -> Tensor:
+        told: dict[str, Any] = {"encoder_hidden_states": embeds}
         if self.checkpointing and one_of_many:
             return checkpoint(block, hidden, use_reentrant=False, **told)
         return block(hidden, **told)

@@ -32,7 +32,7 @@ class Export(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on (a resumed state is restored by now) there is something worth keeping."""
+        """From here on a resumed state is restored, and what steps have learned is worth keeping."""
         self._training = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,10 +43,9 @@ class Export(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Training failed or was stopped; Lightning calls this for Ctrl-C too, and ignores further ones meanwhile."""
-        if not self._training:
-            return
+        has_learned = self._training and trainer.global_step > 0  # by now, or before it was resumed
         self._training = False
-        if not trainer.is_global_zero:
+        if not has_learned or not trainer.is_global_zero:
             return
         try:
             _export(trainer, pl_module)

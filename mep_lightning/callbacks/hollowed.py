@@ -25,10 +25,11 @@ class HollowedActivations(Callback):
         fraction: of the U-Net's parameters to cut out, in (0, 1); the nearest legal cut is taken. The paper finds .39
             harmless on SD2.1. "auto" is what `defaults` holds.
         samples: draws to make ready; "auto" as for fraction.
-        folder: where to, instead of the run's own.
+        folder: where to, instead of the run's own; the same runs may share one, and the first makes it ready.
 
     Raises:
-        UserError: a fraction out of range or far from every legal cut, a module that trains no LoRA, too small a disk.
+        UserError: a fraction out of range or far from every legal cut, a module that trains no LoRA, too small a disk,
+            or a folder that another run makes ready.
     """
 
     AUTO: ClassVar[dict[str, str]] = {"fraction": "fraction", "samples": "samples"}

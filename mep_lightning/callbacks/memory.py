@@ -31,7 +31,7 @@ class MemoryProfiler(Callback):
          "phases": {phase: {"peak_bytes", "allocated_peak", "reserved_peak", "process_peak",
                             "breakdown": {"weights", "gradients", "optimizer", "activations", "other"}}},
          "peak_bytes", "peak_phase", "process_peak", "baseline_bytes",
-         "subjects": of a training that several runs shared, how many (`runs`)}
+         "subjects": where several runs (`runs`) shared the training that `step` was measured in, how many}
 
     - `allocated_peak` (and `peak_bytes`, the same number): on CUDA the allocator's exact peak. On a CPU the process's
       peak memory minus `baseline_bytes`, what the interpreter and its libraries held when `fit` began; this counts
@@ -185,7 +185,10 @@ def with_earlier(memory: dict[str, Any], path: Path) -> dict[str, Any]:
         whole["process_peak"] = max(earlier["process_peak"], memory["process_peak"])
     except (KeyError, TypeError):  # damaged, or there is none
         return memory
-    return memory | whole | {"phases": theirs | {name: ours[name] for name in more}}
+    merged = memory | whole | {"phases": theirs | {name: ours[name] for name in more}}
+    stepped = memory if "step" in more else earlier
+    merged.pop("subjects", None)
+    return merged | ({"subjects": stepped["subjects"]} if "subjects" in stepped else {})
 
 
 def write(memory: dict[str, Any], run: RunFolder) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 from lightning.pytorch import Callback, Trainer
 
 from mep_lightning import defaults
 from mep_lightning.errors import UserError
-from mep_lightning.timesteps import PartialUniformTimesteps, TimestepSampler
+from mep_lightning.timesteps import PartialUniformTimesteps, TimestepSampler, UniformTimesteps
+
+_MADE: WeakSet[TimestepSampler] = WeakSet()
+"""Samplers that PUTS has given to modules, and replaces in a later fit."""
 
 
 class PUTS(Callback):
@@ -21,8 +25,8 @@ class PUTS(Callback):
     After `fit` has started, `low` and `high` are numbers.
 
     Raises:
-        UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps` or with a sampler of
-            another kind, or "auto" with a module or method that has no defaults.
+        UserError: bounds that hold no timestep or leave the schedule, a module without `timesteps` or with a sampler
+            that narrows or weights them itself, or "auto" with a module or method that has no defaults.
     """
 
     AUTO: ClassVar[dict[str, str]] = {"low": "puts_low", "high": "puts_high"}
@@ -43,7 +47,8 @@ class PUTS(Callback):
                 " such attribute: set one in __init__ or leave PUTS out."
             )
         sampler = pl_module.timesteps
-        if isinstance(sampler, TimestepSampler) and not isinstance(sampler, PartialUniformTimesteps):
+        was_asked_for = isinstance(sampler, TimestepSampler) and sampler not in _MADE
+        if was_asked_for and not isinstance(sampler, UniformTimesteps):
             name = type(sampler).__name__
             raise UserError(f"PUTS and the module's {name} both say which timesteps are drawn: leave one of them out.")
         self.low, self.high = self._asked  # an earlier fit, maybe on another base, has put numbers there
@@ -57,6 +62,7 @@ class PUTS(Callback):
                 f"PUTS high is {self.high}, but the base has {total} timesteps: set high to {total} or less."
             )
         pl_module.timesteps = PartialUniformTimesteps(self.low, self.high)
+        _MADE.add(pl_module.timesteps)
 
 
 def _check(low: int, high: int) -> None:

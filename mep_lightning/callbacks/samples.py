@@ -129,8 +129,8 @@ class Samples(Callback):
         if self.prompts is not None:
             templates = self.prompts
         else:
-            is_style = getattr(getattr(pl_module, "adapter", None), "is_style", False)
-            known = prompts_for(None if is_style else class_word or "", getattr(pl_module, "family", None))
+            is_style = _is_style(trainer, pl_module)
+            known = prompts_for(class_word or "", getattr(pl_module, "family", None), is_style)
             # A recoloured subject is hard to compare with the photos, so `a red …` is left to the evaluation.
             known = tuple(prompt for prompt in known if prompt.startswith("a {0}")) or known
             count = min(self.count, len(known))
@@ -196,8 +196,14 @@ class Samples(Callback):
 
 
 def _class_word(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    data = getattr(trainer, "datamodule", None)  # the module may know that of an earlier fit
+    return getattr(data, "class_word", None) or getattr(pl_module, "class_word", None)
+
+
+def _is_style(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether the photos share a style: as the data say, for the adapter is told only in the module's `setup`."""
     data = getattr(trainer, "datamodule", None)
-    return getattr(pl_module, "class_word", None) or getattr(data, "class_word", None)
+    return bool(getattr(getattr(pl_module, "adapter", None) if data is None else data, "is_style", False))
 
 
 def _log(trainer: Trainer, image: Image.Image, step: int) -> None:

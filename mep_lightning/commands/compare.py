@@ -68,8 +68,8 @@ def run(argv: Sequence[str]) -> int:
     styles = {method for method, settings in read.items() if settings is not None and settings.is_style}
     cells = [cell_of(folder, options, one, styles) for one in which]
     all_of_it = partial(compared, folder, list(methods), options.base)
-    folder.claim(common)
     with folder.alone(), _saving_on_sigterm():
+        folder.claim(common)
         told = {method: settings.settings for method, settings in read.items() if settings is not None}
         folder.settle(told, {one.name: one.class_word for one in subjects})
         if options.data is None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from mep_lightning.commands.options import Options
-from mep_lightning.commands.recipes import find_recipe, nearest, recipe_names, recipes_folder
+from mep_lightning.commands.recipes import find_recipe, mentions, nearest, recipe_names, recipes_folder
+from mep_lightning.commands.request import FitRequest
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
+from mep_lightning.reading import load_yaml
 
 if TYPE_CHECKING:
     from mep_lightning.comparison.cells import Cell
@@ -51,6 +56,15 @@ examples:
 """
 NOT_METHODS = ("quickstart",)
 NO_PLAN = "--no-plan"
+INSTEAD = {
+    "model.seed": "say with --seeds how many there are",
+    "model.base": "give it with --base",
+    "data.path": "give --data the folder that holds a folder of photos a subject",
+    "data.class_word": "write it into prompts_and_classes.txt beside the subjects' folders",
+    "run": "--out says where all of them are",
+    "resume": "the same command again goes on with what is half trained",
+}
+"""What makes a cell a cell, which --fit may not set -> the mend."""
 RETRIES = 3
 """How often a cell is begun again whose Ray worker or node was lost, unless said otherwise."""
 
@@ -153,12 +167,25 @@ def words_of_fit(fit: str) -> list[str]:
     """The words that --fit adds to every `mep fit`.
 
     Raises:
-        UserError: its quotes are not closed.
+        UserError: its quotes are not closed, or it sets what every cell has of its own.
     """
     try:
-        return shlex.split(fit)
+        words = shlex.split(fit)
     except ValueError as error:
         raise UserError(f"--fit {fit!r} cannot be read ({error}); close its quotes.") from None
+    said = FitRequest([], words)
+    whole = {section: _read(said.setting(section)) for section in ("model", "data")}
+    for key, mend in INSTEAD.items():
+        if said.says(key) or mentions(whole, key):
+            raise UserError(f"--fit sets --{key}, which every cell has of its own: leave it out; {mend}.")
+    return words
+
+
+def _read(value: str | None) -> Any:
+    """What a section is set to as a whole; of what is no YAML `mep fit` tells."""
+    with suppress(ValueError, yaml.YAMLError):
+        return load_yaml(value or "")
+    return None
 
 
 def shared(options: Namespace) -> dict[str, Any]:

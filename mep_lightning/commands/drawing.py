@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import re
 import sys
+import unicodedata
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +16,15 @@ from typing import TYPE_CHECKING
 
 from mep_lightning.commands.options import Options
 from mep_lightning.errors import SEEDS, refuse_unless
-from mep_lightning.run_folder import TEMPORARY, replacing
+from mep_lightning.run_folder import TEMPORARY, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mep_lightning.commands.learned import Learned
+
+SLUG = 60
+"""Bytes of a prompt in a file's name, which may have 255."""
 
 
 def add_options(parser: Options) -> None:
@@ -79,21 +85,38 @@ class Drawn:
     how: dict[str, float]
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes PNGs named after prompt and seed, with what made them in their text fields."""
+        """Writes PNGs named after prompt and seed, with what made them in their text fields.
+
+        Where another picture has the name, as of another guidance, a number follows it: `00-a-ball-seed0-2.png`.
+        """
         from PIL.PngImagePlugin import PngInfo
 
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self.prompts))}
         paths = []
         for image, prompt, seed in zip(self.images, self.prompts, self.seeds, strict=True):
-            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-            path = folder / f"{numbers[prompt]:02d}-{slug}-seed{seed}.png"
             info = PngInfo()
             for key, value in {"prompt": prompt, "seed": seed, **self.how}.items():
                 info.add_itxt(key, str(value))
-            with replacing(path) as temporary:
-                image.save(temporary, format="PNG", pnginfo=info)
-            paths.append(path)
+            png = io.BytesIO()
+            image.save(png, format="PNG", pnginfo=info)
+            stem = f"{numbers[prompt]:02d}-{_slug(prompt)}-seed{seed}"
+            paths.append(write_atomically(_place(folder, stem, png.getvalue()), png.getvalue()))
         return paths
+
+
+def _slug(prompt: str) -> str:
+    """A prompt's letters and digits, in any script, as part of a file's name."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    return words.encode()[:SLUG].decode(errors="ignore")
+
+
+def _place(folder: Path, stem: str, png: bytes) -> Path:
+    """The first of `stem.png`, `stem-2.png`, ... that is free, or holds the very same picture."""
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        if not path.exists() or (path.is_file() and path.read_bytes() == png):
+            break
+    return path
 
 
 def draw(learned: Learned, texts: Sequence[str], count: int, options: Namespace) -> Drawn:

@@ -96,14 +96,20 @@ def read_request(
         paths = [folder.config, *paths]
     elif folder is not None and folder.root.exists() and not folder.root.is_dir():
         raise UserError(f"{folder.root} is a file; name another folder with --run.")
-    elif folder is not None and is_first_process() and not folder.is_empty:
-        mend = (
-            "add --resume to carry it on, or name another folder" if folder.config.is_file() else "name another folder"
-        )
-        raise UserError(f"{folder.root} exists and is not empty; {mend}.")
+    elif folder is not None and is_first_process():
+        refuse_taken(folder)
     if not paths and not chosen and not any(word.startswith("--print_config") for word in settings):
         raise UserError(f"say what to do with --config RECIPE: a YAML file or one of {', '.join(recipe_names())}.")
     return FitRequest([(path, read_recipe(path)) for path in paths], settings, folder, resume)
+
+
+def refuse_taken(folder: RunFolder) -> None:
+    """Raises:
+    UserError: something is in the folder, so that no run can begin there.
+    """
+    if not folder.is_empty:
+        mend = "add --resume to carry it on, or name another" if folder.config.is_file() else "name another"
+        raise UserError(f"{folder.root} exists and is not empty; {mend} folder.")
 
 
 def is_first_process() -> bool:

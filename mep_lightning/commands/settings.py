@@ -189,6 +189,9 @@ def make_absolute(config: Namespace) -> None:
         config.data.path = str(Path(config.data.path).expanduser().absolute())
     if config.model.base != "tiny" and Path(config.model.base).expanduser().exists():
         config.model.base = str(Path(config.model.base).expanduser().absolute())
+    for part in _parts(config.trainer.callbacks):
+        if part["class_path"].startswith("mep_lightning.") and part["init_args"].get("folder") is not None:
+            part["init_args"]["folder"] = str(Path(part["init_args"]["folder"]).expanduser().absolute())
 
 
 def refuse_changes(before: Namespace, now: Namespace, run: RunFolder) -> None:

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         data.photos,
         clip=clip_encoder,
         dino=dino_encoder,
-        token=learned.token,
+        token=learned.module.adapter.phrase(learned.class_word),
         device=learned.base.device,
     )
     details = {
@@ -95,8 +95,8 @@ def texts(learned: Learned, templates: Sequence[str] | None) -> list[str]:
     from mep_lightning.evaluation import prompts_for
 
     found = []
-    word = None if learned.module.adapter.is_style else learned.class_word or ""
-    for template in templates or prompts_for(word, learned.module.family):
+    is_style = learned.module.adapter.is_style
+    for template in templates or prompts_for(learned.class_word or "", learned.module.family, is_style):
         found.append(learned.prompt(template))
         if not learned.is_in(found[-1]):
             raise UserError(f"--prompts: {template!r} lacks the subject; put {{}} or {learned.token} where it goes.")
@@ -110,7 +110,7 @@ def read_prompts(path: Path) -> list[str]:
         UserError: no such file, not text, or nothing in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,7 @@ from mep_lightning.commands.fit import requested
 from mep_lightning.commands.keeping import AtomicCheckpointIO, LastCheckpoint, RunLog, StopAfterStep, read_checkpoint
 from mep_lightning.commands.request import say
 from mep_lightning.commands.settings import save_config
-from mep_lightning.commands.training import FitCLI, going_on, is_finished, step_of, stopped
+from mep_lightning.commands.training import FitCLI, alone, going_on, is_finished, step_of, stopped
 from mep_lightning.errors import UserError, counted
 from mep_lightning.evaluation import write_report
 from mep_lightning.run_folder import RunFolder
@@ -72,7 +72,8 @@ def train(lines: Sequence[Sequence[str]]) -> int:
         lines: the words of each `mep fit`; each names its run's folder, and trains a token as the others do.
 
     Raises:
-        UserError: a run cannot train beside others, they are unlike, or what each of them would be told alone.
+        UserError: a run cannot train beside others, they are unlike, another trains in a folder, or what each of them
+            would be told alone.
     """
     quiet_after_imports()
     asked = [requested(line) for line in lines]
@@ -85,6 +86,14 @@ def train(lines: Sequence[Sequence[str]]) -> int:
             raise UserError(f"{run.root} cannot train beside others, as {why}: train it alone.")
         if cli.trainer.max_steps != clis[0].trainer.max_steps:
             raise UserError(f"{run.root} and {runs[0].root} differ in trainer.max_steps: give both the same.")
+    with ExitStack() as folders:
+        for request in requests:
+            folders.enter_context(alone(request))
+        return _train(clis, runs, planned)
+
+
+def _train(clis: Sequence[FitCLI], runs: Sequence[RunFolder], planned: bool) -> int:
+    for cli, run in zip(clis, runs, strict=True):
         if cli.request.resume:
             run.sweep()
     first, trainer = clis[0], clis[0].trainer
@@ -100,9 +109,9 @@ def train(lines: Sequence[Sequence[str]]) -> int:
         f"step {at} to {trainer.max_steps}. Everything goes to:",
         *(f"  {run.root}: {cli.datamodule.summary()}" for cli, run in zip(clis, runs, strict=True)),
     )
+    resumed = first.request.resume
     if planned:
         samples, device = first._get(first.config_init, "samples"), trainer.strategy.root_device
-        resumed = first.request.resume
         refuse_too_large(first.model, first.datamodule, samples, device, resumed=resumed, subjects=len(runs))
     _share(clis, runs)
     started = time.monotonic()
@@ -114,11 +123,11 @@ def train(lines: Sequence[Sequence[str]]) -> int:
             checkpoint = str(runs[0].last_checkpoint) if at else None
             trainer.fit(batch, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
-        return max([stopped(run, trainer, signal.SIGINT) for run in runs])
+        return max([stopped(run, trainer, signal.SIGINT, resumed) for run in runs])
     for run in runs:
         write_report(run)
     if (number := first.stopper.received) is not None:
-        return max([stopped(run, trainer, number) for run in runs])
+        return max([stopped(run, trainer, number, resumed) for run in runs])
     steps = counted(trainer.global_step - at, "step")
     say(f"Learned {len(runs)} subjects in {steps} ({time.monotonic() - started:.0f} s).")
     return 0

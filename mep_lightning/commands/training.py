@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from mep_lightning.commands.keeping import (
 )
 from mep_lightning.commands.mistakes import Sources, missing_package, sentence
 from mep_lightning.commands.progress import StepProgress
-from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, is_one_of_many, say
+from mep_lightning.commands.request import RUNS, FitRequest, is_first_process, is_one_of_many, refuse_taken, say
 from mep_lightning.commands.settings import (
     count_epochs_in_steps,
     fill_in_auto,
@@ -56,7 +56,7 @@ from mep_lightning.errors import CheckpointError, UserError, counted, is_out_of_
 from mep_lightning.evaluation import write_report
 from mep_lightning.hollow import PROGRESS
 from mep_lightning.plan import Budget
-from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.run_folder import RunFolder, held, write_atomically
 from mep_lightning.templates import IN_THE_STYLE_OF
 
 RUN_VARIABLE = "MEP_RUN"
@@ -201,23 +201,51 @@ def train(request: FitRequest, budget: str | None = None, planned: bool = True) 
         planned: whether a run that would not fit into free memory is refused.
 
     Raises:
-        UserError: wrong input; a folder made for the run is gone again unless a step was saved.
+        UserError: wrong input, or another trains in the folder; one made for the run is gone again unless a step was
+            saved.
     """
     quiet_after_imports()
     if not request.says("model.base") and not request.says("print_config"):
         say("No --model.base given: taking the embedded base, tiny.")
-    cli = limit = None
+    limit = None
     if budget is not None:
         request, limit = choose(request, budget)
+    is_named = request.run is not None
     try:
         cli = FitCLI(request)
-        return _fit(cli, planned, limit)
-    except BaseException as error:
-        made = request.run
-        begun = request.resume or (cli is not None and cli.trainer.global_step > 0) or isinstance(error, LostRankError)
-        if made is not None and not begun and is_first_process():
-            _discard(made)
+    except BaseException:
+        if request.run is not None and not is_named and is_first_process():
+            with suppress(OSError):
+                request.run.root.rmdir()  # nothing is in it yet
         raise
+    with alone(request) as run:
+        try:
+            return _fit(cli, planned, limit)
+        except BaseException as error:
+            begun = request.resume or cli.trainer.global_step > 0 or isinstance(error, LostRankError)
+            if not begun and is_first_process():
+                _discard(run)
+            raise
+
+
+@contextmanager
+def alone(request: FitRequest) -> Iterator[RunFolder]:
+    """The folder of a run, in which no other trains meanwhile: each would take the other's files for its own.
+
+    Of several processes of one run the first sees to it.
+
+    Raises:
+        UserError: another trains there, or has begun a run there since the command line was read.
+    """
+    run = request.run
+    assert run is not None
+    if not is_first_process():
+        yield run
+        return
+    with held(run.root, f"another `mep fit` trains in {run.root}: wait until it is done, or give another --run."):
+        if not request.resume and run.config.is_file():
+            refuse_taken(run)
+        yield run
 
 
 def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
@@ -266,10 +294,10 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         again = f"carry on, with as many processes as there are: mep fit --run {shlex.quote(str(run.root))} --resume"
         raise LostRankError(f"{error}; {again}") from error
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
-        return stopped(run, trainer, signal.SIGINT)
+        return stopped(run, trainer, signal.SIGINT, cli.request.resume)
     if cli.stopper.received is not None:
         _report(run)
-        return stopped(run, trainer, cli.stopper.received)
+        return stopped(run, trainer, cli.stopper.received, cli.request.resume)
     _report(run)
     if model.skipped.total:
         say(f"Skipped: {counted(model.skipped.total, 'step')}, where the loss or its gradient was not finite.")
@@ -357,8 +385,15 @@ def _report(run: RunFolder) -> None:
         write_report(run)
 
 
-def stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
-    """Says how to carry on, and returns the shell's status for the signal."""
+def stopped(run: RunFolder, trainer: Trainer, number: int, resumed: bool) -> int:
+    """Says how to carry on, and returns the shell's status for the signal.
+
+    Args:
+        run: that was stopped.
+        trainer: its own.
+        number: the signal.
+        resumed: whether an earlier command had begun it, which it is then left to.
+    """
     again = f"mep fit --run {shlex.quote(str(run.root))} --resume"
     if run.last_checkpoint.is_file():
         total = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
@@ -367,6 +402,8 @@ def stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
         line = f"stopped at step {trainer.global_step}, before the first checkpoint. Begin again with: {again}"
     elif (run.activations / PROGRESS).is_file() or (run.prior.is_dir() and any(run.prior.iterdir())):
         line = f"stopped before the first step; what was made ahead of it is kept. Carry on with: {again}"
+    elif resumed:
+        line = f"stopped before the first step; what there was is kept. Begin again with: {again}"
     else:
         if is_first_process():
             _discard(run)
@@ -377,15 +414,16 @@ def stopped(run: RunFolder, trainer: Trainer, number: int) -> int:
 
 
 def _discard(run: RunFolder) -> None:
-    """Removes what a run without a checkpoint left behind, so that its name is free for the next try."""
+    """Removes what a run without a checkpoint left behind, so that its name is free for the next try.
+
+    Only whoever holds the folder may; with the hold an empty folder goes, too.
+    """
     if run.last_checkpoint.exists() or not run.root.is_dir():
         return
     for path in (run.config, run.log, run.memory_json, run.memory_png, run.report):
         path.unlink(missing_ok=True)
     for folder in (run.samples, run.adapter, run.checkpoints, run.activations, run.prior):
         shutil.rmtree(folder, ignore_errors=True)
-    if run.is_empty:
-        run.root.rmdir()
 
 
 FOR = {

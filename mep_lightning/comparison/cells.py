@@ -16,7 +16,7 @@ from typing import Any
 
 from mep_lightning.commands.compare_request import NO_PLAN
 from mep_lightning.errors import TooLargeError, UserError, is_out_of_memory
-from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.run_folder import RunFolder, held, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
 """What `mep test` scores, by the keys of metrics.json."""
@@ -26,6 +26,9 @@ RECORD, TRAINED = "cell.json", "trained.json"
 """In a run's folder, what came of its cell, as whoever waited for it may be gone when it is done; and what its training
 took, as its scoring may fail and be tried again.
 """
+
+PATIENCE = 120.0
+"""Seconds to wait for whoever still trains a cell: a node that is lost to others keeps its locks for a while."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,10 @@ def _train(batch: Batch) -> dict[str, Any]:
     from mep_lightning.phases import Stopwatch
 
     begun = all(map(_is_begun, batch))
-    if not begun:
-        for cell in batch:
-            shutil.rmtree(cell.run, ignore_errors=True)
+    for cell in batch:
+        with held(cell.run, f"another process still trains in {cell.run}: end it, and use --retry.", PATIENCE):
+            if not begun:
+                shutil.rmtree(cell.run, ignore_errors=True)
     lines = [_resumption(cell) if begun else cell.fit for cell in batch]
     started = time.monotonic()
     with Stopwatch() as watch:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mep_lightning.errors import UserError
-from mep_lightning.run_folder import RunFolder, write_atomically
+from mep_lightning.run_folder import RunFolder, held, write_atomically
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class ComparisonFolder:
             UserError: the folder holds another comparison, or something else.
         """
         if not self.described.is_file():
-            if self.root.is_dir() and any(self.root.iterdir()):
+            if self.root.is_dir() and not RunFolder(self.root).is_empty:
                 raise UserError(f"--out {self.root} holds other things than a comparison: give a new folder.")
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomically(self.described, json.dumps(dict(what), indent=2) + "\n")
@@ -109,26 +107,15 @@ class ComparisonFolder:
         Raises:
             UserError: somebody does.
         """
-        lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"--out {self.root}: another `mep compare` is at work there; wait until it is done, or stop it."
-            ) from None
-        except (OSError, NotImplementedError):  # a file system without locks
+        told = f"--out {self.root}: another `mep compare` is at work there; wait until it is done, or stop it."
+        with held(self.root, told):
             yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()
 
     def settle(self, methods: Mapping[str, Mapping[str, Any]], class_words: Mapping[str, str]) -> None:
         """Keep what methods are trained with and what subjects are, so that rows stay of one kind.
 
         What was said earlier counts once a cell of it has come to something, or is half trained; else what such cells
-        left behind is gone, as it is of other settings.
+        left behind is gone, as it is of other settings and of another class word.
 
         Args:
             methods: what the table calls each -> its settings, by dotted key; those that only one side has are younger
@@ -165,6 +152,10 @@ class ComparisonFolder:
                     f"--data: the cells of {subject} in {self.root} were trained as {before!r}, not as {word!r}: give "
                     "another folder."
                 )
+            if before != word:
+                for run in self.root.glob("runs/*/*"):
+                    if run.name.rpartition("-")[0] == subject:
+                        shutil.rmtree(run, ignore_errors=True)
             kept["class_words"][subject] = word
         write_atomically(self.settings, json.dumps(kept, indent=2) + "\n")
 

@@ -23,7 +23,7 @@ from mep_lightning.kernels import philox_normal
 class CMAES(Estimator):
     """Draws a population, hears its losses, and answers with the way to its new mean: theta - grad, exactly one step.
 
-    Its state is what it has heard: a resumed search draws and tells the same populations again.
+    Its state is what it was told: a resumed search draws and tells the same populations again.
 
     Args:
         population: how many tokens a step evaluates, in one batch; "auto" is what a module takes from its defaults.
@@ -62,11 +62,12 @@ class CMAES(Estimator):
         self._basis: Tensor | None = None
         self._heard: list[Tensor] = []
         self._search: Any = None
+        self._drawn: list[Any] | None = None
 
     def __copy__(self) -> CMAES:
         """A search of its own, from where this one stands."""
         made = object.__new__(type(self))
-        made.__dict__ |= self.__dict__ | {"_heard": list(self._heard), "_search": None}
+        made.__dict__ |= self.__dict__ | {"_heard": list(self._heard), "_search": None, "_drawn": None}
         return made
 
     @property
@@ -85,13 +86,22 @@ class CMAES(Estimator):
 
     @torch.no_grad()
     def estimate(self, loss_fn: LossFn, theta: Tensor, step: int = 0, dims: int | None = None) -> tuple[Tensor, Tensor]:
-        """As `Estimator.estimate`, with theta [vectors, D]; `step` and `dims` change nothing."""
+        """As `Estimator.estimate`, with theta [vectors, D]; `step` and `dims` change nothing.
+
+        A population of which no member has a finite loss is neither told nor kept: the next step evaluates it again,
+        over another noise and timestep, so that what was heard stays all that a resumed search needs.
+        """
         if self._search is None:
             self._begin(theta, self.members)
-        drawn = self._search.ask()
-        losses = loss_fn(self._tokens(np.stack(drawn), theta)).float()  # [V]
-        self._heard.append(losses.cpu())
-        self._tell(drawn, self._heard[-1])
+        if self._drawn is None:
+            self._drawn = self._search.ask()
+        losses = loss_fn(self._tokens(np.stack(self._drawn), theta)).float()  # [V]
+        heard = losses.cpu()
+        if heard.isfinite().any():
+            worst = heard[heard.isfinite()].max()
+            self._heard.append(torch.where(heard.isfinite(), heard, worst))
+            self._tell(self._drawn, self._heard[-1])
+            self._drawn = None
         (mean,) = self._tokens(self._search.mean[None], theta)
         return theta - mean, losses
 
@@ -122,9 +132,7 @@ class CMAES(Estimator):
         return philox_normal(self.seed or 0, self._generation, wanted, 0, size).double().numpy()
 
     def _tell(self, drawn: list[Any], losses: Tensor) -> None:
-        finite = losses[losses.isfinite()]
-        worst = finite.max() if len(finite) else torch.tensor(0.0)
-        self._search.tell(drawn, torch.where(losses.isfinite(), losses, worst).double().tolist())
+        self._search.tell(drawn, losses.double().tolist())
         self._generation += 1
 
     def _tokens(self, z: Any, theta: Tensor) -> Tensor:
@@ -159,4 +167,4 @@ class CMAES(Estimator):
         if lacking := {"start", "basis", "heard"} - state.keys():
             raise CheckpointError(f"the state of the search lacks {', '.join(sorted(lacking))}: start the run anew")
         self._start, self._basis, self._heard = state["start"], state["basis"], list(state["heard"])
-        self._search = None
+        self._search = self._drawn = None

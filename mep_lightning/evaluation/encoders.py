@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mep_lightning.errors import UserError
+from mep_lightning.photos import central_square
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 DEFAULT_DINO = "facebook/dino-vits16"
@@ -44,8 +45,14 @@ class _Encoder(nn.Module, ABC):
         self.name, self.batch_size = str(checkpoint), batch_size
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size and mode to one tensor [N, 3, H, W], fp32, on the model's device."""
+        """Pictures of any size and mode to one tensor [N, 3, H, W], fp32, on the model's device.
+
+        Of one that is not square it is the central square, which was trained on: CLIP's processor cuts it out itself,
+        DINO's would squash the picture.
+        """
         pixels = [image.convert("RGB") for image in images]
+        if not self.processor.size.get("shortest_edge"):
+            pixels = [central_square(image) for image in pixels]
         tensors = self.processor(pixels, return_tensors="pt", input_data_format="channels_last")
         return tensors.pixel_values.to(self.model.device)
 

@@ -147,7 +147,8 @@ def evaluate(
         photos: the subject's real photos.
         clip: CLIP checkpoint or encoder.
         dino: DINO checkpoint or encoder.
-        token: the subject's token, taken out of the prompts before they are compared with pictures.
+        token: the subject's token, or how prompts name it ("<sks> ball"), taken out of the prompts before they are
+            compared with pictures.
         device: where the encoders run.
 
     Returns:

@@ -57,7 +57,7 @@ OBJECT_PROMPTS: tuple[str, ...] = (
     *_PROPERTIES,
 )
 STYLE_PROMPTS: tuple[str, ...] = tuple(
-    f"a {thing} {IN_THE_STYLE_OF} {{0}}"
+    f"a {thing} {IN_THE_STYLE_OF} {{}}"
     for thing in (
         *("cat", "dog", "horse", "bird", "butterfly", "woman", "man", "tree", "flower", "mountain", "river", "house"),
         *("castle", "bridge", "boat", "car", "bicycle", "teapot", "chair", "guitar"),
@@ -86,29 +86,39 @@ def is_living(class_word: str) -> bool:
     return not LIVING_CLASSES.isdisjoint((many, many.removesuffix("es"), *one))
 
 
-def prompts_for(class_word: str | None, family: str | None = None) -> tuple[str, ...]:
+def prompts_for(class_word: str | None, family: str | None = None, is_style: bool = False) -> tuple[str, ...]:
     """The evaluation prompts of a subject or a style, as templates.
 
     Args:
         class_word: what the subject is, such as `dog`; it decides between the living and the non-living set. None: it
             is a style.
         family: the base's family; `tiny` has prompts of its own, since it knows nothing of jungles.
+        is_style: whether it is a style though it has a class word, such as watercolor.
     """
-    if family == "tiny":
-        from mep_lightning.tiny import evaluation_prompts, style_prompts
+    from mep_lightning.tiny import evaluation_prompts, style_prompts
 
-        return tuple(style_prompts() if class_word is None else evaluation_prompts())
-    if class_word is None:
-        return STYLE_PROMPTS
+    if is_style or class_word is None:
+        return tuple(text.replace("{0}", "{}") for text in style_prompts()) if family == "tiny" else STYLE_PROMPTS
+    if family == "tiny":
+        return tuple(evaluation_prompts())
     return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS
 
 
-def without_token(prompt: str, token: str) -> str:
+def without_token(prompt: str, phrase: str) -> str:
     """The prompt in plain words, for scoring text: `a <sks> ball in the snow` becomes `a ball in the snow`, and
     `a cat in the style of <sks>` becomes `a cat`.
 
     A token of several vectors (`<sks> <sks>_1`, diffusers' way of writing it) goes as a whole.
+
+    Args:
+        prompt: with the subject in it.
+        phrase: the token, or the token and its class word, which goes too where it names a style: of `<sks> watercolor`
+            `a cat in the style of <sks> watercolor` becomes `a cat`.
     """
+    token, *words = phrase.split()
     named = rf"{re.escape(token)}(_\d+)?(?![\w>])"
-    plain = re.sub(rf"(?<![\w<])({IN_THE_STYLE_OF}\s+)?{named}(\s+{named})*('s\b)?\s*", "", prompt)
+    tokens = rf"{named}(\s+{named})*"
+    class_word = r"\s+".join(map(re.escape, words))
+    style = rf"{IN_THE_STYLE_OF}\s+{tokens}" + (rf"(\s+(?i:{class_word})(?!\w))?" if words else "")
+    plain = re.sub(rf"(?<![\w<])({style}|{tokens})('s\b)?\s*", "", prompt)
     return tidy(re.sub(r"\(\)|\"\"|''", "", plain))

@@ -91,7 +91,11 @@ class Int4Weight(QuantizedWeight):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, ...] in floating point."""
-        return dequantize_nf4(self.weight, self.absmax, self.weight_shape, dtype)
+        return self.unpack(self.weight, self.absmax, dtype)
+
+    def unpack(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [O, ...] of the layer's buffers, wherever they lie now."""
+        return dequantize_nf4(packed, absmax, self.weight_shape, dtype)
 
     def _run(self, x: Tensor, operation: Operation, transposed: Operation) -> Tensor:
         """An operation with the weight, which autograd does not keep."""
@@ -100,35 +104,42 @@ class Int4Weight(QuantizedWeight):
         bias = cast(Tensor | None, self.bias)
         bias = None if bias is None else bias.to(x.dtype)
         if needs_op(x, bias) and not needs_reference():
-            return _Transient.apply(x, bias, self.dequantize, operation, transposed, self.channel)
+            packed = self.weight, self.absmax
+            return _Transient.apply(x, bias, *packed, self.unpack, operation, transposed, self.channel)
         return operation(x, self.dequantize(x.dtype), bias)
 
 
 class _Transient(torch.autograd.Function):
-    """y = operation(x, W, b) for a frozen W that is made when it is needed, forward and backward."""
+    """y = operation(x, W, b) for a frozen W that is made of its packed buffers when it is needed, forward and backward.
+
+    They are saved as tensors are: where weights are streamed, they have left the device before the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        weight: Operation,
+        packed: Tensor,
+        absmax: Tensor,
+        unpack: Operation,
         operation: Operation,
         transposed: Operation,
         channel: int,
     ) -> Tensor:
-        ctx.shape, ctx.weight, ctx.transposed, ctx.channel = x.shape, weight, transposed, channel
-        return operation(x, weight(x.dtype), bias)
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape, ctx.unpack, ctx.transposed, ctx.channel = x.shape, unpack, transposed, channel
+        return operation(x, unpack(packed, absmax, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.transposed(ctx.shape, ctx.weight(grad.dtype), grad)
+            grad_x = ctx.transposed(ctx.shape, ctx.unpack(*ctx.saved_tensors, grad.dtype), grad)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.movedim(ctx.channel, -1).flatten(0, -2).sum(0)
-        return grad_x, grad_bias, None, None, None, None
+        return grad_x, grad_bias, *[None] * 6
 
 
 def _linear_input(shape: torch.Size, weight: Tensor, grad: Tensor) -> Tensor:
@@ -153,11 +164,11 @@ class Int4Conv2d(Int4Weight, QuantizedConv2d):
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_nf4(weight.permute(0, 2, 3, 1))
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [O, I, kh, kw] in floating point."""
+    def unpack(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I, kh, kw] of the layer's buffers, wherever they lie now."""
         outputs, inputs, kh, kw = self.weight_shape
         shape = torch.Size((outputs, kh, kw, inputs))
-        return dequantize_nf4(self.weight, self.absmax, shape, dtype).permute(0, 3, 1, 2)
+        return dequantize_nf4(packed, absmax, shape, dtype).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, I, H, W] -> [B, O, H', W']."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -291,6 +292,51 @@ def test_kohyas_keys_are_those_that_comfyui_and_a1111_look_for(base, tmp_path):
     }
     assert len(tensors) == 3 * 80 and tensors[f"{stem}.alpha"] == 4
     adapter.detach()
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "is_v2"),
+    [("sd1", "sd_v1", "False"), ("sd2", "sd_v2", "True"), ("sdxl", "sdxl_base_v1-0", "False"), ("tiny", None, None)],
+)
+def test_a1111_is_told_the_family_without_which_it_hides_a_lora(base, tmp_path, family, version, is_v2):
+    adapter = attached(base)
+    adapter.family = family
+    adapter.export(tmp_path)
+    adapter.detach()
+    with safe_open(tmp_path / "lora_kohya.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told.get("ss_base_model_version"), told.get("ss_v2")) == (version, is_v2)
+    assert told["ss_network_dim"] == told["ss_network_alpha"] == "4"
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert not any(key.startswith("ss_") for key in file.metadata())
+
+
+def test_the_family_is_the_bases(base):
+    adapter = attached(base)
+    assert adapter.family == "tiny"
+    adapter.detach()
+
+
+def test_an_export_does_not_need_the_base(base, tmp_path):
+    """Nor one that has left it, nor one that was read from files."""
+    adapter = attached(base, alpha=2.0)
+    adapter.export(tmp_path / "there")
+    adapter.detach()
+    adapter.export(tmp_path / "left")
+    other = LoRA()
+    other.load_export(tmp_path / "left")
+    other.export(tmp_path / "read")
+    first = load_file(tmp_path / "there" / "pytorch_lora_weights.safetensors")
+    for folder in ("left", "read"):
+        again = load_file(tmp_path / folder / "pytorch_lora_weights.safetensors")
+        assert len(first) == 160 and first.keys() == again.keys()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_lora_that_met_no_base_writes_nothing(tmp_path):
+    with pytest.raises(UserError, match="nothing to export, as the LoRA has not met a base yet: fit it"):
+        LoRA(rank=4).export(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 BLOCKS = {

@@ -248,6 +248,30 @@ def test_an_export_is_put_back_onto_a_fresh_base(base, tmp_path, both):
         assert [numbers[id(theta)] for theta in mine] == list(scales.ids)[: len(mine)]
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_an_export_does_not_need_the_base(base, tmp_path, both):
+    """Nor one that has left it, nor one that was read from files."""
+    adapter = QuantizationScales(input_channels=both)
+    adapter.attach(base)
+    (there,) = moved(adapter).export(tmp_path / "there")
+    adapter.detach()
+    (left,) = adapter.export(tmp_path / "left")
+    other = QuantizationScales()
+    other.load_export(tmp_path / "left")
+    (read,) = other.export(tmp_path / "read")
+    first = load_file(there)
+    for path in (left, read):
+        again = load_file(path)
+        assert len(first) > 0 and first.keys() == again.keys()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_scales_that_met_no_base_write_nothing(tmp_path):
+    with pytest.raises(UserError, match="nothing to export, as the QuantizationScales has not met a base yet: fit it"):
+        QuantizationScales().export(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_adapter_takes_the_layers_over(base):
     before = predicted(base)
     scales, lora = moved(QuantizationScales()), LoRA(rank=2)

@@ -14,13 +14,14 @@ from mep_lightning import PersonalizationModule, SubjectData
 from mep_lightning.adapters import LoRA, QuantizationScales, TokenEmbedding
 from mep_lightning.bases import condition_on, identify, load_base, open_base, predict_noise
 from mep_lightning.bases.families import TINY_FOLDER
+from mep_lightning.bases.skeleton import architecture
 from mep_lightning.bases.weights import vae_dtype
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import ForwardGradientEstimator, RandomGradientEstimator, SubspaceGradient
 from mep_lightning.estimators.perturbation import HERE, direction
 from mep_lightning.evaluation import generate
 from mep_lightning.plan.rehearsal import made_up_batch
-from tests.sdxl import SIDE, WIDTHS
+from tests.sdxl import SIDE, WIDTHS, text_config
 
 
 @pytest.fixture
@@ -62,6 +63,20 @@ def test_prompts_mean_what_they_mean_to_diffusers(folder, theirs):
         embeds, _, pooled, _ = theirs.encode_prompt(prompts, do_classifier_free_guidance=False)
     torch.testing.assert_close(ours.embeds, embeds)
     torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_a_files_whole_prompt_is_read_where_a_published_folders_is():
+    """At the largest id: of another `eos_token_id` it would be at the prompt's end, where no token is trained."""
+    said = json.loads((architecture("sdxl") / "text_encoder_2/config.json").read_text())
+    assert said["eos_token_id"] == text_config(8).eos_token_id == 2
+
+
+def test_the_whole_prompt_is_read_at_a_trained_token(folder):
+    base = load_base(str(folder), vae=False)
+    token = {"<sks>": torch.randn(1, sum(WIDTHS), generator=torch.Generator().manual_seed(0))}
+    prompts = [f"a photo of a {word} ball {where}" for word in ("<sks>", "red") for where in ("in snow", "on grass")]
+    pooled = condition_on(base, prompts, token).pooled
+    assert torch.equal(pooled[0], pooled[1]) and not torch.equal(pooled[2], pooled[3])
 
 
 def test_the_u_net_is_told_the_pictures_size(folder, theirs):

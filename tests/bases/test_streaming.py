@@ -1,5 +1,6 @@
 """Streamed weights: the same bits through a small arena, whatever the order of the layers."""
 
+import errno
 import gc
 import weakref
 from pathlib import Path
@@ -14,12 +15,14 @@ from mep_lightning.advice import refuse_streaming_backwards
 from mep_lightning.bases import frugal, load_base, streaming
 from mep_lightning.bases.streaming import Stream, streamed_bytes
 from mep_lightning.bases.walk import predict_noise
+from mep_lightning.cli import sentence_about
 from mep_lightning.errors import UserError
 from mep_lightning.estimators import RandomGradientEstimator
 from mep_lightning.kernels.tf32 import whole_products
 from mep_lightning.quantization import why_not_int4
 
 CPU = torch.device("cpu")
+QUANTIZED = ["int8", *([] if why_not_int4() else ["int4"])]
 
 
 class Poisoned(Stream):
@@ -35,6 +38,14 @@ class Poisoned(Stream):
     def _surprise(self, key):
         self.surprises += 1
         return super()._surprise(key)
+
+
+class Gone(Poisoned):
+    """After a layer has computed its tensors hold nothing, as if the device could not read the host's memory."""
+
+    def _after(self, layer, *args):
+        super()._after(layer, *args)
+        layer.put(torch.full_like(layer.host, 0xFF))
 
 
 def weights(module):
@@ -112,11 +123,11 @@ def test_a_closed_stream_leaves_the_module_as_it_was_and_nothing_behind():
         gc.enable()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", *([] if why_not_int4() else ["int4"])])
+@pytest.mark.parametrize("precision", ["fp32", *QUANTIZED])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_backward_pass_calls_for_the_weights_again_and_gives_the_same_bits(precision, checkpointing):
     plain, base = load_base("tiny", precision, vae=False), load_base("tiny", precision, vae=False)
-    stream = Poisoned(base.unet, CPU)
+    stream = Gone(base.unet, CPU)
     for step in range(3):
         x, t = torch.randn(1, 4, 16, 16), torch.tensor([step])
         embeds = torch.randn(1, 32, 128, requires_grad=True)
@@ -134,8 +145,9 @@ def test_a_backward_pass_calls_for_the_weights_again_and_gives_the_same_bits(pre
     assert streamed_bytes(plain.unet) < 0.4 * weights(plain.unet)  # packed weights visit as others do
 
 
-def test_autograd_keeps_none_of_the_arena():
-    base = load_base("tiny", "int8", vae=False)
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_autograd_keeps_none_of_the_arena(precision):
+    base = load_base("tiny", precision, vae=False)
     stream, kept = Stream(base.unet, CPU), []
     embeds = torch.randn(1, 32, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -166,6 +178,35 @@ def test_on_a_cpu_weights_are_mapped_from_a_file_that_is_gone_with_them(tmp_path
     for part in mapped.modules():
         for tensor in (*part.parameters(), *part.buffers()):
             assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_file_has_a_name_while_weights_are_copied(tmp_path, monkeypatch):
+    """A kill would leave it for good."""
+    put, seen = streaming.Layer.put, []
+
+    def looking(layer, memory):
+        seen.append(list((tmp_path / "cache").iterdir()))
+        put(layer, memory)
+
+    monkeypatch.setattr(streaming, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(streaming.Layer, "put", looking)
+    streaming.map_to_disk(Choosing())
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_does_not_hold_the_weights_is_told_with_its_folder(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(streaming, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(streaming.os, "posix_fallocate", refuse, raising=False)
+    with pytest.raises((UserError, OSError)) as told:
+        load_base("tiny", "int8", offload="stream")
+    sentence, _ = sentence_about(told.value, "fit")
+    assert sentence.startswith(f"{tmp_path / 'cache'}")
+    assert number == errno.EIO or ("the disk is full" in sentence and "set XDG_CACHE_HOME" in sentence)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -201,10 +242,13 @@ def test_a_backward_pass_that_would_save_nothing_cannot_stream_to_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_computes_the_same_bits_from_pinned_memory():
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_cuda_computes_the_same_bits_from_pinned_memory(precision):
     device = torch.device("cuda")
-    plain = load_base("tiny", "int8", device, vae=False).unet
-    waiting = load_base("tiny", "int8", vae=False).unet.to(memory_format=torch.contiguous_format)  # as on a GPU
+    plain, waiting = (  # packed by the CPU, and laid out as on a GPU
+        load_base("tiny", precision, vae=False).unet.to(memory_format=torch.contiguous_format) for _ in range(2)
+    )
+    plain.to(device)
     stream = Poisoned(waiting, device)
     assert all(layer.host.is_pinned() for layer in stream.layers)
     for _ in range(20):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch.utils.flop_counter import FlopCounterMode
 
 from mep_lightning.bases.walk import predict_noise
@@ -111,6 +112,22 @@ def test_checkpointing_changes_memory_and_no_gradient(layout):
         kept.append(sum(sizes))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("differ", ["texts", "layers"])
+def test_checkpointing_changes_no_gradient_of_members_that_part_on_the_way(layout, differ):
+    model = unet(**LAYOUTS[layout])
+    latents, t, embeds = inputs(3 if differ == "texts" else 1, 1)
+    embeds.requires_grad_()
+    late = [part for part in model.up_blocks.modules() if isinstance(part, BasicTransformerBlock)][-1]
+    apart = [] if differ == "texts" else [late.attn1.to_q]
+    found = []
+    for checkpointing in (False, True):
+        out = predict_noise(model, latents, t, embeds, members=3, apart=apart, checkpointing=checkpointing)
+        assert len(out) == 3
+        found.append(torch.autograd.grad(out.square().sum(), embeds)[0])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
 
 
 def test_members_of_different_layers_part_at_the_first_of_them():

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from mep_lightning import phases
 from mep_lightning.callbacks import Export
@@ -59,6 +60,42 @@ def test_a_run_that_fails_before_training_leaves_an_earlier_export_alone(module,
     with pytest.raises(ZeroDivisionError):
         trainer_of(Export()).fit(module, data)
     assert exported(tmp_path) == "trained for a week"
+
+
+class Stop(Callback):
+    """Ctrl-C once everything is ready to train, as while the first pictures are drawn."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_first_step_leaves_an_earlier_export_alone(module, data, trainer_of, tmp_path):
+    adapter = RunFolder(tmp_path).adapter
+    adapter.mkdir()
+    (adapter / "learned_embeds.txt").write_text("trained for a week")
+    with pytest.raises(SystemExit):
+        trainer_of(Export(), Stop()).fit(module, data)
+    assert exported(tmp_path) == "trained for a week"
+
+
+def test_an_error_in_the_first_step_leaves_an_earlier_export_alone(module, data, trainer_of, tmp_path):
+    adapter = RunFolder(tmp_path).adapter
+    adapter.mkdir()
+    (adapter / "learned_embeds.txt").write_text("trained for a week")
+    module.fail_at = 0
+    with pytest.raises(RuntimeError):
+        trainer_of(Export()).fit(module, data)
+    assert exported(tmp_path) == "trained for a week"
+
+
+def test_a_resumed_run_that_is_stopped_at_once_exports_what_it_had_learned(module, data, trainer_of, tmp_path):
+    first = trainer_of(max_steps=4)
+    first.fit(module, data)
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = type(module)()
+    with pytest.raises(SystemExit):
+        trainer_of(Export(), Stop()).fit(resumed, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert exported(tmp_path) == repr(module.adapter.theta.tolist())
 
 
 def test_a_failing_export_does_not_hide_the_error(module, data, trainer_of):

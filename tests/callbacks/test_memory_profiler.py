@@ -237,6 +237,25 @@ def test_a_resumed_run_keeps_what_an_earlier_session_took(tmp_path):
     assert with_earlier(now, path) == now  # of another device
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ({"step": 80, "subjects": 8}, {"load": 3, "step": 10}, 8),
+        ({"step": 80, "subjects": 8}, {"load": 3, "step": 20, "subjects": 2}, 8),
+        ({"load": 99, "step": 10}, {"step": 80, "subjects": 8}, 8),
+        ({"load": 99, "subjects": 8}, {"step": 10}, None),
+        ({"step": 80}, {"step": 20, "subjects": 2}, None),
+    ],
+)
+def test_how_many_trained_together_is_told_of_the_session_whose_steps_are_kept(tmp_path, before, now, expected):
+    def session(subjects=None, **phases):
+        return figures(**phases) | ({} if subjects is None else {"subjects": subjects})
+
+    path = tmp_path / "memory.json"
+    path.write_text(json.dumps(session(**before)))
+    assert with_earlier(session(**now), path).get("subjects") == expected
+
+
 def test_only_a_fit_from_a_checkpoint_goes_on_with_earlier_figures(module, data, trainer_of, tmp_path):
     run = RunFolder(tmp_path)
     first = trainer_of(MemoryProfiler(), max_steps=1)

@@ -10,7 +10,7 @@ import torch
 from mep_lightning import defaults
 from mep_lightning.callbacks import PUTS
 from mep_lightning.errors import UserError
-from mep_lightning.timesteps import SNRTimesteps
+from mep_lightning.timesteps import PartialUniformTimesteps, SNRTimesteps, UniformTimesteps
 
 
 def drawn(module) -> torch.Tensor:
@@ -53,10 +53,33 @@ def test_auto_needs_a_module_that_has_defaults(module, data, trainer_of):
         trainer_of(PUTS()).fit(module, data)
 
 
-def test_two_samplers_contradict_each_other(module, data, trainer_of):
-    module.timesteps = SNRTimesteps(torch.linspace(0.9, 0.1, 10))
-    with pytest.raises(UserError, match="PUTS and the module's SNRTimesteps both say which timesteps are drawn"):
-        trainer_of(PUTS(1, 2)).fit(module, data)
+@pytest.mark.parametrize(
+    "sampler", [SNRTimesteps(torch.linspace(0.9, 0.1, 10)), PartialUniformTimesteps(0, 100)], ids=lambda one: type(one)
+)
+def test_two_samplers_contradict_each_other(sampler, module, data, trainer_of):
+    module.timesteps = sampler
+    name = type(sampler).__name__
+    with pytest.raises(UserError, match=f"PUTS and the module's {name} both say which timesteps are drawn"):
+        trainer_of(PUTS(500, 900)).fit(module, data)
+    assert module.timesteps is sampler
+
+
+def test_all_timesteps_and_those_of_an_earlier_fit_give_way(module, data, trainer_of):
+    module.timesteps = UniformTimesteps()
+    callback = PUTS(10, 20)
+    for one, bounds in ((callback, (10, 20)), (callback, (10, 20)), (PUTS(30, 40), (30, 40))):
+        trainer_of(one, max_steps=1).fit(module, data)
+        assert set(drawn(module).tolist()) == set(range(*bounds))
+
+
+def test_an_earlier_fit_is_no_leave_to_override_what_another_module_asks_for(module, data, trainer_of):
+    module.timesteps = UniformTimesteps()
+    callback = PUTS(10, 20)
+    trainer_of(callback, max_steps=1).fit(module, data)
+    other = type(module)()
+    other.timesteps = PartialUniformTimesteps(10, 20)
+    with pytest.raises(UserError, match="leave one of them out"):
+        trainer_of(callback, max_steps=1).fit(other, data)
 
 
 def test_bounds_above_the_schedule_are_refused(module, data, trainer_of):

@@ -232,3 +232,21 @@ def test_the_real_module_on_the_embedded_base_trains_to_the_same_bits(trainer_of
     with_samples = learned(Samples(every=2, count=1, steps=2))
     assert torch.equal(with_samples, learned())
     assert "step-000002.png" in names(tmp_path)
+
+
+def test_pictures_of_a_style_read_no_text_encoder_once_the_unet_is_there(trainer_of, monkeypatch):
+    from mep_lightning import PersonalizationModule, SubjectData
+    from mep_lightning.adapters import LoRA
+    from mep_lightning.bases import Base
+
+    unet_is_there, borrow = [], Base.borrowed_text_encoders
+
+    def borrowed(self):
+        unet_is_there.append(not next(self.unet.parameters()).is_meta)
+        return borrow(self)
+
+    monkeypatch.setattr(Base, "borrowed_text_encoders", borrowed)
+    trainer_of(Samples(count=2, steps=1), max_steps=1).fit(
+        PersonalizationModule("tiny", "int8", adapter=LoRA(rank=1)), SubjectData(templates="style")
+    )
+    assert unet_is_there == [False]

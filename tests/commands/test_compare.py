@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -13,9 +14,12 @@ from safetensors.torch import load_file
 
 from mep_lightning.cli import main
 from mep_lightning.commands.compare import _sizes
+from mep_lightning.commands.compare_request import INSTEAD, words_of_fit
 from mep_lightning.comparison.cells import Cell, run
 from mep_lightning.comparison.folder import ComparisonFolder
+from mep_lightning.comparison.preflight import OWN_OF_A_CELL
 from mep_lightning.comparison.table import TOGETHER_LEGEND
+from mep_lightning.errors import UserError
 
 SHORT = ["--subjects", "1", "--max-steps", "2", "--images-per-prompt", "1", "--threads", "1", "--out", "out"]
 SHORT += ["--prompts", "prompts.txt", "--fit=--samples.steps 2"]
@@ -306,6 +310,39 @@ def test_a_mistake_that_every_cell_would_tell_leaves_nothing_behind(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        ("--model.seed 5", "--fit sets --model.seed, which every cell has of its own: leave it out; say with --seeds"),
+        ("--model.base=sd15", "leave it out; give it with --base"),
+        ("--model '{seed: 5, precision: fp32}'", "--fit sets --model.seed"),
+        ("--data.class_word toy", "write it into prompts_and_classes.txt"),
+        ("--data='{path: elsewhere}' --model.lr 1", "--fit sets --data.path"),
+        ("--trainer.max_steps 2 --run r", "--fit sets --run"),
+        ("--resume", "leave it out; the same command again goes on with what is half trained"),
+    ],
+)
+def test_what_makes_a_cell_a_cell_is_not_for_fit_to_set(fit, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        words_of_fit(fit)
+
+
+def test_all_that_makes_a_cell_a_cell_has_a_mend():
+    assert set(OWN_OF_A_CELL) < set(INSTEAD)
+    words = ["--model.precision", "fp32", "--model", "{seed_of: 1, lr: [", "--data.resolution", "64", "--no-plan"]
+    assert words_of_fit(shlex.join(words)) == words
+
+
+def test_two_at_once_are_refused_before_either_has_said_what_it_compares(told, capsys):
+    with ComparisonFolder(Path("told")).alone():
+        assert told(Told(GOOD), "--subjects", "1") == 2
+        assert [path.name for path in Path("told").iterdir()] == [".lock"]
+    assert "--out told: another `mep compare` is at work there" in capsys.readouterr().err
+    Path("told").mkdir()
+    Path("told/.tmp-1-comparison.json").write_text('{"base"')  # and a kill while it says so is no claim
+    assert told(Told(GOOD, GOOD), "--subjects", "1") == 0
 
 
 def test_two_at_once_are_refused(told, capsys):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import save_file
 
 from mep_lightning.cli import main
+from mep_lightning.commands.drawing import Drawn
 from mep_lightning.commands.learned import open_learned
 
 
@@ -41,6 +42,42 @@ def test_predict_draws_the_same_picture_for_the_same_seed(trained, capsys):
     assert picture.size == (64, 64)
     assert picture.text["prompt"] == "a <sks> ball on grass"
     assert Path("a", names[0]).read_bytes() != Path("a", names[1]).read_bytes()
+
+
+def saved(prompt, color="red", seed=0, **how):
+    """The name under which one picture is kept in the folder `out`."""
+    drawn = Drawn([Image.new("RGB", (8, 8), color)], [prompt], [seed], how)
+    (path,) = drawn.save(Path("out"))
+    assert Image.open(path).text["prompt"] == prompt and Image.open(path).getpixel((0, 0)) == ImageColor.getrgb(color)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A <sks> Ball_2, on grass!", "00-a-sks-ball-2-on-grass-seed0.png"),
+        ("一只 <sks> 球在雪地里", "00-一只-sks-球在雪地里-seed0.png"),
+        ("ein <sks> Ball im Süden", "00-ein-sks-ball-im-süden-seed0.png"),
+        ("ein <sks> Ball im Su\u0308den", "00-ein-sks-ball-im-süden-seed0.png"),
+        ("a" * 300, f"00-{'a' * 60}-seed0.png"),
+        ("球" * 300, f"00-{'球' * 20}-seed0.png"),
+        ("a" + "球" * 300, f"00-a{'球' * 19}-seed0.png"),
+        ("⚽", "00--seed0.png"),
+    ],
+)
+def test_pictures_are_named_after_prompt_and_seed_in_any_script(prompt, name):
+    assert saved(prompt) == name
+
+
+def test_a_picture_takes_the_place_of_no_other():
+    first, second = saved("⚽", guidance=3.0), saved("🏀", guidance=3.0)
+    assert (first, second) == ("00--seed0.png", "00--seed0-2.png")
+    before = Path("out", first).read_bytes()
+    assert saved("⚽", guidance=5.0) == "00--seed0-3.png"  # other settings
+    assert saved("⚽", "blue", guidance=3.0) == "00--seed0-4.png"  # another picture, as of another strength
+    assert saved("⚽", guidance=3.0) == first and saved("🏀", guidance=3.0) == second  # drawn again
+    assert saved("⚽", seed=1) == "00--seed1.png"
+    assert Path("out", first).read_bytes() == before and len(list(Path("out").iterdir())) == 5
 
 
 def test_a_run_draws_with_the_activations_that_it_was_trained_with(fit, config_of, monkeypatch):

@@ -1,5 +1,7 @@
 """The settings of a run, as others are told them."""
 
+from pathlib import Path
+
 import pytest
 
 from mep_lightning.commands.fit import requested
@@ -33,3 +35,23 @@ def test_epochs_with_an_end_are_an_end_to_run_to():
     assert settings(*words, "--trainer.max_epochs", "2").trainer.max_epochs == 2
     with pytest.raises(UserError, match="is no end to run to"):
         settings(*words)
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        ("PriorPreservation", []),
+        ("HollowedActivations", ["--trainer.callbacks.fraction", "0.4", "--trainer.callbacks.samples", "4"]),
+    ],
+)
+def test_a_callbacks_folder_is_the_same_one_from_wherever_a_run_is_resumed(callback, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def folder(name):
+        told = ["--trainer.callbacks.folder", name] if name else []
+        return settings(f"--trainer.callbacks+={callback}", *words, *told).trainer.callbacks[-1].init_args.folder
+
+    assert folder("kept") == str(tmp_path / "kept")
+    assert folder("/kept") == "/kept"
+    assert folder("~/kept") == str(Path.home() / "kept")
+    assert folder(None) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mep_lightning.cli import main
+from mep_lightning.commands.test import read_prompts
 
 
 def test_test_scores_the_evaluation_prompts_of_the_base(trained, capsys):
@@ -45,6 +46,14 @@ def test_a_second_test_leaves_no_picture_of_the_first(trained):
     words = ["test", "--run", "r", "--prompts", "mine.txt", "--steps", "1", "--images-per-prompt"]
     assert main([*words, "2"]) == main([*words, "1", "--seed", "7"]) == 0
     assert [path.name for path in Path("r/evaluation").iterdir()] == ["00-a-sks-ball-on-grass-seed7.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_are_read_as_any_editor_saves_them(encoding):
+    Path("mine.txt").write_bytes("# mine\r\na {} by the sea\r\n\r\n{}, été\r\n".encode(encoding))
+    assert read_prompts(Path("mine.txt")) == ["a {} by the sea", "{}, été"]
+    Path("mine.txt").write_text("a {}\n", encoding=encoding)
+    assert read_prompts(Path("mine.txt")) == ["a {}"]
 
 
 @pytest.mark.parametrize("encoder", ["clip", "dino"])

@@ -11,7 +11,7 @@ from mep_lightning.comparison import cells
 from mep_lightning.comparison.cells import Cell, Interrupted, batches
 from mep_lightning.errors import TooLargeError, UserError
 from mep_lightning.phases import phase
-from mep_lightning.run_folder import RunFolder
+from mep_lightning.run_folder import RunFolder, held
 
 
 def cell(root, method, subject, seed=0):
@@ -166,6 +166,17 @@ def test_what_is_made_ahead_of_the_first_step_is_gone_on_with(tmp_path, commands
         records([one])
     assert commands.trained == ["resume a", "b"]
     assert (begun.run / made).is_dir() and not (other.run / made).exists()
+
+
+def test_a_cell_that_another_process_still_trains_is_left_to_it(tmp_path, commands, monkeypatch):
+    monkeypatch.setattr(cells, "PATIENCE", 0.1)
+    one = cell(tmp_path, "token", "a")
+    with held(one.run, ""):
+        RunFolder(one.run).log.touch()
+        told = f"another process still trains in {one.run}: end it, and use --retry."
+        assert records([one])["a"] == {"error": told, "kind": "failed"}
+        assert RunFolder(one.run).log.is_file() and commands.trained == []
+    assert "error" not in records([one])["a"] and commands.trained == ["a"]
 
 
 def test_what_would_not_fit_is_told_as_memory_and_a_resumed_cell_may_try_it_too(tmp_path, commands):

@@ -48,6 +48,15 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
         ComparisonFolder(tmp_path).claim(WHAT)
 
 
+def test_a_folder_in_which_a_kill_left_half_a_file_or_a_lock_is_new(tmp_path):
+    folder = ComparisonFolder(tmp_path)
+    for name in (".tmp-1-comparison.json", ".lock"):
+        (tmp_path / name).touch()
+    with folder.alone():
+        folder.claim(WHAT)
+    folder.claim(WHAT)
+
+
 def test_only_one_at_a_time_runs_its_cells(folder):
     with folder.alone():
         again = ComparisonFolder(folder.root)
@@ -64,7 +73,7 @@ def test_a_file_system_without_locks_is_no_obstacle(folder, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no locks available")
 
-    monkeypatch.setattr("mep_lightning.comparison.folder.FileLock.acquire", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with folder.alone():
         pass
 
@@ -106,6 +115,19 @@ def test_so_does_what_a_subject_is(folder):
         with pytest.raises(UserError, match=f"the cells of {name} in .* were trained as '{word}', not as 'toy'"):
             folder.settle({}, {name: "toy"})
     folder.settle({}, {"rex": "cat", "ball": "ball"})
+
+
+@pytest.mark.parametrize("left", ["activations/a", "prior/0.png", "cell.json"])
+def test_what_was_made_ahead_or_never_heard_of_another_class_word_is_gone(folder, left):
+    folder.settle({}, {"dog": "dog", "dog-1": "dog"})
+    made = {name: folder.run("a", name, 0) / left for name in ("dog", "dog-1")}
+    for path in made.values():
+        path.parent.mkdir(parents=True)
+        path.touch()
+    folder.settle({}, {"dog": "dog", "dog-1": "dog"})
+    assert all(path.exists() for path in made.values())
+    folder.settle({}, {"dog": "puppy", "dog-1": "dog"})
+    assert not folder.run("a", "dog", 0).exists() and made["dog-1"].exists()
 
 
 def test_a_path_may_be_said_in_another_way(tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from mep_lightning import PersonalizationModule, SubjectData
+from mep_lightning import PersonalizationModule, SubjectData, objective
 from mep_lightning.adapters import LoRA, TokenEmbedding
+from mep_lightning.commands.keeping import read_checkpoint
 from mep_lightning.errors import CheckpointError, UserError
 from mep_lightning.estimators import CMAES, SPSAEstimator, SubspaceGradient
 from tests.personalizing import StopAt, fitted, trainer
@@ -103,6 +104,24 @@ def test_losses_that_are_not_finite_count_as_the_worst():
     assert theta.isfinite().all()
 
 
+def test_a_population_without_any_loss_is_asked_again_and_moves_nothing():
+    asked = []
+
+    def loss_fn(values):
+        asked.append(values)
+        losses = quadratic(words()[7:8])(values)
+        return losses * float("nan") if len(asked) in (1, 4, 5) else losses
+
+    start = words()[:1]
+    path = [theta for theta, _ in run(search(), start, loss_fn, 9)]
+    spared = [theta for theta, _ in run(search(), start, quadratic(words()[7:8]), 6)]
+    for place, before in ((0, start), (3, path[2]), (4, path[2])):
+        torch.testing.assert_close(path[place], before, rtol=0, atol=1e-6)
+        assert torch.equal(asked[place], asked[place + 1])
+    for mine, other in zip([path[place] for place in (1, 2, 5, 6, 7, 8)], spared, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+
+
 def fresh(**kwargs):
     adapter = TokenEmbedding(init="ball", vectors=kwargs.pop("vectors", 1))
     return PersonalizationModule("tiny", "int8", adapter=adapter, estimator=CMAES(6, 8, "auto"), **kwargs)
@@ -124,6 +143,28 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path):
     resumed = fresh()
     trainer(6, tmp_path).fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "four.ckpt", weights_only=True)
     assert torch.equal(whole.adapter.theta, resumed.adapter.theta)
+
+
+@pytest.mark.parametrize("infinite", [1, 6], ids=["one member", "all members"])
+def test_a_run_in_which_losses_were_not_finite_resumes_bitwise(tmp_path, monkeypatch, infinite):
+    losses = objective.losses
+
+    def partly(module, members, draw):
+        found = losses(module, members, draw)
+        if module.global_step in (1, 3):
+            found[:infinite] = float("inf")
+        return found
+
+    monkeypatch.setattr(objective, "losses", partly)
+    whole, _ = fitted(6, tmp_path, fresh())
+    _, first = fitted(6, tmp_path, fresh(), callbacks=[StopAt(4)])
+    first.save_checkpoint(tmp_path / "four.ckpt")
+    heard = read_checkpoint(tmp_path / "four.ckpt")["mep"]["estimators"][0]["heard"]
+    assert len(heard) == (4 if infinite == 1 else 2) and heard.isfinite().all()
+    resumed = fresh()
+    trainer(6, tmp_path).fit(resumed, SubjectData(seed=0), ckpt_path=tmp_path / "four.ckpt", weights_only=True)
+    assert torch.equal(whole.adapter.theta, resumed.adapter.theta) and whole.skipped == resumed.skipped
+    assert whole.skipped.total == (0 if infinite == 1 else 2)
 
 
 @pytest.mark.parametrize(

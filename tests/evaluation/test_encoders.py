@@ -71,19 +71,22 @@ def test_clip_preprocessing_is_shortest_edge_bicubic_then_centre_crop_then_norma
     assert np.abs(actual - expected).mean() < 0.02 / 255 / min(CLIP_STD)
 
 
-def test_dino_preprocessing_squashes_to_a_square_bilinearly(dino_folder):
+def test_dino_preprocessing_takes_the_central_square_bilinearly(dino_folder):
     image = picture(51, 33)
-    expected = (resize(image, 24, 24, cubic=False) / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    expected = (resize(image.crop((9, 0, 42, 33)), 24, 24, cubic=False) / 255 - np.array(IMAGENET_MEAN)) / np.array(
+        IMAGENET_STD
+    )
     actual = DinoEncoder(dino_folder).preprocess([image])[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(actual, expected, atol=1.01 / 255 / min(IMAGENET_STD))
     assert np.abs(actual - expected).mean() < 0.02 / 255 / min(IMAGENET_STD)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (100, 37), (40, 300)])
+@pytest.mark.parametrize(("size", "square"), [((64, 64), (0, 0)), ((100, 37), (31, 0)), ((40, 300), (0, 130))])
 @pytest.mark.parametrize(("encoder", "folder"), [(ClipEncoder, CLIP), (DinoEncoder, DINO)])
-def test_the_embedded_encoders_see_the_whole_picture_at_64_pixels(encoder, folder, size):
-    image = picture(*size)
-    expected = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) / 127.5 - 1
+def test_the_embedded_encoders_see_the_central_square_at_64_pixels(encoder, folder, size, square):
+    image, side = picture(*size), min(size)
+    cut = image.crop((*square, square[0] + side, square[1] + side))
+    expected = np.asarray(cut.resize((64, 64), Image.Resampling.BICUBIC)) / 127.5 - 1
     actual = encoder(folder).preprocess([image])[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
@@ -102,7 +105,7 @@ def test_the_checkpoints_own_configuration_is_followed(clip_folder, tmp_path):
     shutil.copytree(clip_folder, folder)
     config = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 10, "width": 14},
+        "size": {"height": 10, "width": 10},
         "do_center_crop": False,
         "resample": 0,
         "image_mean": [0.1, 0.2, 0.3],
@@ -110,7 +113,7 @@ def test_the_checkpoints_own_configuration_is_followed(clip_folder, tmp_path):
         "rescale_factor": 0.01,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    image = picture(28, 20)
+    image = picture(20, 20)
     nearest = np.asarray(image)[1::2, 1::2]  # halving with the nearest pixel
     expected = (nearest * 0.01 - np.array([0.1, 0.2, 0.3])) / np.array([1, 2, 4])
     actual = ClipEncoder(folder).preprocess([image])[0].permute(1, 2, 0).numpy()

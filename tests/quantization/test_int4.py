@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from mep_lightning.errors import UserError
-from mep_lightning.quantization import dequantize_nf4, quantize_nf4, why_not_int4
+from mep_lightning.quantization import Int4Conv2d, Int4Linear, dequantize_nf4, quantize_nf4, why_not_int4
 
 pytest.importorskip("bitsandbytes")
 LEVELS = torch.tensor(  # table of the paper's appendix E
@@ -32,6 +33,30 @@ def test_every_weight_becomes_the_nearest_level_of_its_block(shape, dtype):
         scaled = block / block.abs().max()
         nearest = LEVELS[(scaled[:, None] - LEVELS).abs().argmin(1)] * block.abs().max()
         torch.testing.assert_close(values, nearest, rtol=1e-3 if dtype.itemsize == 2 else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(7, 6), lambda: nn.Conv2d(7, 6, 3)], ids=["linear", "conv"])
+def test_a_backward_pass_makes_the_weight_from_what_autograd_kept(make):
+    """By then the layer's own buffers may hold something else."""
+    torch.manual_seed(0)
+    original = make().requires_grad_(False)
+    layer = (Int4Linear if isinstance(original, nn.Linear) else Int4Conv2d).from_float(original)
+    x = torch.randn(2, 7, requires_grad=True) if isinstance(original, nn.Linear) else torch.randn(2, 7, 5, 5)
+    x.requires_grad_()
+    original.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+    (expected,) = torch.autograd.grad(original(x).square().sum(), x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved) or saved.clone(), lambda saved: saved
+    ):
+        y = layer(x)
+    assert [saved.data_ptr() for saved in kept] == [
+        layer.weight.data_ptr(),
+        layer.absmax.data_ptr(),
+    ]  # and nothing else
+    layer.weight, layer.absmax = torch.zeros_like(layer.weight), torch.zeros_like(layer.absmax)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_bitsandbytes_one_sentence_says_so(monkeypatch):

@@ -40,6 +40,7 @@ class Worker:
 
     Attributes:
         left: cells of its batch of which nothing is heard yet.
+        missed: whether its process, which had done others, was gone before it could be given this batch.
     """
 
     def __init__(self, logs: Path, threads: int | None, gpu: str | None = None) -> None:
@@ -51,11 +52,16 @@ class Worker:
         theirs.close()
         self.left: list[Cell] = []
         self.began, self.size = 0.0, 0
+        self.missed = False
 
     def give(self, batch: Batch) -> None:
-        """Run this one next."""
+        """Run this one next; where the process is gone, its end tells so."""
+        is_first = self.size == 0
         self.left, self.began, self.size = list(batch), time.monotonic(), len(batch)
-        self.connection.send(batch)
+        try:
+            self.connection.send(batch)
+        except OSError:
+            self.missed = not is_first  # a process that dies before its first batch may well do so each time
 
     def heard(self) -> list[tuple[Cell, dict[str, Any]]]:
         """Cells that came to an end since it was last asked, with their records."""
@@ -120,7 +126,10 @@ class LocalEngine:
                 for worker in list(busy):
                     lives = worker.process.is_alive()  # before it is listened to: its last words count
                     yield from worker.heard()
-                    if not lives and len(worker.left) > 1 and worker.process.exitcode not in TOLD:
+                    if not lives and worker.missed:
+                        waiting.appendleft(worker.left)
+                        worker.left = []
+                    elif not lives and len(worker.left) > 1 and worker.process.exitcode not in TOLD:
                         waiting.extendleft(reversed(halves(worker.left)))
                         worker.left = []
                     elif worker.left and (end := self._end(worker, lives)) is not None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import mep_lightning
-from mep_lightning.comparison.cells import Cell
+from mep_lightning.comparison.cells import RECORD, Cell
 from mep_lightning.comparison.engines.local import LocalEngine, Worker, _work
 
 
@@ -87,6 +87,41 @@ def test_a_process_that_is_told_to_stop_is_no_failure_and_the_others_go_on(tmp_p
     assert [record["kind"] for _, record in found] == ["stopped", "stopped", "stopped", "failed"]
     assert (one.run / "checkpoints" / "last.ckpt").is_file(), "after the step that it was at"
     assert not other.run.exists()
+
+
+def test_a_process_that_is_gone_before_it_is_told_costs_no_cell(tmp_path, monkeypatch):
+    give, killed = Worker.give, []
+
+    def give_to_the_dead(self, batch):
+        if self.size and not killed:
+            killed.append(self.process.pid)
+            self.process.kill()
+            self.process.join()
+        give(self, batch)
+
+    monkeypatch.setattr(Worker, "give", give_to_the_dead)
+    cells = [cell(tmp_path, seed) for seed in range(3)]
+    for one in cells:  # done, but never heard of
+        one.run.mkdir()
+        (one.run / RECORD).write_text('{"dino": 0.25}')
+    found = list(LocalEngine(threads=1).run_all([[cells[0]], cells[1:]], tmp_path / "logs"))
+    assert killed and found == [(one, {"dino": 0.25}) for one in cells]
+
+
+def test_cells_whose_processes_are_gone_each_time_have_failed(tmp_path, monkeypatch):
+    give, given = Worker.give, []
+
+    def give_to_the_dead(self, batch):
+        given.append([one.seed for one in batch])
+        self.process.kill()
+        self.process.join()
+        give(self, batch)
+
+    monkeypatch.setattr(Worker, "give", give_to_the_dead)
+    cells = [cell(tmp_path, seed) for seed in range(3)]
+    found = list(LocalEngine(threads=1).run_all([cells[:2], cells[2:]], tmp_path / "logs"))
+    assert given == [[0, 1], [0], [1], [2]]
+    assert [record["kind"] for _, record in found] == ["memory"] * 3
 
 
 def test_a_log_that_cannot_be_opened_is_a_failure(tmp_path):
