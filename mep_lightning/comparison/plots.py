@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
@@ -86,6 +87,8 @@ def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
 
 SIDES = (("left", 5, 4), ("left", 5, -11), ("right", -5, 4), ("right", -5, -11))
 """Of a point, where its name may begin or end, and how many points (of type) to the right and up."""
+FARTHER = tuple((side, x, y + 11 * (1 if y > 0 else -1)) for side, x, y in SIDES)
+"""Where it may be besides, with a line to its point, where all of those meet what is there."""
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], ink: str) -> None:
@@ -94,17 +97,30 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
     written: list[Bbox] = []
     for number, (point, name) in enumerate(zip(points, names, strict=True)):
         taken = [*around[:number], *around[number + 1 :], *written]
-        tried = [
-            axes.annotate(name, point, (x, y), textcoords="offset points", ha=side, color=ink, fontsize=7.5)
-            for side, x, y in SIDES
-        ]
-        boxes = [text.get_window_extent() for text in tried]
+        line: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": ink,
+            "alpha": 0.4,
+            "linewidth": 0.5,
+            "shrinkA": 0,
+            "shrinkB": 2,
+        }
+        written_as: dict[str, Any] = {"textcoords": "offset points", "color": ink, "fontsize": 7.5}
+        tried = [axes.annotate(name, point, (x, y), ha=side, **written_as) for side, x, y in SIDES]
+        tried += [axes.annotate(name, point, (x, y), ha=side, **written_as, arrowprops=line) for side, x, y in FARTHER]
+        boxes = [extent(text) for text in tried]
         met = [sum(_shared(box, other) for other in taken) - _shared(box, axes.bbox) for box in boxes]
         best = met.index(min(met))
         for place, text in enumerate(tried):
             if place != best:
                 text.remove()
         written.append(boxes[best])
+
+
+def extent(text: Annotation) -> Bbox:
+    """Where a point's name lies, without the line to it."""
+    text.get_window_extent()  # which puts it where its point is
+    return Text.get_window_extent(text)
 
 
 def _shared(one: Bbox, other: Bbox) -> float:

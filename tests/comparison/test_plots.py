@@ -1,10 +1,14 @@
 """What a plot of memory and quality says of which point."""
 
+import json
 from itertools import combinations
 
 import pytest
 
-from mep_lightning.comparison.plots import tradeoff
+from benchmarks.documents.tables import results
+from mep_lightning.comparison.plots import extent, tradeoff
+
+WANTED = ("clip_i", "dino", "clip_t", "training_planned", "training_bytes", "batch")
 
 
 def row(method, size, score):
@@ -21,8 +25,20 @@ def test_names_of_neighbours_do_not_meet(gap):
     figure.draw_without_rendering()
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["small", *(one["method"] for one in rows), "large"]
-        boxes = [text.get_window_extent() for text in axes.texts]
+        boxes = [extent(text) for text in axes.texts]
         assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+def test_names_of_a_crowd_do_not_meet_either():
+    """The eleven methods of the papers' tables as they lie on `tiny`."""
+    lines = json.loads(results("compare").read_text())["rows"]
+    known = {metric: {one["case"]: one["value"] for one in lines if one["metric"] == metric} for metric in WANTED}
+    rows = [{key: known[key].get(name) for key in WANTED} | {"method": name, "spread": {}} for name in known["clip_i"]]
+    figure = tradeoff(rows)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [extent(text) for text in axes.texts]
+        assert len(boxes) == 11 and not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_method_without_scores_or_memory_has_no_point():
