@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -65,18 +66,18 @@ def refuse_left_hollow(module: PersonalizationModule) -> None:
 
 def refuse_cut_subjects(module: PersonalizationModule, prompts: Sequence[str]) -> None:
     """Raise UserError for a prompt so long that what names the subject lies beyond what the base reads."""
-    base, phrase = module.loaded(), module.adapter.phrase(module.class_word)
-    counts = {token: len(vectors) for token, vectors in module.adapter.tokens().items()}
+    base, token = module.loaded(), module.adapter.token
+    counts = {name: len(vectors) for name, vectors in module.adapter.tokens().items()}
     for prompt in prompts:
-        before, found, _ = prompt.partition(phrase)
-        if not found:
+        found = re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt)
+        if found is None:
             continue
         for index in range(len(base.tokenizers)):
             tokenizer = base.tokenizer_with(counts, index)
-            length = len(tokenizer(expand(before + phrase, counts), verbose=False).input_ids)
+            length = len(tokenizer(expand(prompt[: found.end()], counts), verbose=False).input_ids)
             if length > tokenizer.model_max_length:
                 raise UserError(
-                    f"the prompt {prompt!r} names {phrase} beyond the {tokenizer.model_max_length} tokens that the "
+                    f"the prompt {prompt!r} names {token} beyond the {tokenizer.model_max_length} tokens that the "
                     "base reads: shorten it, or name the subject earlier"
                 )
 

@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,15 @@ class Hollow:
         ranks = module.ranks
         folder.mkdir(parents=True, exist_ok=True)
         refusal = f"another run makes activations in {folder}: wait until it trains, or name another folder"
-        with held(folder, refusal, PATIENCE) if ranks.rank == 0 else nullcontext():
-            ranks.wait()  # until the first holds it
+        refused = None
+        with ExitStack() as stack:
+            if ranks.rank == 0:
+                try:
+                    stack.enter_context(held(folder, refusal, PATIENCE))
+                except UserError as error:
+                    refused = error
+            if ranks.highest(int(refused is not None)):  # all wait for the first, and are refused with it
+                raise refused or UserError(refusal)
             done = _done(progress, path, key, size)
             if done < self.samples:
                 announced(size, done)

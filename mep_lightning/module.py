@@ -50,7 +50,7 @@ from mep_lightning.estimators.perturbation import Members
 from mep_lightning.hollow import Hollow
 from mep_lightning.optimization import OPTIMIZERS, SCHEDULES
 from mep_lightning.phases import phase
-from mep_lightning.preparation import acquaint, encode
+from mep_lightning.preparation import acquaint, encode, encodes
 from mep_lightning.selection import Selector
 from mep_lightning.skipping import Skipped, gradients, is_sound, norm_of, skip
 from mep_lightning.templates import fill
@@ -220,11 +220,11 @@ class PersonalizationModule(LightningModule):
             advice.refuse_one_resolution(self)
             advice.refuse_left_hollow(self)
             advice.refuse_streaming_backwards(self, device)
-        if attached and self.photos is not None and stage == "fit":
+        if data is not None and encodes(data) and stage == "fit":
             found = self.base or self.open(device)
             self.fill_in_defaults(found.family)
-            encode(self, self.photos, found)
-            self._texts += [self.named(text) for text in self.photos.texts]
+            encode(self, data, found)
+            self._texts += [self.named(text) for text in data.texts]
         base = self.load(device)
         texts, self._texts = self._texts, []
         if stage == "fit":

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from mep_lightning.module import PersonalizationModule
 
 
+def encodes(data: Any) -> bool:
+    """Whether data are `SubjectData`, or give themselves out for such."""
+    return all(hasattr(data, name) for name in ("encode", "resolution", "texts"))
+
+
 def acquaint(module: PersonalizationModule, data: Any) -> None:
-    """Tell a module what its photos show, and `SubjectData` how captions may name it and what its draws come from.
+    """Tell a module what its photos show, and the data how captions may name it and what its draws come from.
 
     Args:
         data: a Trainer's data module, which may be the user's own; None where it has none.
@@ -25,15 +30,14 @@ def acquaint(module: PersonalizationModule, data: Any) -> None:
     module.class_word = getattr(data, "class_word", None)
     for part in (module.adapter, *module.adapter.parts):
         part.is_style = getattr(data, "is_style", False)
-    if module.photos is None:
-        return
-    data.token = module.adapter.token
-    data.default_seed = module.seed
-    if module.subspace is not None:
-        module.example = data.texts[0]
+    if encodes(data):
+        data.token = module.adapter.token
+        data.default_seed = module.seed
+    if module.subspace is not None and module.photos is not None:
+        module.example = module.photos.texts[0]
 
 
-def encode(module: PersonalizationModule, data: SubjectData, found: BaseFolder) -> None:
+def encode(module: PersonalizationModule, data: Any, found: BaseFolder) -> None:
     """Encode the photos at every resolution that the module trains at."""
     with phase("encode"):
         high, low = found.resolution if data.resolution == "auto" else data.resolution, module.low_resolution

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import warnings
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from mep_lightning.errors import UserError
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are written to be renamed."""
+TRIES = 10
+"""How often a folder is made that another takes away between its making and its locking."""
 LOCK = ".lock"
 """The file that whoever holds a folder has locked; a kill leaves it behind, unlocked."""
 FULL = re.compile(r"no space left|os error 28\b|unexpected pos|file write failed|disk quota", re.IGNORECASE)
@@ -155,21 +157,26 @@ def held(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
 
 def _locked(folder: Path, told: str, patience: float) -> Any:
     """The lock of a folder, which is held from here on; None where there can be none."""
-    from filelock import FileLock, SoftFileLock, Timeout
+    from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(action="ignore"):
-            lock.acquire(timeout=patience)
-    except Timeout:
-        raise UserError(told) from None
-    except (OSError, NotImplementedError):
-        return None
-    if isinstance(lock, SoftFileLock):  # what it takes where there are no locks: a file that a kill leaves behind
-        lock.release()
-        return None
-    return lock
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
+    until = time.monotonic() + patience
+    for _ in range(TRIES):
+        was_there = (folder / LOCK).exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=max(0.0, until - time.monotonic()))
+            return lock
+        except Timeout:
+            raise UserError(told) from None
+        except FileNotFoundError:  # whoever held it has left nothing, and has taken the folder away meanwhile
+            pass
+        except (OSError, NotImplementedError):
+            if not was_there:
+                with suppress(OSError):
+                    (folder / LOCK).unlink()
+            break
+    return None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mep_lightning import PersonalizationModule, SubjectData, defaults
+from mep_lightning import PersonalizationModule, SubjectData, advice, defaults
 from mep_lightning.adapters import LoRA, TokenAndLoRA, TokenEmbedding
 from mep_lightning.adapters.lora_layers import LoRALinear
 from mep_lightning.bases import Base, load_base, predict_noise
@@ -433,6 +433,37 @@ def test_a_second_fits_captions_are_embedded_once_too(tmp_path, monkeypatch):
     assert mod.global_step == 4 and len(borrowed) == 1
 
 
+def test_a_class_word_may_be_cut_where_all_vectors_are_there(tiny_base):
+    mod = module(vectors=3)
+    mod.take(tiny_base)
+    advice.refuse_cut_subjects(mod, ["a " * 27 + "<sks> ball", "<sks>, " + "a " * 40 + "<sks>", "no <sks>y word " * 20])
+    with pytest.raises(UserError, match="names <sks> beyond the 32 tokens"):
+        advice.refuse_cut_subjects(mod, ["a " * 28 + "<sks> ball"])
+
+
+class Wrapped(LightningDataModule):
+    """A data module of the user's own around photos that it does not hold itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = SubjectData(class_word="ball")
+
+    def __getattr__(self, name):
+        if name in ("encode", "resolution", "texts", "class_word"):
+            return getattr(self.inner, name)
+        raise AttributeError(name)
+
+    def train_dataloader(self):
+        return self.inner.train_dataloader()
+
+
+def test_data_that_encode_as_subject_data_do_are_told_to(tmp_path):
+    mod = PersonalizationModule(adapter=LoRA(rank=2), lr=1e-3, method="lora")
+    data = Wrapped()
+    trainer(2, tmp_path).fit(mod, data)
+    assert mod.global_step == 2 and data.token == "sks"
+
+
 def test_a_selector_wants_data_that_know_two_resolutions(tmp_path):
     mod = PersonalizationModule(adapter=LoRA(rank=2), selector=TimestepAwareSelector(), lr=1e-3, low_resolution=32)
     for data in (Photos(), Photos().train_dataloader()):
@@ -450,7 +481,7 @@ def test_a_caption_that_loses_its_subject_is_refused_before_the_first_step(tmp_p
     (photos / "a.txt").write_text(far)
     mod = PersonalizationModule(adapter=adapter, estimator=Backprop(), lr=1e-3, method="lora")
     data = SubjectData(path=str(photos), class_word="ball")
-    with pytest.raises(UserError, match=r"the prompt 'a very long .* names .*sks.* ball beyond the \d+ tokens that"):
+    with pytest.raises(UserError, match=r"the prompt 'a very long .* names .*sks.* beyond the \d+ tokens that"):
         trainer(1, tmp_path).fit(mod, data)
     (photos / "a.txt").write_text("a ball" + far.removesuffix("a ball"))  # the rest may be cut
     trainer(1, tmp_path).fit(mod, SubjectData(path=str(photos), class_word="ball"))

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -152,7 +153,30 @@ def test_where_there_are_no_locks_nothing_is_held_and_nothing_left(tmp_path, mon
     monkeypatch.setattr("fcntl.flock", refuse)
     (tmp_path / "a").touch()
     with warnings.catch_warnings(action="error"), held(tmp_path, "first"), held(tmp_path, "second"):
-        assert answer != errno.ENOSYS or not (tmp_path / LOCK).exists(), "which a kill would leave to be waited for"
+        assert not (tmp_path / LOCK).exists(), "which a kill would leave to be waited for"
+    (tmp_path / LOCK).touch()  # of a kill where there were locks
+    with held(tmp_path, "first"), held(tmp_path, "second"):
+        pass
+    with held(tmp_path / "new", "first"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a"]
+
+
+def test_who_waits_makes_the_folder_anew_that_the_other_took_away(tmp_path):
+    first, entered = held(tmp_path / "a", ""), threading.Event()
+    first.__enter__()
+
+    def second():
+        with held(tmp_path / "a", "taken", patience=20):
+            entered.present = (tmp_path / "a" / LOCK).is_file()
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    assert not entered.wait(0.3)
+    first.__exit__(None, None, None)
+    waiting.join(20)
+    assert entered.is_set() and entered.present
 
 
 def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch):

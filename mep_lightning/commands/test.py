@@ -14,6 +14,8 @@ from mep_lightning.errors import UserError, counted, refuse_unless
 from mep_lightning.run_folder import write_atomically
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mep_lightning import SubjectData
     from mep_lightning.commands.learned import Learned
 
@@ -64,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     scores = evaluate(
         drawn.images,
         drawn.prompts,
-        data.photos,
+        _as_trained_on(data),
         clip=clip_encoder,
         dino=dino_encoder,
         token=learned.module.adapter.phrase(learned.class_word),
@@ -137,12 +139,22 @@ def _data(learned: Learned, folder: str | None) -> SubjectData:
     if path is None and not learned.settings:
         raise UserError(f"{learned.folder.root} holds no config.yaml that says where the photos are; add --data DIR.")
     templates: Any = "style" if learned.module.adapter.is_style else "object"
-    data = SubjectData(path, class_word=learned.class_word, templates=templates)
+    crop: Any = said.get("crop") or "center"
+    data = SubjectData(path, class_word=learned.class_word, templates=templates, crop=crop)
     try:
         data.setup("test")
     except UserError as error:  # what the setting is called here
         raise UserError(str(error).replace("data.path", "--data")) from error
     return data
+
+
+def _as_trained_on(data: SubjectData) -> list[Image.Image]:
+    """The photos, whole between bars where they were trained on so: encoders would take the central square."""
+    from mep_lightning.photos import square
+
+    if data.crop != "letterbox":
+        return list(data.photos)
+    return [square(photo, max(photo.size), data.crop) for photo in data.photos]
 
 
 def _name(checkpoint: object) -> str:

@@ -115,6 +115,8 @@ def without_token(prompt: str, phrase: str) -> str:
         phrase: the token, or the token and its class word, which goes too where it names a style: of `<sks> watercolor`
             `a cat in the style of <sks> watercolor` becomes `a cat`.
     """
+    if not phrase.strip():
+        return tidy(prompt)
     token, *words = phrase.split()
     named = rf"{re.escape(token)}(_\d+)?(?![\w>])"
     tokens = rf"{named}(\s+{named})*"

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mep_lightning import SubjectData
 from mep_lightning.cli import main
-from mep_lightning.commands.test import read_prompts
+from mep_lightning.commands.test import _as_trained_on, read_prompts
 
 
 def test_test_scores_the_evaluation_prompts_of_the_base(trained, capsys):
@@ -46,6 +48,15 @@ def test_a_second_test_leaves_no_picture_of_the_first(trained):
     words = ["test", "--run", "r", "--prompts", "mine.txt", "--steps", "1", "--images-per-prompt"]
     assert main([*words, "2"]) == main([*words, "1", "--seed", "7"]) == 0
     assert [path.name for path in Path("r/evaluation").iterdir()] == ["00-a-sks-ball-on-grass-seed7.png"]
+
+
+@pytest.mark.parametrize(("crop", "size"), [("center", (90, 60)), ("letterbox", (90, 90))])
+def test_photos_are_scored_as_they_were_trained_on(tmp_path, crop, size):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "a.png")
+    data = SubjectData(str(tmp_path), class_word="ball", crop=crop)
+    (photo,) = _as_trained_on(data)
+    assert photo.size == size and photo.getpixel((45, size[1] // 2)) == (255, 0, 0)
+    assert crop == "center" or photo.getpixel((45, 2)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

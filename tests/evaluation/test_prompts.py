@@ -87,3 +87,4 @@ def test_the_class_word_decides_which_set_is_used(class_word, living):
 )
 def test_the_token_and_only_the_token_leaves_the_prompt(prompt, text):
     assert without_token(prompt, "<sks>") == text
+    assert without_token(prompt, " ") == prompt
