@@ -220,11 +220,11 @@ class PersonalizationModule(LightningModule):
             advice.refuse_one_resolution(self)
             advice.refuse_left_hollow(self)
             advice.refuse_streaming_backwards(self, device)
-        if data is not None and encodes(data) and stage == "fit":
+        if data is not None and stage == "fit" and encodes(data):
             found = self.base or self.open(device)
             self.fill_in_defaults(found.family)
             encode(self, data, found)
-            self._texts += [self.named(text) for text in data.texts]
+            self._texts += [self.named(text) for text in getattr(data, "texts", ())]
         base = self.load(device)
         texts, self._texts = self._texts, []
         if stage == "fit":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def encodes(data: Any) -> bool:
     """Whether data are `SubjectData`, or give themselves out for such."""
-    return all(hasattr(data, name) for name in ("encode", "resolution", "texts"))
+    return hasattr(data, "encode") and hasattr(data, "resolution")
 
 
 def acquaint(module: PersonalizationModule, data: Any) -> None:

@@ -139,7 +139,7 @@ def test_a_style_with_a_class_word_is_drawn_and_scored_by_both(tmp_path, monkeyp
     fit = ["fit", "--config", "zoodip_style", "--run", "r", "--data.class_word", "striped", "--trainer.max_steps", "1"]
     assert main([*fit, "--samples.count", "2", "--samples.steps", "1"]) == 0
     shown = grid.load(RunFolder(tmp_path / "r").samples / "after.png").info["prompts"]
-    prompts = [prompt.replace("{0}", "<sks> striped") for prompt in style_prompts()]
+    prompts = [prompt.replace("{}", "<sks> striped") for prompt in style_prompts()]
     assert shown == [prompts[0], prompts[-1]]
 
     drawn, scored = [], []

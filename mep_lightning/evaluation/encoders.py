@@ -47,8 +47,8 @@ class _Encoder(nn.Module, ABC):
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size and mode to one tensor [N, 3, H, W], fp32, on the model's device.
 
-        Of one that is not square it is the central square, which was trained on: CLIP's processor cuts it out itself,
-        DINO's would squash the picture.
+        Of one that is not square it is the central square, as training sees it: CLIP's processor cuts it out itself,
+        DINO's would squash the picture. Who trained on whole photos between bars (`crop letterbox`) gives them so.
         """
         pixels = [image.convert("RGB") for image in images]
         if not self.processor.size.get("shortest_edge"):

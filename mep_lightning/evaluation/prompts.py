@@ -98,7 +98,7 @@ def prompts_for(class_word: str | None, family: str | None = None, is_style: boo
     from mep_lightning.tiny import evaluation_prompts, style_prompts
 
     if is_style or class_word is None:
-        return tuple(text.replace("{0}", "{}") for text in style_prompts()) if family == "tiny" else STYLE_PROMPTS
+        return tuple(style_prompts()) if family == "tiny" else STYLE_PROMPTS
     if family == "tiny":
         return tuple(evaluation_prompts())
     return LIVING_PROMPTS if is_living(class_word) else OBJECT_PROMPTS

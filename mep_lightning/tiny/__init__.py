@@ -38,7 +38,7 @@ def sample_style() -> list[tuple[str, Image.Image, str]]:
 
 
 def style_prompts() -> list[str]:
-    """Prompts with `{0}` for a style's token: on an object of every class, and on every background."""
+    """Prompts with `{}` for a style's token: on an object of every class, and on every background."""
     from mep_lightning.tiny import captions
 
     return captions.style_prompts()

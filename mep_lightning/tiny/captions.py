@@ -69,9 +69,9 @@ def _sentence(phrase: str, scenes: Scenes, index: int, rng: random.Random, keep:
 
 
 def style_prompts() -> list[str]:
-    """Every class and every background, each twice or more; `{0}` is the style's token."""
+    """Every class and every background, each twice or more; `{}` is the style's token."""
     places = [place[0] for place in PLACES.values()]
-    return [f"a {{0}} {kind} {places[(3 * i + j) % len(places)]}" for i, kind in enumerate(CLASSES) for j in (0, 4)]
+    return [f"a {{}} {kind} {places[(3 * i + j) % len(places)]}" for i, kind in enumerate(CLASSES) for j in (0, 4)]
 
 
 def evaluation_prompts() -> list[str]:
