@@ -27,6 +27,7 @@ from mep_lightning.adapters import LoRA
 from mep_lightning.bases import Base
 from mep_lightning.bases.skeleton import skeleton
 from mep_lightning.commands.budget import recipe
+from mep_lightning.plan.answers import Answers
 from mep_lightning.plan.budget import overhead
 from mep_lightning.plan.tracker import LiveBytes
 from mep_lightning.quantization import Int8Conv2d, Int8Linear
@@ -148,9 +149,10 @@ def paper(name: str) -> float:
 
 def rehearse(script: Script) -> dict[str, int]:
     """Bytes at the peak of two steps (the second has the optimizer's state), and what of it is there all the time."""
-    live = LiveBytes()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    live = LiveBytes(answer=Answers(fakes))
     gc.collect()
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    with fakes, live:
         base = skeleton("sd15", script.precision, dtype=script.dtype)
         assert base.vae is not None
         as_it_comes_(base.unet)
