@@ -31,8 +31,8 @@ ALONE = {
 TRAINED = {
     "quality": ("methods on subjects of the tiny world", 8, 3),
     "ablation": ("ZOODiP with one part changed, on subjects of the tiny world", 3, 3),
-    "subspace": ("ZOODiP with other settings of Subspace Gradient, likewise", 3, 1),
-    "timesteps": ("Textual Inversion on part of the timesteps, likewise", 3, 3),
+    "subspace": ("ZOODiP with other settings of Subspace Gradient, on a subject of the tiny world", 1, 1),
+    "timesteps": ("Textual Inversion on part of the timesteps, on subjects of the tiny world", 3, 3),
     "precision": ("ZOODiP on the base in every precision, likewise", 8, 3),
     "forward": ("finite differences and tangents in half precision, likewise", 8, 3),
     "estimators": ("ways to a token in as many forward passes, likewise", 4, 2),
