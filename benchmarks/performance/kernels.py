@@ -1,7 +1,7 @@
 """`kernels`: every operation at SD1.5's layer sizes, beside what a library does for the same; equal numbers first.
 
 On a GPU ours are Triton's kernels; on a CPU what the dispatch takes there. Where a library is faster, the dispatch
-takes the library (`mep_lightning.kernels.dispatch.WITH_RIVAL`), and the row says by how much.
+takes the library (`mep_lightning.kernels.status.WITH_RIVAL`), and the row says by how much.
 """
 
 from __future__ import annotations

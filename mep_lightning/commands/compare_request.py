@@ -14,11 +14,11 @@ import yaml
 from mep_lightning.commands.options import Options
 from mep_lightning.commands.recipes import find_recipe, mentions, nearest, recipe_names, recipes_folder
 from mep_lightning.commands.request import FitRequest
+from mep_lightning.comparison.cells import NO_PLAN, Cell
 from mep_lightning.errors import SEEDS, UserError, refuse_unless
 from mep_lightning.reading import load_yaml
 
 if TYPE_CHECKING:
-    from mep_lightning.comparison.cells import Cell
     from mep_lightning.comparison.folder import ComparisonFolder
     from mep_lightning.comparison.subjects import Subject
 
@@ -55,7 +55,6 @@ examples:
   mep compare --methods lora --fit "--model.precision bf16 --data.resolution 256" --data SUBJECTS/ --base DIR --out few
 """
 NOT_METHODS = ("quickstart",)
-NO_PLAN = "--no-plan"
 INSTEAD = {
     "model.seed": "say with --seeds how many there are",
     "model.base": "give it with --base",
@@ -224,8 +223,6 @@ def cell_of(
         which: method, its recipe, subject and seed.
         styles: the methods that learn a style, which has no class word.
     """
-    from mep_lightning.comparison.cells import Cell
-
     method, recipe, subject, seed = which
     run = folder.run(method, subject.name, seed).resolve()
     fit = ["--config", recipe_anywhere(recipe), "--run", str(run), "--model.base", anywhere(options.base)]

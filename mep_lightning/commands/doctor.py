@@ -103,7 +103,7 @@ def why_no_cuda() -> str:
 def active_kernels() -> Iterator[tuple[str, str]]:
     """Which implementation answers for each operation here."""
     from mep_lightning import kernels
-    from mep_lightning.kernels.dispatch import status
+    from mep_lightning.kernels.status import status
 
     yield from status([name for name in kernels.__all__ if hasattr(getattr(kernels, name), "reference")])
 

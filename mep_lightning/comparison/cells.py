@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mep_lightning.commands.compare_request import NO_PLAN
 from mep_lightning.errors import TooLargeError, UserError, is_out_of_memory
 from mep_lightning.run_folder import RunFolder, held, write_atomically
 
 SCORES = ("clip_t", "clip_i", "dino", "dino_inter")
 """What `mep test` scores, by the keys of metrics.json."""
+NO_PLAN = "--no-plan"
+"""The word of `mep fit` that is no setting: whether memory is looked at first."""
 STOPPED = 128
 """Exit statuses from here on say that a signal came."""
 RECORD, TRAINED = "cell.json", "trained.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -144,37 +144,3 @@ def why_not_triton(index: int = 0) -> str | None:
     except Exception as error:  # a broken Triton fails in many ways: no compiler, another driver, another Python
         return f"Triton cannot compile here ({reason(error)})"
     return None
-
-
-WITH_RIVAL = ("int8_conv2d", "int8_linear")
-"""Operations that PyTorch's own libraries do too, on a weight that is dequantised for the moment."""
-
-
-WITHOUT_TRITON = ("attention",)
-"""Operations that PyTorch's own kernels answer on a GPU."""
-
-
-def status(names: list[str]) -> Iterator[tuple[str, str]]:
-    """Which implementation answers for each operation here, and why not Triton's.
-
-    Args:
-        names: the operations.
-    """
-    from mep_lightning.kernels.products import prefers_onednn
-
-    why_not = why_not_triton()
-    on_gpu = torch.cuda.is_available()
-    products = "cuBLAS" if on_gpu else "oneDNN" if prefers_onednn() or not torch.backends.mkl.is_available() else "MKL"
-    libraries = {"int8_linear": products, "int8_conv2d": "cuDNN" if on_gpu else "oneDNN"}
-    for name in names:
-        if name in WITH_RIVAL and (why_not or os.environ.get(SWITCH) != "triton"):
-            yield name, f"active: PyTorch ({libraries[name]}, the weight dequantised for the moment)"
-        elif name in WITHOUT_TRITON:
-            blockwise = prefers_onednn() and not on_gpu
-            yield name, f"active: PyTorch ({'oneDNN, block by block' if blockwise else 'its own'})"
-        else:
-            yield name, "active: PyTorch" if why_not else "active: Triton"
-    if why_not:
-        yield "triton", f"not in use: {why_not}"
-    elif os.environ.get(SWITCH) != "triton":
-        yield "triton", f"in use; for {' and '.join(WITH_RIVAL)} too with {SWITCH}=triton"

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mep_lightning.kernels import dispatch, philox_normal
-from mep_lightning.kernels.dispatch import SWITCH, launches, runs_triton, status, why_not_triton
+from mep_lightning.kernels.dispatch import SWITCH, launches, runs_triton, why_not_triton
 
 
 @pytest.fixture(autouse=True)
@@ -59,23 +59,6 @@ def test_triton_broken(gpu, monkeypatch):
 
 def test_noise_does_not_need_it():
     assert philox_normal(0, 0, 0, 0, 5).shape == (5,)
-
-
-@pytest.mark.parametrize(
-    ("why", "switch", "active", "note"),
-    [
-        ("there is no CUDA device", "auto", "PyTorch", "not in use: there is no CUDA device"),
-        (None, "auto", "Triton", "in use; for int8_conv2d and int8_linear too with MEP_KERNELS=triton"),
-        (None, "triton", "Triton", None),
-    ],
-)
-def test_status(why, switch, active, note, monkeypatch):
-    monkeypatch.setenv(SWITCH, switch)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda: why)
-    lines = dict(status(["int8_linear", "zo_step_"]))
-    assert lines["zo_step_"] == f"active: {active}"
-    assert lines["int8_linear"].startswith("active: Triton" if switch == "triton" else "active: PyTorch (")
-    assert lines.get("triton") == note
 
 
 def test_a_kernel_is_launched_where_its_first_tensor_lies(monkeypatch):
