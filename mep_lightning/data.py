@@ -298,11 +298,15 @@ class SubjectData(LightningDataModule):
         if not self.latents:
             raise UserError("SubjectData has no latents yet: call data.encode(base) in your module's setup")
         trainer = self.trainer
-        if trainer is not None and self.repeats is None:
-            counts_epochs = trainer.max_steps == -1 and trainer.max_epochs not in (None, -1)
-            if counts_epochs and isinstance(trainer.limit_train_batches, float):
+        if trainer is not None and self.repeats is None and isinstance(trainer.limit_train_batches, float):
+            if trainer.max_steps == -1 and trainer.max_epochs not in (None, -1):
                 raise UserError(
                     "An epoch of SubjectData never ends: give the Trainer max_steps, or data.repeats a number"
+                )
+            if trainer.early_stopping_callbacks and not trainer.enable_validation:
+                rank_zero_warn(
+                    "EarlyStopping waits for the end of an epoch, and one of SubjectData never ends: "
+                    "give data.repeats a number"
                 )
         return Batches(self)
 

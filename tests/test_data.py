@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from PIL import Image
 
 import mep_lightning.tiny
@@ -307,6 +308,18 @@ def test_an_epoch_without_end_is_refused_where_the_trainer_waits_for_it(folder, 
     with pytest.raises(UserError, match=r"never ends: give the Trainer max_steps, or data\.repeats a number"):
         fit(base, data, tmp_path, max_epochs=1)
     assert len(fit(base, data, tmp_path, max_epochs=2, limit_train_batches=3).seen) == 6
+
+
+@pytest.mark.parametrize(("repeats", "limit", "steps"), [(None, 1.0, 20), (None, 2, 6), (1, 1.0, 9)])
+def test_early_stopping_is_told_that_it_waits_for_an_epoch_without_end(
+    folder, base, tmp_path, recwarn, repeats, limit, steps
+):
+    data = SubjectData(folder, class_word="ball", batch_size=2, repeats=repeats)
+    stopping = EarlyStopping("mean", patience=2, min_delta=1e9)  # nothing is an improvement after the first
+    seen = fit(base, data, tmp_path, max_steps=20, limit_train_batches=limit, callbacks=[stopping]).seen
+    warned = [w for w in recwarn if "give data.repeats a number" in str(w.message)]
+    assert len(warned) == (repeats is None and limit == 1.0)
+    assert len(seen) == steps
 
 
 def test_training_before_encode_says_what_to_call(folder):
