@@ -30,15 +30,6 @@ START: dict[str, Settings] = {
         "lr_scheduler": "linear",
         "max_steps": 1_000,
     },
-    "zoodip_fast": {
-        "n": 8,
-        "share": 0.97,
-        "every": 50,
-        "standardize": False,
-        "lr": 1e-2,
-        "lr_scheduler": "linear",
-        "max_steps": 1_500,
-    },
     "qlora": {"lr": 1e-3, "max_steps": 500},
     "peqa": {"lr": 1e-5, "max_steps": 400},
     "tuneqdm": {"lr": 1e-5, "max_steps": 400},
@@ -71,16 +62,6 @@ AXES: dict[str, list[Axis]] = {
             )
         ],
         [{"puts_low": low, "puts_high": high} for low, high in ((0, 1000), (200, 800), (100, 600))],
-    ],
-    "zoodip_fast": [
-        [
-            {"lr": lr, "lr_scheduler": name}
-            for lr, name in ((1e-2, "linear"), (5e-3, "linear"), (2e-2, "linear"), (5e-3, "constant"))
-        ],
-        [{"share": share} for share in (0.9, 0.97, 0.99, 1.0)],
-        [{"n": n, "max_steps": steps} for n, steps in ((8, 1_500), (4, 2_700), (16, 800))],  # 13,500 forward passes
-        [{"standardize": one} for one in (False, True)],
-        [{"every": steps} for steps in (50, 200)],
     ],
     "qlora": [[{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]],
     "peqa": SCALES,
