@@ -35,7 +35,7 @@ TRAINED = {
     "timesteps": ("Textual Inversion on part of the timesteps, on subjects of the tiny world", 3, 3),
     "precision": ("ZOODiP on the base in every precision, likewise", 8, 3),
     "forward": ("finite differences and tangents in half precision, likewise", 8, 3),
-    "estimators": ("ways to a token in as many forward passes, likewise", 4, 2),
+    "estimators": ("ways to a token in as many forward passes, likewise", 4, 1),
     "search": ("gradient-free search as it is and as its public code does, likewise", 3, 1),
     "loras": ("LoRA whole, hollowed and selectively optimised, likewise", 8, 3),
     "tune": ("a method's values for the embedded base, on subjects that are not reported", 3, 1),

@@ -43,7 +43,7 @@ class MemoryProfiler(Callback):
       the rest is `activations` in encode, step and sample (temporary buffers included), `other` elsewhere.
     - `peak_phase`: the innermost phase at the highest peak.
 
-    A resumed run keeps of every phase the session that took most.
+    A resumed run keeps of every phase the process that took most.
 
     Nothing happens per step but an attribute test. On a CPU the peaks are the kernel's own high-water mark on Linux;
     elsewhere a thread reads the process's memory, and a peak between two readings is missed.
@@ -172,7 +172,7 @@ class MemoryProfiler(Callback):
 
 
 def with_earlier(memory: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A resumed run's figures: of each phase those of the session, this or an earlier one on such a device, that took
+    """A resumed run's figures: of each phase those of the process, this or an earlier one on such a device, that took
     more."""
     earlier = read_json(path)
     try:
