@@ -72,7 +72,7 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
         if (ARCHITECTURES / str(name)).is_dir():
             raise UserError(
                 f"base {str(name)!r} is an architecture without weights, which only `mep plan` takes: give a folder, a "
-                ".safetensors file, a hub id such as owner/name, or the recipe of one, such as --config models/sd15"
+                ".safetensors file or a hub id such as owner/name (`mep fit --config models/sd15` names SD1.5's)"
             )
         raise UserError(
             f"base {str(name)!r} is no folder: give an existing one, a .safetensors file, a hub id such as owner/name, "

@@ -7,7 +7,7 @@ import io
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,7 +127,7 @@ class StopAfterStep(Callback):
     Whoever starts a process may tell it twice: a system all of a group, and the parent its own.
 
     An exception in the middle of a step could leave a parameter updated and its step not counted, and a checkpoint of
-    that would not resume to the same bits.
+    that would not resume to the same bits. What is made ahead of the first step ends at once: it is kept as it comes.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -137,11 +137,19 @@ class StopAfterStep(Callback):
         self._previous: dict[int, Any] = {}
         self._trainer: Trainer | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Until the first step SIGTERM does what Ctrl-C does, where Lightning would only take note of it."""
+        self._hear({signal.SIGTERM: self._end})
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._previous or threading.current_thread() is not threading.main_thread():
-            return
-        self._trainer = trainer
-        self._previous = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+        if self._trainer is None:
+            self._trainer = trainer
+            self._hear(dict.fromkeys(self.SIGNALS, self._stop))
+
+    def _hear(self, handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                self._previous.setdefault(number, signal.signal(number, handler))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Of several processes all stop after the same step, whichever was told to."""
@@ -154,7 +162,11 @@ class StopAfterStep(Callback):
         """From here on Ctrl-C may cut the last pictures short: all is saved. (After an error Lightning restores.)"""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+        self._previous, self._trainer = {}, None
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        raise KeyboardInterrupt
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

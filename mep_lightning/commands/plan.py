@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     from mep_lightning.commands.chatter import quiet_after_imports
     from mep_lightning.defaults import METHODS
 
-    names = options.methods or list(METHODS)
+    names = [name for word in options.methods or METHODS for name in word.split(",") if name]
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"--methods {unknown[0]}: there is no such method; choose one of {', '.join(METHODS)}.")
     quiet_after_imports()
@@ -104,7 +104,7 @@ def _options() -> Options:
     )
     parser.add_argument("--resolution", type=int, metavar="PX", help="side of the photos (default: the base's own)")
     parser.add_argument("--budget", metavar="SIZE", help="say what fits into so much, such as 4GB")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods (default: all)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="which methods; a,b or a b (default: all)")
     parser.add_argument("--precision", nargs="+", metavar="NAME", help="which precisions (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train (default: cuda)")
     parser.add_argument(

@@ -123,7 +123,7 @@ def _train(clis: Sequence[FitCLI], runs: Sequence[RunFolder], planned: bool) -> 
             checkpoint = str(runs[0].last_checkpoint) if at else None
             trainer.fit(batch, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
-        return max([stopped(run, trainer, signal.SIGINT, resumed) for run in runs])
+        return max([stopped(run, trainer, first.stopper.received or signal.SIGINT, resumed) for run in runs])
     for run in runs:
         write_report(run)
     if (number := first.stopper.received) is not None:

@@ -294,7 +294,7 @@ def _fit(cli: FitCLI, planned: bool, budget: Budget | None) -> int:
         again = f"carry on, with as many processes as there are: mep fit --run {shlex.quote(str(run.root))} --resume"
         raise LostRankError(f"{error}; {again}") from error
     except SystemExit:  # Lightning's answer to a second Ctrl-C, or to one before the first step
-        return stopped(run, trainer, signal.SIGINT, cli.request.resume)
+        return stopped(run, trainer, cli.stopper.received or signal.SIGINT, cli.request.resume)
     if cli.stopper.received is not None:
         _report(run)
         return stopped(run, trainer, cli.stopper.received, cli.request.resume)

@@ -23,7 +23,11 @@ def _score(value: float) -> str:
 
 
 def _size(value: float) -> str:
-    return human(round(value)) if value >= 2**20 else f"{value / 1000:.2f} kB"
+    return human(round(value))
+
+
+def _file(value: float) -> str:
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.2f} kB"
 
 
 def _figure(value: float) -> str:
@@ -39,7 +43,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "training_bytes": ("training", _size),
     "inference_planned": ("drawing, planned", _size),
     "inference_bytes": ("drawing", _size),
-    "storage": ("file", _size),
+    "storage": ("file", _file),
     "steps": ("steps", lambda value: f"{value:.0f}"),
     "steps_per_second": ("steps/s", _figure),
     "minutes": ("minutes", _figure),
@@ -75,6 +79,11 @@ TOGETHER_LEGEND = (
     "cell's share."
 )
 """What a reader must know of a table with such cells."""
+UNEVEN_LEGEND = (
+    "Methods do not have the same cells here ({}): their scores are means over different subjects or seeds, which "
+    "differ by more than methods do."
+)
+"""What a reader must know of a table of such methods, which names those that lack any."""
 
 
 def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str, Record]) -> list[dict[str, Any]]:
@@ -86,18 +95,24 @@ def rows(records: Iterable[Record], methods: Sequence[str], planned: Mapping[str
         planned: `training_planned` and `inference_planned` of methods, in bytes.
 
     Returns:
-        Rows of `method`, `cells`, `failed`, `failures` (kind -> how many), the columns' values (None where nothing is
+        Rows of `method`, `cells`, `failed`, `failures` (kind -> how many), `lacking` (how many subjects and seeds are
+        scored of other methods and not of this one), the columns' values (None where nothing is
         known) and, of scores, `spread`: the standard deviation over seeds of the mean over subjects (None of a single
         seed).
     """
     known = list(records)
+    scored: dict[str, set[tuple[str, int]]] = {method: set() for method in methods}
+    for record in known:
+        if record["method"] in scored and "error" not in record:
+            scored[record["method"]].add((record["subject"], record["seed"]))
+    everywhere = set().union(*scored.values())
     found = []
     for method in methods:
         mine = [record for record in known if record["method"] == method]
         good = [record for record in mine if "error" not in record]
         kinds = Counter(record.get("kind", "failed") for record in mine if "error" in record)
         row: dict[str, Any] = {"method": method, "cells": len(good), "failed": kinds.total(), "failures": dict(kinds)}
-        row["spread"] = {}
+        row |= {"lacking": len(everywhere - scored[method]), "spread": {}}
         together = max((record["batch"] for record in good if is_number(record.get("batch"))), default=1)
         as_many = [record for record in good if (record.get("batch") or 1) == together]
         for key in COLUMNS:
@@ -170,7 +185,9 @@ def legend(found: Sequence[Mapping[str, Any]], kinds: Iterable[str]) -> str:
     memory = "; ".join([PLANNED_LEGEND, *(MEASURED_LEGEND[kind] for kind in sorted(set(kinds)))])
     drawing = [DRAWING_LEGEND] if any(row["inference_bytes"] is not None for row in found) else []
     together = [TOGETHER_LEGEND] if any(map(is_batched, found)) else []
-    return " ".join([SCORES_LEGEND, f"{memory}.", *drawing, *together])
+    lacking = ", ".join(f"{row['method']} lacks {row['lacking']}" for row in found if row["cells"] and row["lacking"])
+    uneven = [UNEVEN_LEGEND.format(lacking)] if lacking else []
+    return " ".join([SCORES_LEGEND, *uneven, f"{memory}.", *drawing, *together])
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]]) -> str:
@@ -192,8 +209,15 @@ def as_csv(found: Sequence[Mapping[str, Any]]) -> str:
     """The rows as CSV: values in bytes, seconds and minutes, spreads in columns of their own."""
     buffer = io.StringIO()
     names = ["method", *(name for key in COLUMNS for name in ([key, f"{key}_spread"] if key in SCORES else [key]))]
-    writer = csv.DictWriter(buffer, [*names, "cells", "failed"], extrasaction="ignore", lineterminator="\n")
+    names += ["cells", "failed", *(_column(kind) for kind in FAILURES)]
+    writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in found:
-        writer.writerow({**row, **{f"{key}_spread": row["spread"].get(key) for key in SCORES}})
+        short = {_column(kind): row["failures"].get(kind, 0) for kind in FAILURES}
+        writer.writerow({**row, **short, **{f"{key}_spread": row["spread"].get(key) for key in SCORES}})
     return buffer.getvalue()
+
+
+def _column(kind: str) -> str:
+    """Of failures of a kind, in CSV."""
+    return FAILURES[kind].replace(" ", "_")

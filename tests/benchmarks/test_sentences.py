@@ -58,7 +58,7 @@ def of_inversion(one, metric):
     """That as a share of Textual Inversion's, with one standard error, in percent."""
     whole, part = (value("compare", name, metric) for name in ("textual_inversion", one))
     error = difference(compared(), one, "textual_inversion", metric).error
-    return f"{100 * part / whole:.0f} ± {100 * error / whole:.0f} %"
+    return f"{100 * part / whole:.0f} ± {100 * error / whole:.0f}%"
 
 
 def tuned(method, trial, metric):

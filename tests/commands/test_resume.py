@@ -117,6 +117,17 @@ def test_pictures_of_the_class_are_kept_when_ctrl_c_comes_before_the_first_step(
     assert Path("r/prior/00000.png").is_file() and Path("r/config.yaml").is_file()
 
 
+def test_sigterm_ends_what_is_made_ahead_of_the_first_step(fit, photo_folder, monkeypatch, capsys):
+    from mep_lightning.hollow import Hollow
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Hollow, "prepare", lambda *_: signal.raise_signal(signal.SIGTERM))
+    words = ["--config", "hollowed_net", "--data.path", str(photo_folder), "--data.class_word", "ball"]
+    assert main(["fit", *words, "--run", "r", "--samples.count", "1", "--samples.every", "0"]) == 143
+    assert "stopped before the first step; nothing is kept." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_the_shells_own_handlers_are_back_after_a_run(fit):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     fit("--run", "r", steps=1)

@@ -100,6 +100,26 @@ def test_the_legend_says_what_of_memory_was_measured_where(rows):
         assert [text in table.legend(rows, kinds) for text in (grew, out)] == told
 
 
+def test_a_table_of_unequal_cells_says_so_and_whose_are_fewer():
+    even = [record(method, subject, 0, 0.5) for method in "ab" for subject in ("ball", "house")]
+    failed = {"method": "b", "subject": "house", "seed": 0, "error": "killed", "kind": "time"}
+    assert "same cells" not in table.legend(table.rows(even, ["a", "b"], {}), ["cpu"])
+    found = table.rows([*even[:3], failed], ["a", "b", "c"], {})
+    assert [row["lacking"] for row in found] == [0, 1, 2]
+    assert "Methods do not have the same cells here (b lacks 1): " in table.legend(found, ["cpu"])
+    short = [
+        (line["failed"], line["out_of_time"], line["out_of_memory"])
+        for line in csv.DictReader(io.StringIO(table.as_csv(found)))
+    ]
+    assert short == [("0", "0", "0"), ("1", "1", "0"), ("0", "0", "0")]
+
+
+@pytest.mark.parametrize(("size", "text"), [(704, "0.70 kB"), (168_500, "168.50 kB"), (1_280_000, "1.28 MB")])
+def test_files_are_told_in_decimal_units_as_the_papers_are(size, text):
+    (row,) = table.rows([record("a", "ball", 0, 0.5, storage=size)], ["a"], {})
+    assert table.written(row, "storage") == text
+
+
 @pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("mps", "cpu"), ("NVIDIA H100", "cuda")])
 def test_where_memory_is_the_processs_and_where_the_allocators(device, kind):
     assert kind_of(device) == kind
