@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.documents import papers
 from benchmarks.documents.tables import DOCS, results
+from benchmarks.studies.published import ALONE, paper
 from benchmarks.trained.differences import Difference, difference
 from benchmarks.trained.quality import committed
 from mep_lightning.defaults import lookup
@@ -78,6 +79,11 @@ def planned(case):
     return f"{value('memory-sd15', case, 'planned peak on a GPU') / GIB:.2f}"
 
 
+def short_of_paper(name):
+    """What a public script without class photos takes less than the paper says."""
+    return f"{1 - value('published', name, ALONE) / paper(name):.0%}"
+
+
 def run_peak(recipe):
     """The highest phase of a whole run on the GPU."""
     rows = json.loads(results("cuda/memory-sd15").read_text())["rows"]
@@ -139,6 +145,27 @@ SENTENCES = [
             f"QLoRA goes from CLIP-T {tuned('qlora', 'lr=0.0003', 'clip_t')} and CLIP-I "
             f"{tuned('qlora', 'lr=0.0003', 'clip_i')} at 3e-4 to {tuned('qlora', 'lr=0.003', 'clip_t')} and "
             f"{tuned('qlora', 'lr=0.003', 'clip_i')}"
+        ),
+    ),
+    (
+        DOCS / "conditioning-subspace.md",
+        lambda: (
+            f"Beside Textual Inversion it is at {beyond_inversion('zoodip_fast', 'clip_i')} of CLIP-I and "
+            f"{beyond_inversion('zoodip_fast', 'dino')} of DINO"
+        ),
+    ),
+    (
+        DOCS / "conditioning-subspace.md",
+        lambda: (
+            f"with {share('zoodip_fast', 'training_planned')} of its planned memory on `tiny` and "
+            f"{float(planned(FAST)) / float(planned(TI)):.0%} on SD1.5"
+        ),
+    ),
+    (
+        DOCS / "memory.md",
+        lambda: (
+            f"without it QLoRA is {short_of_paper('qlora')} below, PEQA {short_of_paper('peqa')} and TuneQDM "
+            f"{short_of_paper('tuneqdm')}"
         ),
     ),
     (

@@ -68,7 +68,7 @@ def test_a_budget_for_nothing_says_what_the_least_needs(capsys):
         (["--base", "none/of/it"], "base 'none/of/it' is no folder"),
         (["--budget", "much"], "--budget is 'much'; give a size such as 4GB or 3.5GiB."),
         (["--precision", "int3"], "--precision int3 is unknown; choose one of fp32, bf16, fp16, int8, int4."),
-        (["--methods", "zoodip,magic"], "--methods magic: there is no such method; choose one of zoodip, zoodip_fast, "),
+        (["--methods", "zoodip,magic"], "--methods magic: there is no such method; choose one of zoodip, "),
         (["--methods", "magic"], "--methods magic: there is no such method; choose one of zoodip, zoodip_fast, "),
         (["--base", "tiny", "--resolution", "100"], "resolution 100 is not a multiple of 8: use 96 or 104"),
         (["--devices", "0"], "--devices 0: a run needs 1 or more."),
