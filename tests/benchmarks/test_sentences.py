@@ -110,6 +110,8 @@ ZOODIP, TI, FAST = (
 SELECTIVE, LORA = "sd15 512 px selective in int8", "sd15 512 px lora in fp32"
 LONGER = "lr=1e-05 max_steps=1200"
 SEARCHED = "conditioning subspace, prompt search first"
+WIDER = ("estimators", "conditioning subspace, n=16", "conditioning subspace")
+STARTED = ("estimators", SEARCHED, "conditioning subspace")
 TANGENTS = ("forward", "bf16, tangents", "fp32, finite difference")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -308,6 +310,15 @@ SENTENCES = [
             f"guided search (DINO {from_first('estimators', 'guided search', 'dino')}), two directions (DINO "
             f"{from_first('estimators', 'n=2', 'dino')}), and, at this learning rate, losses that are not standardised "
             f"(DINO {from_first('estimators', 'losses as they are (no FZOO)', 'dino')})"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"16 directions in as many passes (CLIP-I {beyond(*WIDER, 'clip_i')}, DINO {beyond(*WIDER, 'dino')} beyond "
+            f"eight) and a start at the best word (held-out loss {beyond(*STARTED, 'heldout_loss')}, "
+            f"CLIP-I {beyond(*STARTED, 'clip_i')}, DINO {beyond(*STARTED, 'dino')}, "
+            f"CLIP-T {beyond(*STARTED, 'clip_t')})"
         ),
     ),
     (

@@ -117,7 +117,7 @@ def test_pictures_of_the_class_are_kept_when_ctrl_c_comes_before_the_first_step(
     assert Path("r/prior/00000.png").is_file() and Path("r/config.yaml").is_file()
 
 
-def test_sigterm_ends_what_is_made_ahead_of_the_first_step(fit, photo_folder, monkeypatch, capsys):
+def test_sigterm_ends_what_is_made_ahead_of_the_first_step(photo_folder, monkeypatch, capsys):
     from mep_lightning.hollow import Hollow
 
     before = signal.getsignal(signal.SIGTERM)
