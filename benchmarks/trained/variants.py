@@ -40,6 +40,8 @@ METHODS: dict[str, Settings] = {
     "zoodip_fast": FAST,
 }
 """Every method with its own values and budget."""
+QUALITY: dict[str, Settings] = METHODS | {"zoodip, 1,500 steps": ZOODIP | {"max_steps": 1_500}}
+"""The methods, and what ZOODiP itself comes to in the forward passes of `zoodip_fast`."""
 SCALES: Settings = BACKPROP | {"method": "peqa", "adapter": "QuantizationScales", "precision": "int8"}
 BASELINES: dict[str, Settings] = {
     "qlora": LORA | {"method": "qlora", "precision": "int4"},
@@ -173,7 +175,7 @@ LORAS: dict[str, Settings] = {
 Half the side, as the paper has it, leaves 2 x 2 latents in the middle of tiny's U-Net; its default is three quarters.
 """
 SUITES = {
-    "quality": METHODS,
+    "quality": QUALITY,
     "ablation": ABLATION,
     "subspace": SUBSPACES,
     "timesteps": TIMESTEPS,
