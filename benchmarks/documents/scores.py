@@ -24,8 +24,11 @@ NAMES = {
 
 
 def scores(rows: list[Row]) -> str:
-    """A variant a line: every score's mean ± spread over seeds, if there are some, and what its training took."""
-    lines, timed = [], any(row["metric"] == "seconds" for row in rows)
+    """A variant a line: every score's mean ± spread over seeds, if there are some.
+
+    What its training took is not there: cells of different days and machines have seconds that cannot be compared.
+    """
+    lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         by = {row["metric"]: row for row in rows if row["case"] == case}
         size = f"{by['dino']['subjects']} × {by['dino']['seeds']}"
@@ -35,9 +38,8 @@ def scores(rows: list[Row]) -> str:
             places = 4 if name == "heldout_loss" else 3
             spread = f" ± {by[name]['spread']:.{places}f}" if several else ""
             line.append(f"{by[name]['value']:.{places}f}{spread}")
-        lines.append([*line, f"{by['seconds']['value']:.0f}"] if timed else line)
-    header = ["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)]
-    return markdown([*header, "training, s"] if timed else header, lines)
+        lines.append(line)
+    return markdown(["variant", "subjects × seeds", *(NAMES[name] for name in SCORES)], lines)
 
 
 def differences(rows: list[Row]) -> str:

@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "step-sd15": figures.real_speeds,
     "cuda/step-sd15": figures.real_speeds,
     "methods-sd15": figures.methods,
+    "methods": figures.methods,
     "cuda/methods-sd15": figures.methods,
     "cuda/methods-sd15:paper": figures.rates,
     "memory-sd15:planned": figures.planned,

@@ -45,6 +45,13 @@ CASES: dict[str, Case] = {
     "hollowed_net": Case("hollowed_net"),
     "selective": Case("selective"),
 }
+AS_SHIPPED: dict[str, Case] = {
+    "textual_inversion, as shipped": Case("textual_inversion", "fp32"),
+    "lora, as shipped": Case("lora", "fp32"),
+    "hollowed_net, as shipped": Case("hollowed_net", "fp32"),
+    "dreambooth, as shipped": Case("dreambooth", "fp32"),
+}
+"""Recipes of fp32 in their own precision, for which tiny has the room."""
 ON_GPU: dict[str, Case] = {
     "zoodip, launched one by one": Case("zoodip", cuda_graph=False),
     "dreambooth": Case("dreambooth", "fp32"),
@@ -64,6 +71,7 @@ Sides = dict[str, Callable[[], object]]
 def run(name: str, rounds: int = 5, device: str = "cpu") -> Iterator[Row]:
     """Seconds of every method's training and denoising steps, each in turn with those of `BESIDE` in one process."""
     cases = {case: about for case, about in CASES.items() if about.precision in available_precisions()}
+    cases |= AS_SHIPPED if name == "tiny" else {}
     cases |= ON_GPU if torch.device(device).type == "cuda" else {}
     with _loaded(name, cases.pop(BESIDE), device) as module:
         beside, alone = _training(f"int8 {BESIDE}", module), {ALONE: _drawing(module)}

@@ -17,6 +17,8 @@ from mep_lightning.bases import load_base
 from mep_lightning.bases.frugal import REPLACED, AttentionProcessor
 from mep_lightning.quantization import QuantizedWeight
 
+SHIPPED = "textual_inversion, as shipped"
+
 
 def test_the_plain_layers_compute_what_ours_do():
     unet = load_base("tiny", "int8").unet
@@ -78,10 +80,12 @@ def test_both_sides_are_timed_in_one_run():
 def test_every_method_is_timed_in_training_and_drawing(monkeypatch):
     kept = ("zoodip", "lora", methods.MERGED, "hollowed_net", "selective")
     monkeypatch.setattr(methods, "CASES", {name: methods.CASES[name] for name in kept})
+    monkeypatch.setattr(methods, "AS_SHIPPED", {SHIPPED: methods.AS_SHIPPED[SHIPPED]})
     rows = list(methods.run("tiny", rounds=1))
     timed = {metric: [row["case"] for row in rows if metric in row["metric"]] for metric in ("training", "denoising")}
     branches = ["selective, high resolution", "selective, low resolution"]
-    assert timed["training"] == [f"tiny int8 {name}" for name in (*kept[:-1], *branches)]
+    told = [f"tiny int8 {name}" for name in (*kept[:-1], *branches)]
+    assert timed["training"] == [*told, f"tiny fp32 {SHIPPED}"]
     assert len(timed["denoising"]) == 5 and all(row["value"] > 0 and row["ratio"] > 0 for row in rows)
 
 

@@ -90,8 +90,24 @@ def run_peak(recipe):
     return f"{max(row['value'] for row in rows if row['case'].startswith(f'sd15 512 px {recipe} ')) / GIB:.2f}"
 
 
-def seconds(variant):
-    return value("quality", variant, "seconds")
+def minutes_on_tiny(method):
+    return value("compare", method, "minutes")
+
+
+def on_tiny(method, case):
+    """How long all steps of a method take there, in steps of ZOODiP's."""
+    return lookup(method, "tiny", "int8")["max_steps"] / ratio_of_step(case)
+
+
+def ratio_of_step(case):
+    rows = json.loads(results("methods").read_text())["rows"]
+    (found,) = [row["ratio"] for row in rows if row["case"] == f"tiny {case}"]
+    return found
+
+
+PLAIN = "textual_inversion", "fp32 textual_inversion, as shipped"
+LITE = "textual_inversion_lite", "int8 textual_inversion_lite"
+PARTS = {6: "sixth", 7: "seventh", 8: "eighth"}
 
 
 def step(method):
@@ -180,9 +196,17 @@ SENTENCES = [
     (
         README,
         lambda: (
-            f"a token took {seconds('textual_inversion'):.0f} s by `textual_inversion`, "
-            f"{seconds('textual_inversion_lite'):.0f} s by `textual_inversion_lite`, {seconds('zoodip_fast'):.0f} s by "
-            f"`zoodip_fast` and {seconds('zoodip') / 60:.0f} minutes by `zoodip`"
+            f"a token took {60 * minutes_on_tiny('textual_inversion'):.0f} s by `textual_inversion`, "
+            f"{minutes_on_tiny('zoodip_fast'):.1f} minutes by `zoodip_fast` and {minutes_on_tiny('zoodip'):.0f} by "
+            f"`zoodip` ([docs/reproduction.md](docs/reproduction.md#all-methods-compared)); `textual_inversion_lite` "
+            f"takes {on_tiny(*LITE) / on_tiny(*PLAIN):.1f} times as long as `textual_inversion`"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"in {on_tiny(*LITE) / on_tiny(*PLAIN):.1f} times its time, and reaches ZOODiP's scores in a "
+            f"{PARTS[round(on_tiny('zoodip', 'int8 zoodip') / on_tiny(*LITE))]} of ZOODiP's"
         ),
     ),
     (
