@@ -3,12 +3,14 @@
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from statistics import mean
 
 import pytest
 
 from benchmarks.documents import papers
 from benchmarks.documents.tables import DOCS, results
+from benchmarks.studies.paths import COMPONENTS, MARKS
 from benchmarks.studies.published import ALONE, paper
 from benchmarks.trained.differences import Difference, difference
 from benchmarks.trained.quality import committed
@@ -105,6 +107,33 @@ def ratio_of_step(case):
     return found
 
 
+def on_path(case):
+    return value("paths", case, "held-out loss")
+
+
+def after(run, loss):
+    """Forward passes after which a run first has this held-out loss, to a hundred, in a straight line between marks."""
+    for before, then in pairwise(MARKS):
+        above, below = (on_path(f"{run}, {mark} forward passes") for mark in (before, then))
+        if above > loss >= below:
+            return round(before + (then - before) * (above - loss) / (above - below), -2)
+    raise AssertionError(f"{run} never comes to {loss}")
+
+
+def at_end(run):
+    return on_path(f"{run}, {MARKS[-1]} forward passes")
+
+
+def told(loss):
+    return f"{loss:.4f}".removeprefix("0")
+
+
+def left(run, count, components):
+    return on_path(f"{run}, {count} {components}")
+
+
+HALFWAY, PAPERS = 0.1503, "zoodip, the paper's τ and ν"
+OF_WORDS, OF_PATH = COMPONENTS
 PLAIN = "textual_inversion", "fp32 textual_inversion, as shipped"
 LITE = "textual_inversion_lite", "int8 textual_inversion_lite"
 PARTS = {6: "sixth", 7: "seventh", 8: "eighth"}
@@ -350,6 +379,40 @@ SENTENCES = [
         lambda: (
             f"CLIP-I {beyond('loras', 'selective', 'BP-low alone', 'clip_i')}, "
             f"DINO {beyond('loras', 'selective', 'BP-low alone', 'dino')}) whatever draws them"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"where ZOODiP is after some {after('zoodip', at_end('naive ZO')):,.0f}, and ZOODiP goes on to "
+            f"{told(at_end('zoodip'))}; Textual Inversion is there after about "
+            f"{after('textual_inversion', at_end('zoodip')):,.0f}, `zoodip_fast` after about "
+            f"{after('zoodip_fast', at_end('zoodip')):,.0f}, and half-way, at {told(HALFWAY)}, after "
+            f"{after('zoodip_fast', HALFWAY):,.0f} beside ZOODiP's {after('zoodip', HALFWAY):,.0f}"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: f"ends behind the naive run ({told(at_end(PAPERS))} and {told(at_end('naive ZO'))})",
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"first alone brings the loss from {told(left('textual_inversion', 0, OF_PATH))} to "
+            f"{told(left('textual_inversion', 1, OF_PATH))} and all of them to "
+            f"{told(left('textual_inversion', 128, OF_PATH))} says that little beside that line counts. Four are a "
+            f"little better than all ({told(left('textual_inversion', 4, OF_PATH))})"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            "with half but .0002 ("
+            + ", ".join(
+                f"{told(left(run, 64, OF_WORDS))} of {told(left(run, 128, OF_WORDS))}"
+                for run in ("textual_inversion", "zoodip_fast")
+            )
+            + ")"
         ),
     ),
     (
