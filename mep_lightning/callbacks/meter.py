@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -115,6 +116,7 @@ class MemoryMeter:
 
     def start(self) -> None:
         """Begin; what the process holds now beyond the counted tensors is the baseline, not the run's."""
+        gc.collect()  # an earlier run's module and Trainer hold each other; freed later, they would hide what is taken
         self._known = self._count()
         self._baseline = self._source.start(sum(self._known.values()))
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mep_lightning.comparison.rehearsal import rehearse
 from mep_lightning.errors import TooLargeError, UserError, is_out_of_memory
 from mep_lightning.run_folder import RunFolder, held, write_atomically
 
@@ -179,6 +180,7 @@ def _train(batch: Batch) -> dict[str, Any]:
         with held(cell.run, f"another process still trains in {cell.run}: end it, and use --retry.", PATIENCE):
             if not begun:
                 shutil.rmtree(cell.run, ignore_errors=True)
+    rehearse()
     lines = [_resumption(cell) if begun else cell.fit for cell in batch]
     started = time.monotonic()
     with Stopwatch() as watch:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +178,21 @@ def test_what_the_module_already_held_is_the_runs_and_not_the_baselines():
     assert 149 * MIB <= meter.summary()["phases"]["step"]["peak_bytes"] <= 165 * MIB
     assert len(more) == 50 * MIB
     assert len(weights) == 100 * MIB
+
+
+def test_what_an_earlier_run_left_in_cycles_is_not_in_the_baseline():
+    earlier = SimpleNamespace(held=block(100))
+    earlier.itself = earlier
+    del earlier
+    meter = MemoryMeter(CPU, nothing)
+    meter.start()
+    meter.enter("step")
+    gc.collect()  # sooner or later it is freed
+    more = block(50)
+    meter.exit("step")
+    meter.stop()
+    assert 49 * MIB <= meter.summary()["phases"]["step"]["peak_bytes"] <= 65 * MIB
+    assert len(more) == 50 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")

@@ -41,6 +41,7 @@ class Commands:
 
     def __init__(self, monkeypatch):
         self.fails, self.most, self.trained, self.scores = {}, 9, [], True
+        monkeypatch.setattr(cells, "rehearse", lambda: None)
         monkeypatch.setattr(fit, "run", lambda line: self.train([line]))
         monkeypatch.setattr(together, "train", self.train)
         monkeypatch.setattr(test, "run", self.score)

@@ -17,6 +17,8 @@ import mep_lightning
 from mep_lightning.comparison.cells import RECORD, Cell
 from mep_lightning.comparison.engines.local import LocalEngine, Worker, _work
 
+MIB = 2**20
+
 
 def cell(tmp_path, seed, *words, steps="2"):
     run = str(tmp_path / f"run{seed}")
@@ -26,14 +28,15 @@ def cell(tmp_path, seed, *words, steps="2"):
     return Cell("ti", "ball", seed, tmp_path / f"run{seed}", [*fit, *words], test)
 
 
-def test_a_mistake_a_hang_and_a_cell_that_works(tmp_path, monkeypatch):
-    cells = [cell(tmp_path, 0, "--model.lr", "-1"), cell(tmp_path, 1), cell(tmp_path, 2, steps="100000")]
+def test_a_mistake_a_hang_and_cells_that_work(tmp_path, monkeypatch):
+    cells = [cell(tmp_path, 0, "--model.lr", "-1"), cell(tmp_path, 1), cell(tmp_path, 2)]
+    cells.append(cell(tmp_path, 3, steps="100000"))
     found, time_left = {}, Worker.time_left
 
     def until_it_trains(self, timeout):
         """No time is left once the hanging cell trains: no machine is too slow for the one before it."""
-        log = cells[2].run / "log.csv"
-        trains = self.left == cells[2:] and log.is_file() and len(log.read_text().splitlines()) > 2
+        log = cells[3].run / "log.csv"
+        trains = self.left == cells[3:] and log.is_file() and len(log.read_text().splitlines()) > 2
         return -1.0 if trains else time_left(self, 5 * timeout)
 
     monkeypatch.setattr(Worker, "time_left", until_it_trains)
@@ -43,7 +46,9 @@ def test_a_mistake_a_hang_and_a_cell_that_works(tmp_path, monkeypatch):
     assert found[0] == {"error": "model.lr is -1.0; use a number above 0, or auto.", "kind": "failed"}
     assert found[1]["steps"] == 2 and -1 <= found[1]["dino"] <= 1 and found[1]["storage"] > 0
     assert found[1]["steps_per_second"] > 0 and found[1]["minutes"] > 0 and found[1]["seconds_per_image"] > 0
-    assert found[2] == {"error": "not done after 1 minutes", "kind": "time"}
+    assert found[3] == {"error": "not done after 1 minutes", "kind": "time"}
+    for figure in ("training_bytes", "inference_bytes"):  # neither libraries nor the cell before it are in them
+        assert 35 * MIB < found[1][figure] < 70 * MIB and abs(found[2][figure] - found[1][figure]) < 8 * MIB
     assert "textual_inversion on tiny" in (tmp_path / "logs" / "ti-ball-1.txt").read_text()
 
 
