@@ -16,6 +16,8 @@ from mep_lightning.errors import human
 from mep_lightning.evaluation.plots import COLORS, CURVE, INK, plain, strip
 
 Row = Mapping[str, Any]
+PEAKS = {"training_planned": "planned", "training_bytes": "measured"}
+"""A row's peaks of training -> what they are."""
 
 
 def memory_bars(rows: Sequence[Row], ink: str = INK) -> Figure | None:
@@ -26,13 +28,10 @@ def memory_bars(rows: Sequence[Row], ink: str = INK) -> Figure | None:
     figure, axes = plain(ink, height=1.2 + 0.5 * len(known))
     widest = max(max(row["training_planned"] or 0, row["training_bytes"] or 0) for row in known)
     scale, unit = _unit(widest)
-    for offset, key, color, label in (
-        (-0.2, "training_planned", COLORS["weights"], "planned"),
-        (0.2, "training_bytes", COLORS["optimizer"], "measured"),
-    ):
+    for offset, (key, label), color in zip((-0.2, 0.2), PEAKS.items(), ("weights", "optimizer"), strict=True):
         sizes = [(row[key] or 0) / scale for row in known]
         places = [place + offset for place in range(len(known))]
-        axes.barh(places, sizes, height=0.36, color=color, label=label)
+        axes.barh(places, sizes, height=0.36, color=COLORS[color], label=label)
         for place, size, row in zip(places, sizes, known, strict=True):
             if row[key]:
                 axes.text(size + 0.012 * widest / scale, place, human(row[key]), va="center", color=ink, fontsize=8)
@@ -55,16 +54,20 @@ def _unit(widest: int) -> tuple[int, str]:
 
 
 def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
-    """Alignment with photos and prompts over the peak of training, a point a method; None where nothing is known."""
-    known = [row for row in rows if row["clip_i"] is not None and (row["training_planned"] or row["training_bytes"])]
+    """Alignment with photos and prompts over the peak of training, a point a method; None where nothing is known.
+
+    The peak is the planned one, or the measured one where more methods have that: never some of either.
+    """
+    scored = [row for row in rows if row["clip_i"] is not None]
+    peak = max(PEAKS, key=lambda key: sum(bool(row[key]) for row in scored))
+    known = sorted((row for row in scored if row[peak]), key=lambda row: row[peak])
     if not known:
         return None
-    known = sorted(known, key=lambda row: row["training_planned"] or row["training_bytes"])
-    scale, unit = _unit(max(row["training_planned"] or row["training_bytes"] for row in known))
+    scale, unit = _unit(max(row[peak] for row in known))
     drawn = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
     figure = Figure(figsize=(4 * len(drawn), 3.4), layout="constrained")
     panels = list(figure.subplots(1, len(drawn)))
-    sizes = [(row["training_planned"] or row["training_bytes"]) / scale for row in known]
+    sizes = [row[peak] / scale for row in known]
     for axes, (key, name) in zip(panels, drawn.items(), strict=True):
         strip(axes, ink)
         scores = [row[key] for row in known]
@@ -75,7 +78,7 @@ def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel(f"{unit} at the peak of training", color=ink)
+        axes.set_xlabel(f"{unit} at the peak of training, {PEAKS[peak]}", color=ink)
         axes.set_ylabel(name, color=ink)
         axes.grid(color=ink, alpha=0.12)
     figure.draw_without_rendering()  # from here on it is known where points lie

@@ -1,4 +1,4 @@
-"""One step on the embedded base, ahead of a process's first cell: libraries' own memory is no cell's."""
+"""One step on the embedded base, ahead of a process's first cell: what libraries load is not that cell's memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ WORDS = [
 
 @functools.cache
 def rehearse() -> None:
-    """Go once through what a cell goes through, and keep nothing of it but what libraries load, some 60 MiB.
+    """Train a token for a step and draw a picture; what is left of it is what libraries load, some 60 MiB.
 
     Where memory is measured by how much a process grows, its first cell would be charged with them, the next ones not.
-    A GPU's own counters see tensors alone: nothing is done there.
+    What single methods need besides (peft, bitsandbytes) still counts for the first of theirs: a few MiB. A GPU's own
+    counters see tensors alone, so that nothing is done where there is one.
 
     Raises:
         KeyboardInterrupt: by a signal.

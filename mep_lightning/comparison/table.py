@@ -56,7 +56,7 @@ FAILURES = {"memory": "out of memory", "time": "out of time"}
 LARGEST = ("training_bytes", "inference_bytes", "storage", "batch")
 """Those of which the largest is given; of scores the mean and its spread over seeds, and of the others the median."""
 GROWN = ("training_bytes", "inference_bytes")
-"""Of these the largest batch's, and on a CPU the median: a process's first cell grows it by libraries, too."""
+"""Of these the largest batch's, and on a CPU the median: how much freed memory a process keeps is chance."""
 MEASURED = (*GROWN, "steps_per_second", "minutes", "seconds_per_image")
 """What hangs on the device: that of the kind on which most cells ran."""
 SCORES_LEGEND = (

@@ -11,9 +11,9 @@ from mep_lightning.comparison.plots import extent, tradeoff
 WANTED = ("clip_i", "dino", "clip_t", "training_planned", "training_bytes", "batch")
 
 
-def row(method, size, score):
+def row(method, size, score, grown=None):
     scores = dict.fromkeys(("clip_i", "dino", "clip_t"), score)
-    return {"method": method, "training_planned": size, "training_bytes": None, "batch": 1, "spread": {}, **scores}
+    return {"method": method, "training_planned": size, "training_bytes": grown, "batch": 1, "spread": {}, **scores}
 
 
 @pytest.mark.parametrize("gap", [0.0005, 0.004])
@@ -45,3 +45,15 @@ def test_a_method_without_scores_or_memory_has_no_point():
     assert tradeoff([row("a", None, 0.5), row("b", 2**20, None)]) is None
     (axes, *_) = tradeoff([row("a", None, 0.5), row("b", 2**20, 0.4)]).axes
     assert [text.get_text() for text in axes.texts] == ["b"]
+
+
+def test_planned_and_measured_peaks_share_no_axis():
+    both, grown = [row("a", 2**20, 0.4, 2**21), row("b", None, 0.5, 2**22)], row("c", None, 0.3, 2**21)
+    for rows, named, told in (
+        (both, "ab", "measured"),
+        (both[:1], "a", "planned"),
+        ([*both, grown], "acb", "measured"),
+    ):
+        (axes, *_) = tradeoff(rows).axes
+        assert "".join(text.get_text() for text in axes.texts) == named
+        assert axes.get_xlabel() == f"MiB at the peak of training, {told}"
