@@ -127,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     suites.choices["compare"].add_argument(
         "--folder", type=Path, default=Path("runs/compare"), help="of the comparison, to carry on with"
     )
+    suites.choices["compare"].add_argument(
+        "--memory", type=Path, metavar="DIR", help="first measure memory anew, by short trainings in this folder"
+    )
     for name, what in ALONE.items():
         suites.add_parser(name, help=what)
     several = suites.add_parser("several", help="subjects an hour, one at a time and several in a batch, on tiny")
@@ -219,8 +222,11 @@ def _several(args: argparse.Namespace, _: Path) -> list[rows.Row]:
 def _compare(args: argparse.Namespace, path: Path) -> list[rows.Row]:
     from benchmarks.trained import comparison
 
+    kept = path.with_suffix(".jsonl")
+    if args.memory is not None:
+        comparison.measure_memory(args.memory, kept, images=args.images, workers=args.workers)
     size = {key: getattr(args, key) for key in ("subjects", "seeds", "images", "workers")}
-    found = comparison.run(args.folder, path.with_suffix(".jsonl"), **size)
+    found = comparison.run(args.folder, kept, **size)
     if path.parent == rows.RESULTS:
         made_with = comparison.keys(args.images)
         sheets.methods(args.folder, made_with)

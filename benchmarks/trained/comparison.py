@@ -2,7 +2,8 @@
 
 The comparison's folder keeps what is done, so that the same command carries on; of a method whose recipe or values have
 changed it forgets all. Cells' records are kept beside the committed figures as well, from which a folder that is gone
-is begun again; a sheet keeps pictures whose runs are gone.
+is begun again; a sheet keeps pictures whose runs are gone. What memory takes does not hang on how long a cell trains:
+it can be measured anew by itself, in short trainings, and put into the records that are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mep_lightning.commands.recipes import find_recipe, read_recipe
 from mep_lightning.comparison import table
 from mep_lightning.comparison.folder import ComparisonFolder
 from mep_lightning.comparison.planned import PLANNED, planned
-from mep_lightning.comparison.table import COLUMNS
+from mep_lightning.comparison.table import COLUMNS, GROWN
 from mep_lightning.run_folder import write_atomically
 
 METHODS = (
@@ -42,6 +43,8 @@ METHODS = (
 """In the order of ZOODiP's tables: what trains weights first, then what trains a token."""
 LATER = ("members_at_once",)
 """Settings of a module that are younger than the first cells."""
+MEMORY_STEPS = 300
+"""Of the trainings that measure memory alone."""
 KEYS = "keys.json"
 """In the comparison's folder, what each method's cells were made with."""
 
@@ -63,8 +66,7 @@ def run(
         there are of its cells, and `failures` of how many nothing came, by kind.
     """
     known, comparison = keys(images), ComparisonFolder(folder)
-    words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
-    words += ["--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
+    words = _words(comparison, subjects, seeds, images, workers)
     comparison.claim(shared(options_of_compare().parse_args(words)))
     forget(comparison, known)
     restore(comparison, kept, known)
@@ -74,6 +76,39 @@ def run(
         finally:
             keep(comparison, kept, known)
     return figures(comparison)
+
+
+def _words(comparison: ComparisonFolder, subjects: int, seeds: int, images: int, workers: int) -> list[str]:
+    """What `mep compare` is told."""
+    words = ["--methods", *METHODS, "--subjects", str(subjects), "--seeds", str(seeds), "--out", str(comparison.root)]
+    return [*words, "--images-per-prompt", str(images), "--workers", str(workers), "--threads", "1"]
+
+
+def measure_memory(folder: Path, kept: Path, *, images: int = 2, workers: int = 2, subjects: int = 3) -> None:
+    """Train a few cells of every method for `MEMORY_STEPS`, and put what they took into the records of these.
+
+    Those of other cells that ran on a CPU lose theirs, which was measured otherwise; plans are those of today in all.
+
+    Args:
+        folder: of these trainings, a comparison of its own.
+        kept, images, workers: as for `run`, whose records they are.
+        subjects: how many, from one seed.
+    """
+    known, comparison = keys(images), ComparisonFolder(folder)
+    compare.run([*_words(comparison, subjects, 1, 1, workers), "--max-steps", str(MEMORY_STEPS)])
+    taken = {_cell(record): record for record in comparison.records().values() if "error" not in record}
+    plans = planned(comparison, list(taken.values()), "tiny")
+    about = measured_with("cpu", threads=1)
+    lines = []
+    for record in map(json.loads, kept.read_text().splitlines()):
+        if record["key"] == known.get(record["method"]) and record["device"] == "cpu":
+            mine = taken.get(_cell(record))
+            record.pop("memory_of", None)
+            record |= {key: mine[key] if mine else None for key in GROWN} | plans[record["method"]]
+            if mine:
+                record["memory_of"] = {"steps": MEMORY_STEPS, "date": about["date"], "commit": about["commit"]}
+        lines.append(json.dumps(record) + "\n")
+    write_atomically(kept, "".join(lines))
 
 
 def figures(comparison: ComparisonFolder) -> list[Row]:
