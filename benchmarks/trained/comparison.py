@@ -87,7 +87,7 @@ def _words(comparison: ComparisonFolder, subjects: int, seeds: int, images: int,
 def measure_memory(folder: Path, kept: Path, *, images: int = 2, workers: int = 2, subjects: int = 3) -> None:
     """Train a few cells of every method for `MEMORY_STEPS`, and put what they took into the records of these.
 
-    Those of other cells that ran on a CPU lose theirs, which was measured otherwise; plans are those of today in all.
+    Other cells that ran on a CPU lose theirs, which was measured otherwise.
 
     Args:
         folder: of these trainings, a comparison of its own.
@@ -97,14 +97,13 @@ def measure_memory(folder: Path, kept: Path, *, images: int = 2, workers: int = 
     known, comparison = keys(images), ComparisonFolder(folder)
     compare.run([*_words(comparison, subjects, 1, 1, workers), "--max-steps", str(MEMORY_STEPS)])
     taken = {_cell(record): record for record in comparison.records().values() if "error" not in record}
-    plans = planned(comparison, list(taken.values()), "tiny")
     about = measured_with("cpu", threads=1)
     lines = []
     for record in map(json.loads, kept.read_text().splitlines()):
         if record["key"] == known.get(record["method"]) and record["device"] == "cpu":
             mine = taken.get(_cell(record))
             record.pop("memory_of", None)
-            record |= {key: mine[key] if mine else None for key in GROWN} | plans[record["method"]]
+            record |= {key: mine[key] if mine else None for key in GROWN}
             if mine:
                 record["memory_of"] = {"steps": MEMORY_STEPS, "date": about["date"], "commit": about["commit"]}
         lines.append(json.dumps(record) + "\n")

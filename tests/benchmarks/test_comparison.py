@@ -70,6 +70,37 @@ def test_a_seed_with_fewer_subjects_waits_for_the_rest(tmp_path, monkeypatch):
     assert cells() == (pytest.approx(0.5), 4, True)
 
 
+def test_memory_alone_is_measured_anew(tmp_path, monkeypatch):
+    """In short trainings of a few cells; what was measured otherwise, or of other settings or devices, is left out."""
+    told, kept = [], tmp_path / "compare.jsonl"
+    (tmp_path / "short").mkdir()
+
+    def train(words):
+        told.append(words)
+        for subject, size in (("a", 5), ("b", None)):
+            figures = {"error": "out of time"} if size is None else {"training_bytes": size, "inference_bytes": 4}
+            ComparisonFolder(tmp_path / "short").keep({"method": "lora", "subject": subject, "seed": 0} | figures)
+
+    def record(subject, key="of-lora", device="cpu"):
+        size = {"training_bytes": 1, "inference_bytes": 2, "dino": 0.5, "memory_of": "another"}
+        return {"method": "lora", "subject": subject, "seed": 0, "key": key, "device": device} | size
+
+    before = [record("a"), record("b"), record("c"), record("a", key="older"), record("a", device="NVIDIA H200")]
+    kept.write_text("".join(json.dumps(one) + "\n" for one in before))
+    monkeypatch.setattr(comparison, "METHODS", ("lora",))
+    monkeypatch.setattr(comparison, "keys", lambda images: {"lora": "of-lora"})
+    monkeypatch.setattr(comparison.compare, "run", train)
+    comparison.measure_memory(tmp_path / "short", kept)
+    after = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert (after[0]["training_bytes"], after[0]["inference_bytes"], after[0]["dino"]) == (5, 4, 0.5)
+    assert after[0]["memory_of"]["steps"] == comparison.MEMORY_STEPS
+    for one in after[1:3]:
+        assert one["training_bytes"] is one["inference_bytes"] is None and "memory_of" not in one
+    assert after[3:] == before[3:]
+    (words,) = told
+    assert words[words.index("--max-steps") + 1] == str(comparison.MEMORY_STEPS)
+
+
 def drawn(folder, method, seed, *pictures):
     """The folder of a run on `dog`, with pictures of prompts."""
     to = folder.run(method, "dog", seed) / "evaluation"

@@ -16,7 +16,7 @@ from benchmarks.trained.differences import Difference, difference
 from benchmarks.trained.quality import committed
 from mep_lightning.defaults import lookup
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 README = DOCS.parent / "README.md"
 
 
@@ -90,6 +90,17 @@ def run_peak(recipe):
     """The highest phase of a whole run on the GPU."""
     rows = json.loads(results("cuda/memory-sd15").read_text())["rows"]
     return f"{max(row['value'] for row in rows if row['case'].startswith(f'sd15 512 px {recipe} ')) / GIB:.2f}"
+
+
+def grown(method):
+    """MiB by which a method's process grows in training, the median of cells."""
+    return f"{value('compare', method, 'training_bytes') / MIB:.0f}"
+
+
+def grown_each(method):
+    """That of every cell that was measured, in order."""
+    taken = sorted(cell["training_bytes"] for cell in compared() if cell["method"] == method and "memory_of" in cell)
+    return [f"{size / MIB:.0f}" for size in taken]
 
 
 def minutes_on_tiny(method):
@@ -243,6 +254,17 @@ SENTENCES = [
             f"PEQA from {tuned('peqa', 'lr=3e-06', 'clip_t')} and {tuned('peqa', 'lr=3e-06', 'clip_i')} at 3e-6 to "
             f"{tuned('peqa', LONGER, 'clip_t')} and {tuned('peqa', LONGER, 'clip_i')}"
         ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"by {grown('zoodip')} MiB for ZOODiP and {grown('zoodip_fast')} for `zoodip_fast`, as for Textual "
+            f"Inversion ({grown('textual_inversion')})"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: "GF-TI's three cells are {}, {} and {} MiB".format(*grown_each("gf_ti")),
     ),
     (
         README,
