@@ -43,7 +43,9 @@ METHODS: dict[str, Settings] = {
 QUALITY: dict[str, Settings] = METHODS | {"zoodip, 1,500 steps": ZOODIP | {"max_steps": 1_500}}
 """The methods, and what ZOODiP itself comes to in the forward passes of `zoodip_fast`."""
 SCALES: Settings = BACKPROP | {"method": "peqa", "adapter": "QuantizationScales", "precision": "int8"}
+DREAMBOOTH: Settings = BACKPROP | {"method": "dreambooth", "adapter": "FullUNet"}
 BASELINES: dict[str, Settings] = {
+    "dreambooth": DREAMBOOTH,
     "qlora": LORA | {"method": "qlora", "precision": "int4"},
     "peqa": SCALES,
     "tuneqdm": SCALES | {"method": "tuneqdm", "input_channels": True},
@@ -83,9 +85,8 @@ RANGES: dict[str, Settings] = {
     for high in range(low + 250, 1001, 250)
 }
 TIMESTEPS: dict[str, Settings] = RANGES | {
-    "dreambooth": BACKPROP | {"method": "dreambooth", "adapter": "FullUNet"},
-    "dreambooth, 500..1000": BACKPROP
-    | {"method": "dreambooth", "adapter": "FullUNet", "puts": True, "puts_low": 500, "puts_high": 1000},
+    "dreambooth": DREAMBOOTH,
+    "dreambooth, 500..1000": DREAMBOOTH | {"puts": True, "puts_low": 500, "puts_high": 1000},
     "zoodip_fast": FAST,
     "zoodip_fast, 500..900": FAST | PUTS,
 }
@@ -156,7 +157,7 @@ FRACTIONS = (0.202, 0.43, 0.502, 0.702, 0.901)
 FALLING = {"selector": ["TimestepAwareSelector", {"alpha": 1.0, "beta": 1.0, "warmup": 0.1, "falling": True}]}
 LORAS: dict[str, Settings] = {
     "untrained": LORA | {"max_steps": 0},
-    "dreambooth": LORA | {"method": "dreambooth", "adapter": "FullUNet"},
+    "dreambooth": DREAMBOOTH,
     "lora": LORA,
     "lora_r1": LORA | {"method": "lora_r1"},
     **{f"hollowed {share:.0%}": LORA | {"method": "hollowed_net", "fraction": share} for share in FRACTIONS},

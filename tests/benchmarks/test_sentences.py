@@ -70,6 +70,23 @@ SENTENCES = [
         ),
     ),
     (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"it is at {tuned('dreambooth', 'lr=3e-05', 'dino')} with 3e-5, {tuned('dreambooth', 'lr=0.0001', 'dino')} "
+            f"with the 1e-4 that ships and {tuned('dreambooth', 'lr=0.0003', 'dino')} with 3e-4, QLoRA at "
+            f"{tuned('qlora', 'lr=0.003', 'dino')}"
+        ),
+    ),
+    (
+        DOCS / "reproduction.md",
+        lambda: (
+            f"CLIP-T {tuned('dreambooth', 'lr=0.0003', 'clip_t')} "
+            f"({tuned('dreambooth', 'lr=0.0001', 'clip_t')} at 1e-4, {tuned('dreambooth', 'lr=3e-05', 'clip_t')} at 3e-5). "
+            "QLoRA comes apart at 1e-2 (CLIP-T "
+            f"{tuned('qlora', 'lr=0.01', 'clip_t')}, held-out loss {tuned('qlora', 'lr=0.01', 'heldout_loss')})"
+        ),
+    ),
+    (
         DOCS / "conditioning-subspace.md",
         lambda: (
             f"Beside Textual Inversion it is at {beyond_inversion('zoodip_fast', 'clip_i')} of CLIP-I and "
