@@ -81,8 +81,8 @@ SENTENCES = [
         DOCS / "reproduction.md",
         lambda: (
             f"CLIP-T {tuned('dreambooth', 'lr=0.0003', 'clip_t')} "
-            f"({tuned('dreambooth', 'lr=0.0001', 'clip_t')} at 1e-4, {tuned('dreambooth', 'lr=3e-05', 'clip_t')} at 3e-5). "
-            "QLoRA comes apart at 1e-2 (CLIP-T "
+            f"({tuned('dreambooth', 'lr=0.0001', 'clip_t')} at 1e-4, "
+            f"{tuned('dreambooth', 'lr=3e-05', 'clip_t')} at 3e-5). QLoRA comes apart at 1e-2 (CLIP-T "
             f"{tuned('qlora', 'lr=0.01', 'clip_t')}, held-out loss {tuned('qlora', 'lr=0.01', 'heldout_loss')})"
         ),
     ),
