@@ -48,7 +48,7 @@ def test_a_mistake_a_hang_and_cells_that_work(tmp_path, monkeypatch):
     assert found[1]["steps_per_second"] > 0 and found[1]["minutes"] > 0 and found[1]["seconds_per_image"] > 0
     assert found[3] == {"error": "not done after 1 minutes", "kind": "time"}
     for figure in ("training_bytes", "inference_bytes"):  # neither libraries nor the cell before it are in them
-        assert 35 * MIB < found[1][figure] < 70 * MIB and abs(found[2][figure] - found[1][figure]) < 8 * MIB
+        assert 35 * MIB < found[1][figure] < 70 * MIB and abs(found[2][figure] - found[1][figure]) < 15 * MIB
     assert "textual_inversion on tiny" in (tmp_path / "logs" / "ti-ball-1.txt").read_text()
 
 
