@@ -96,7 +96,8 @@ def measure_memory(folder: Path, kept: Path, *, images: int = 2, workers: int = 
     """
     known, comparison = keys(images), ComparisonFolder(folder)
     compare.run([*_words(comparison, subjects, 1, 1, workers), "--max-steps", str(MEMORY_STEPS)])
-    taken = {_cell(record): record for record in comparison.records().values() if "error" not in record}
+    done = [record for record in comparison.records().values() if "error" not in record]
+    taken = {_cell(record): record for record in done if record["device"] == "cpu"}
     about = measured_with("cpu", threads=1)
     lines = []
     for record in map(json.loads, kept.read_text().splitlines()):

@@ -56,7 +56,7 @@ def _unit(widest: int) -> tuple[int, str]:
 def tradeoff(rows: Sequence[Row], ink: str = INK) -> Figure | None:
     """Alignment with photos and prompts over the peak of training, a point a method; None where nothing is known.
 
-    The peak is the planned one, or the measured one where more methods have that: never some of either.
+    The peak is the planned one, or the measured one where more methods have that; a method without it has no point.
     """
     scored = [row for row in rows if row["clip_i"] is not None]
     peak = max(PEAKS, key=lambda key: sum(bool(row[key]) for row in scored))

@@ -77,8 +77,11 @@ def test_memory_alone_is_measured_anew(tmp_path, monkeypatch):
 
     def train(words):
         told.append(words)
+        on_gpu = {"method": "lora", "subject": "c", "seed": 0, "training_bytes": 9, "inference_bytes": 9}
+        ComparisonFolder(tmp_path / "short").keep(on_gpu | {"device": "NVIDIA H200"})
         for subject, size in (("a", 5), ("b", None)):
-            figures = {"error": "out of time"} if size is None else {"training_bytes": size, "inference_bytes": 4}
+            figures = {"training_bytes": size, "inference_bytes": 4, "device": "cpu"}
+            figures = {"error": "out of time"} if size is None else figures
             ComparisonFolder(tmp_path / "short").keep({"method": "lora", "subject": subject, "seed": 0} | figures)
 
     def record(subject, key="of-lora", device="cpu"):
